@@ -1,0 +1,46 @@
+# What a newcomer and CI call. `make demo` and `make test` set everything up first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup data demo demo_seeds test check lint types unit jobs lock clean
+
+help:           ## this list
+	@grep -E '^[a-z_]+: .*##|^[a-z_]+:  +##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: .venv/.installed   ## .venv with everything, pinned
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dinoctl needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet --disable-pip-version-check uv; }
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+data: setup     ## the demo's images, into ~/.cache/dinoctl
+	$(BIN)/python -P -m model.data.stamps
+
+demo: data      ## the main job, on real images: about 8 minutes on 2 cores
+	$(BIN)/dinoctl submit jobs/demo.yaml
+
+demo_seeds: data  ## the main job with three seeds, and their tables in one
+	$(BIN)/python -P -m tests.benchmarks.demo_seeds
+
+test: setup     ## every test that this machine can run
+	$(BIN)/python -P -m pytest
+
+check: lint types unit   ## the quick part: under 3 minutes
+
+lint: setup     ## style
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: setup    ## mypy --strict on both houses
+	$(BIN)/mypy
+
+unit: setup     ## tests that start no jobs
+	$(BIN)/python -P -m pytest -m "not jobs"
+
+lock: setup     ## pin today's newest versions again
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --all-extras --upgrade pyproject.toml -o constraints.txt
+
+clean:          ## remove .venv and caches; runs/ stays
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,376 @@
+"""What a phase is told: pydantic models, free of torch, validated before anything is queued.
+
+The job spec (`orchestrator.spec`) is made of these sections; an attempt is handed one phase of it, resolved.
+Defaults are DINOv3's published values (arXiv 2508.10104 and its released configurations) unless a line says otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, TypeAdapter, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=0)]
+Rgb = tuple[float, float, float]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys, wrong types and infinities are refused, and nothing changes afterwards."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Section)
+
+
+def read(kind: type[S], values: Mapping[str, Any]) -> S:
+    """`values`, as YAML gives them, as a section. Goes by way of JSON, where a list may be a tuple and nothing else
+    is bent. Raises pydantic.ValidationError with every mistake."""
+    return kind.model_validate_json(json.dumps(values))
+
+
+# --- values that move with the step -----------------------------------------------------------------------------------
+
+
+class Schedule(Section):
+    """From `start` to `peak` in `warmup_steps`, then to `end` at the phase's last step (constant without `end`)."""
+
+    start: float | None = Field(None, description="value at step 0; `peak` if absent")
+    peak: float = Field(description="value after the warm-up")
+    end: float | None = Field(None, description="value at the last step; `peak` if absent")
+    warmup_steps: Count = 0
+    warmup: Literal["linear", "cosine"] = "linear"
+    decay: Literal["cosine", "linear"] = "cosine"
+
+
+def _constant(value: Any) -> Any:
+    return {"peak": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Scheduled = Annotated[Schedule, BeforeValidator(_constant)]
+"""A schedule, or a plain number for one that stays the same."""
+
+
+def constant(value: float) -> Schedule:
+    return Schedule(peak=value)
+
+
+# --- the networks -----------------------------------------------------------------------------------------------------
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "vits16": {"dim": 384, "depth": 12, "heads": 6},
+    "vits16plus": {"dim": 384, "depth": 12, "heads": 6, "ffn": "swiglu", "ffn_ratio": 6.0},
+    "vitb16": {"dim": 768, "depth": 12, "heads": 12},
+    "vitl16": {"dim": 1024, "depth": 24, "heads": 16},
+    "vitl16plus": {"dim": 1024, "depth": 24, "heads": 16, "ffn": "swiglu", "ffn_ratio": 6.0},
+    "vith16plus": {"dim": 1280, "depth": 32, "heads": 20, "ffn": "swiglu", "ffn_ratio": 6.0},
+    "vit7b16": {
+        "dim": 4096, "depth": 40, "heads": 32, "ffn": "swiglu", "ffn_ratio": 3.0, "ffn_align": 64,
+        "qkv_bias": False, "untie_local_cls_norm": True,
+    },
+    "custom": {},
+}  # fmt: skip
+"""Released architectures. What a job says beside `arch` overrides the row; `custom` has no row and must say all."""
+
+
+class Backbone(Section):
+    """A vision transformer. `arch` names a released one; the other fields override it."""
+
+    arch: Literal[tuple(ARCHITECTURES)] = Field(description="a released architecture, or `custom`")  # type: ignore[valid-type]
+    dim: PositiveInt
+    depth: PositiveInt
+    heads: PositiveInt
+    patch_size: PositiveInt = 16
+    channels: PositiveInt = 3
+    registers: Count = Field(4, description="register (storage) tokens")
+    ffn: Literal["mlp", "swiglu"] = "mlp"
+    ffn_ratio: Positive = 4.0
+    ffn_align: PositiveInt = Field(8, description="SwiGLU's hidden width is rounded up to a multiple of this")
+    qkv_bias: bool = True
+    mask_k_bias: bool = Field(True, description="keep the key bias at zero; it changes no attention")
+    layer_scale: Positive | None = Field(1e-5, description="initial LayerScale; null for none")
+    norm_eps: Positive = 1e-5
+    untie_local_cls_norm: bool = Field(False, description="a norm of its own for the CLS of local crops")
+    drop_path: Fraction = 0.0
+    rope_base: Positive = 100.0
+    rope_rescale: Annotated[float, Field(ge=1.0)] | None = Field(None, description="training augmentation, e.g. 2.0")
+    rope_jitter: Annotated[float, Field(ge=1.0)] | None = None
+    rope_shift: NonNegative | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        return {**ARCHITECTURES.get(values.get("arch", ""), {}), **values}
+
+    @model_validator(mode="after")
+    def _fits(self) -> Backbone:
+        if self.dim % self.heads or (self.dim // self.heads) % 4:
+            raise ValueError(
+                f"dim {self.dim} over {self.heads} heads: a head's width must be whole and a multiple of 4, "
+                "as axial RoPE turns pairs on two axes"
+            )
+        return self
+
+
+class Head(Section):
+    """A projection head: an MLP of `layers` to `bottleneck`, L2 normalised, then one weight per prototype."""
+
+    prototypes: PositiveInt
+    hidden: PositiveInt
+    bottleneck: PositiveInt
+    layers: PositiveInt = 3
+
+
+class Model(Section):
+    """The networks that all phases share."""
+
+    backbone: Backbone
+    dino_head: Head
+    ibot_head: Head
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+class Data(Section):
+    """Where the images are and what an image is."""
+
+    path: str = Field(description="folder of images; `cache:NAME` is a folder that `make data` fetched")
+    hold_out: Literal["none", "validation", "test"] = Field(
+        "none", description="what training must not see: nothing, the test third, or test and validation"
+    )
+    background: Rgb = Field((1.0, 1.0, 1.0), description="what shows through transparent pixels, RGB in [0, 1]")
+    mean: Rgb = (0.485, 0.456, 0.406)
+    std: Rgb = (0.229, 0.224, 0.225)
+    max_skip_rate: Fraction = Field(0.01, description="share of unreadable images past which the run stops")
+    workers: Count = Field(2, description="loader threads a process")
+
+
+class Augment(Section):
+    """What is done to a crop, each with its probability or strength (parity with the papers: appendix of DINOv3)."""
+
+    horizontal_flip: Fraction = 0.5
+    jitter: Fraction = 0.8
+    brightness: NonNegative = 0.4
+    contrast: NonNegative = 0.4
+    saturation: NonNegative = 0.2
+    hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1
+    grayscale: Fraction = 0.2
+    blur_global_1: Fraction = 1.0
+    blur_global_2: Fraction = 0.1
+    blur_local: Fraction = 0.5
+    solarize_global_2: Fraction = 0.2
+
+
+class Resolution(Section):
+    """Sizes in pixels, drawn per step with probability proportional to `ratio`."""
+
+    global_size: PositiveInt
+    local_size: PositiveInt
+    gram_size: PositiveInt | None = Field(None, description="side of the Gram teacher's view; `global_size` if absent")
+    ratio: Positive = 1.0
+
+
+class Crops(Section):
+    """Multi-crop: two global crops, `local_count` local ones."""
+
+    resolutions: Annotated[list[Resolution], Field(min_length=1)]
+    local_count: Count = 8
+    global_scale: tuple[Fraction, Fraction] = (0.32, 1.0)
+    local_scale: tuple[Fraction, Fraction] = (0.05, 0.32)
+    aspect: tuple[Positive, Positive] = (0.75, 4 / 3)
+
+
+# --- optimisation -----------------------------------------------------------------------------------------------------
+
+
+class Optim(Section):
+    """AdamW and the batch. A rank's micro-batch holds whole groups, so any layout makes the same draws."""
+
+    batch_size: PositiveInt = Field(description="images a step, over all processes")
+    group_size: PositiveInt = Field(description="consecutive images that share masks, drop path and RoPE draws")
+    accumulate: PositiveInt = Field(1, description="micro-batches a step")
+    lr: Scheduled
+    lr_scaling: Literal["none", "sqrt_wrt_1024"] = "none"
+    weight_decay: Scheduled = constant(0.04)
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    clip: Positive | None = Field(3.0, description="gradient norm of backbone and of each head, apart")
+    layer_decay: Positive = Field(1.0, description="learning rate of a block over the next one's")
+    patch_embed_lr: Positive = Field(1.0, description="multiplier for the patch embedding")
+    freeze_last_layer_steps: Count = Field(0, description="steps for which the prototypes stay as they are")
+
+    @model_validator(mode="after")
+    def _groups(self) -> Optim:
+        if self.batch_size % (self.group_size * self.accumulate):
+            raise ValueError(
+                f"batch_size {self.batch_size} must be a multiple of group_size x accumulate "
+                f"({self.group_size} x {self.accumulate} = {self.group_size * self.accumulate})"
+            )
+        return self
+
+
+class Dino(Section):
+    weight: NonNegative = 1.0
+    local_weight: Scheduled = constant(1.0)
+    student_temp: Positive = 0.1
+    teacher_temp: Scheduled = constant(0.07)
+
+
+class Ibot(Section):
+    weight: NonNegative = 1.0
+    mask_probability: Fraction = Field(0.5, description="share of global crops that are masked")
+    mask_ratio: tuple[Fraction, Fraction] = (0.1, 0.5)
+
+
+class Koleo(Section):
+    weight: NonNegative = 0.1
+
+
+class Gram(Section):
+    """Gram anchoring (section 4 of the DINOv3 paper)."""
+
+    weight: Scheduled = constant(2.0)
+    refresh_every: Count = Field(0, description="steps after which the Gram teacher becomes the EMA teacher; 0: never")
+    refresh_most: Count = Field(0, description="refreshes after which there are no more")
+
+
+class Losses(Section):
+    dino: Dino = Dino()
+    ibot: Ibot = Ibot()
+    koleo: Koleo = Koleo()
+    gram: Gram = Gram()
+
+
+class Precision(Section):
+    compute: Literal["fp32", "bf16"] = Field("fp32", description="dtype of the products; losses and updates stay fp32")
+    fp8: Literal["none", "blocks"] = "none"
+
+
+class Parallel(Section):
+    shard: Literal["none", "fsdp"] = "none"
+    activation_checkpointing: bool = False
+    compile: bool = False
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+class Resources(Section):
+    nodes: PositiveInt = 1
+    processes_per_node: PositiveInt = Field(1, description="one per GPU, or as many as the cores are worth")
+    threads: PositiveInt = Field(1, description="CPU threads a process computes with")
+    time_limit_minutes: PositiveInt | None = None
+    partition: str | None = None
+
+
+class Checkpoints(Section):
+    every: PositiveInt = Field(description="steps between two sealed checkpoints")
+    keep_last: PositiveInt = 2
+    keep_every: PositiveInt | None = Field(None, description="keep each checkpoint at a multiple of this")
+
+
+class Health(Section):
+    stall_seconds: Positive = Field(600.0, description="no step for this long: the attempt is hung")
+    notice_seconds: Positive = Field(60.0, description="time between the request to stop and the kill")
+    non_finite_steps: PositiveInt = Field(3, description="consecutive non-finite losses that end the attempt")
+
+
+class PhaseBase(Section):
+    steps: PositiveInt
+    data: Data
+    optim: Optim
+    precision: Precision = Precision()
+    parallel: Parallel = Parallel()
+    resources: Resources = Resources()
+    checkpoints: Checkpoints
+    health: Health = Health()
+
+
+class SslPhase(PhaseBase):
+    """What pretrain, gram and highres have in common."""
+
+    crops: Crops
+    augment: Augment = Augment()
+    losses: Losses = Losses()
+    ema: Scheduled = constant(0.994)
+
+
+class PretrainPhase(SslPhase):
+    kind: Literal["pretrain"]
+    init: str | None = Field(None, description="go on from this checkpoint's full training state")
+    weights: str | None = Field(None, description="begin with this checkpoint's EMA teacher")
+
+
+class GramPhase(SslPhase):
+    kind: Literal["gram"]
+    init: str | None = None
+    weights: str | None = None
+    gram_teacher: str = Field(description="an early checkpoint whose EMA teacher anchors the patch features")
+
+
+class HighresPhase(SslPhase):
+    kind: Literal["highres"]
+    init: str | None = None
+    weights: str | None = None
+    gram_teacher: str
+
+
+class TextTower(Section):
+    """dino.txt's text tower (arXiv 2412.16334): causal, trained from scratch."""
+
+    dim: PositiveInt = 1280
+    depth: PositiveInt = 24
+    heads: PositiveInt = 20
+    ffn_ratio: Positive = 4.0
+    context: PositiveInt = 77
+    vocabulary: PositiveInt = 49408
+
+
+class VisionHead(Section):
+    """Blocks trained on top of the frozen tower; the output is CLS joined with the mean patch."""
+
+    blocks: Count = 2
+    drop_path: Fraction = 0.3
+
+
+class TextPhase(PhaseBase):
+    kind: Literal["text"]
+    vision_tower: str = Field(description="the checkpoint whose EMA teacher's backbone is the frozen vision tower")
+    image_size: PositiveInt = 224
+    embed_dim: PositiveInt = 2048
+    text: TextTower = TextTower()
+    head: VisionHead = VisionHead()
+
+
+Phase = Annotated[PretrainPhase | GramPhase | HighresPhase | TextPhase, Field(discriminator="kind")]
+AnyPhase = PretrainPhase | GramPhase | HighresPhase | TextPhase
+PHASES: dict[str, type[PhaseBase]] = {
+    "pretrain": PretrainPhase, "gram": GramPhase, "highres": HighresPhase, "text": TextPhase,
+}  # fmt: skip
+"""A new kind of phase is a row here and a file in objectives/."""
+
+
+def read_phase(values: Mapping[str, Any]) -> AnyPhase:
+    """A phase as an attempt's YAML holds it. Raises pydantic.ValidationError with every mistake."""
+    return TypeAdapter[AnyPhase](Phase).validate_json(json.dumps(values))
+
+
+class Evaluate(Section):
+    """The table at the end: the trained backbone beside the same one untrained and trivial baselines."""
+
+    split: Literal["validation", "test"] = "test"
+    image_size: PositiveInt = 224
+    batch_size: PositiveInt = 64
+    bootstrap: PositiveInt = Field(2000, description="resamples behind each confidence interval")
+    pictures: Count = Field(8, description="images drawn as patch-PCA and attention heads")
+    data: Data
+    resources: Resources = Resources()
+    health: Health = Health()

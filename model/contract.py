@@ -1,0 +1,324 @@
+"""What the two houses agree on: file names, ends and exit codes, manifests, and the records that pass between them.
+
+No torch, no pydantic: `dinoctl status` imports this and must answer at once. Records are frozen msgspec structs:
+they refuse unknown fields, and JSON is their only form on disk.
+
+A run's directory, every path relative to it:
+
+    events/000001.json                  the log; the state of the run is its fold
+    code/<digest>/model/                the read-only copy of model/ that the attempts run
+    attempts/<n>/attempt.yaml           all that attempt n is told; its only argument
+    attempts/<n>/claim.json             who trains attempt n (published exclusively, before rendezvous)
+    attempts/<n>/closed.json            the controller ended attempt n: nothing it seals from now on counts
+    attempts/<n>/outcome.json           how attempt n ended, in its agent's words
+    attempts/<n>/ranks/<rank>.json      how one rank ended, in its own words
+    attempts/<n>/progress/<chunk>.jsonl what happened at each step (rank 0)
+    attempts/<n>/log/                   agent.log and one file a rank
+    checkpoints/<phase>/<n>/<step>/     shards, then manifest.json: no manifest, no checkpoint
+    data/                               the index of the images
+    watchers/<id>.json                  who keeps this run going, and when they last looked
+    report/                             the table and the pictures
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+FORMAT = 1
+"""Version of everything below. A run directory of a higher format was written by a newer dinoctl and is refused."""
+
+
+class Cause(StrEnum):
+    """Why an attempt ended. Each has its exit code here, its budget in `orchestrator.failures`, its page in runbooks/."""
+
+    DONE = "done"  # every step was trained and the final checkpoint sealed
+    STOPPED = "stopped"  # asked to stop (signal, preemption, time limit), sealed and stopped
+    UNSEALED = "unsealed"  # asked to stop, ended without sealing (second signal, notice too short)
+    CRASHED = "crashed"  # an exception in the trainer
+    USER_ERROR = "user-error"  # the spec or the data asks for something impossible
+    KILLED = "killed"  # a rank was killed from outside (SIGKILL, out of memory)
+    HUNG = "hung"  # no step for longer than `health.stall_seconds`
+    DIVERGED = "diverged"  # the loss stayed non-finite
+    BAD_DATA = "bad-data"  # more unreadable images than `data.max_skip_rate`
+    DISK_FULL = "disk-full"  # no space to write a checkpoint or a record
+    BAD_CHECKPOINT = "bad-checkpoint"  # no checkpoint of those named could be read
+    STORE_LOST = "store-lost"  # the run directory could not be reached for longer than the lease
+    SUPERSEDED = "superseded"  # another process holds this attempt's claim, or the controller closed it
+    VANISHED = "vanished"  # the launcher knows nothing of it any more and it left no outcome (infrastructure)
+    NOT_LAUNCHED = "not-launched"  # the launcher refused it, or whoever meant to launch it died first
+
+
+EXIT_CODES: dict[Cause, int] = {
+    Cause.DONE: 0,
+    Cause.CRASHED: 1,
+    Cause.USER_ERROR: 2,
+    Cause.STOPPED: 80,
+    Cause.UNSEALED: 81,
+    Cause.KILLED: 82,
+    Cause.HUNG: 83,
+    Cause.DIVERGED: 84,
+    Cause.BAD_DATA: 85,
+    Cause.DISK_FULL: 86,
+    Cause.BAD_CHECKPOINT: 87,
+    Cause.STORE_LOST: 88,
+    Cause.SUPERSEDED: 89,
+}
+"""What the agent exits with. VANISHED and NOT_LAUNCHED are the controller's own findings and have none."""
+
+CAUSES: dict[int, Cause] = {code: cause for cause, code in EXIT_CODES.items()}
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of everything that is written to a run directory as JSON."""
+
+
+class CheckpointRef(Record, frozen=True):
+    """A sealed checkpoint: `<run>/checkpoints/<phase>/<attempt>/<step>`, the state after `step` updates of `phase`."""
+
+    run: str  # absolute path or URI of the run directory that holds it
+    phase: str
+    attempt: int
+    step: int
+
+    @property
+    def path(self) -> str:
+        return f"{self.run}/{checkpoint_dir(self.phase, self.attempt, self.step)}"
+
+    def __str__(self) -> str:
+        return f"{self.phase}@{self.step} (attempt {self.attempt})"
+
+
+class File(Record, frozen=True):
+    """One file of a checkpoint. `path` is relative to the run directory: a frozen network is stored once and referred to."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class Attempt(Record, frozen=True):
+    """`attempt.yaml`: all that an attempt is told, resolved, immutable; the only argument of agent and trainer."""
+
+    format: int
+    run: str  # the run's name
+    run_id: str  # hex, drawn once, in the run's first event
+    run_dir: str  # absolute path or URI
+    attempt: int  # 1, 2, 3 ... over the whole run
+    phase: str  # its name in the spec, or EVALUATE
+    launch_name: str  # <run>-<8 hex of run_id>-<phase>-<attempt>, at most 63 characters
+    seed: int
+    model: dict[str, Any]  # model.config.Model
+    settings: dict[str, Any]  # model.config's phase of that kind, or its Evaluate
+    inputs: dict[str, CheckpointRef]  # init, weights, gram_teacher, vision_tower: those the phase names, pinned
+    resume: list[CheckpointRef]  # of this phase, newest first: the one to go on from and its fallbacks; empty: step 0
+    keep_steps: list[int]  # checkpoints of this phase that something refers to: never pruned
+    nodes: int
+    processes_per_node: int
+    threads: int
+    code_dir: str  # the read-only copy: PYTHONPATH of everything that the agent starts for training
+    on_end: list[str]  # the command that the agent runs as its last act (a tick), in its own environment
+    spec_digest: str
+    code_digest: str
+    watch_seconds: float = 1.0  # how often the agent looks at its processes; progress chunks are at most this frequent
+
+
+class Manifest(Record, frozen=True):
+    """`manifest.json`: published last, and alone what makes a folder a checkpoint."""
+
+    format: int
+    run_id: str
+    phase: str
+    attempt: int
+    step: int
+    parts: dict[
+        str, list[File]
+    ]  # student, optimizer, teacher_backbone, teacher_heads, gram_teacher, loop: those it has
+    loop: dict[str, Any]  # everything that is not a tensor: step, clocks, counters
+    model: dict[str, Any]  # architecture, patch size, normalisation, dtypes: an evaluation needs no spec
+    world: dict[str, int]  # nodes, processes
+    spec_digest: str
+    code_digest: str
+    versions: dict[str, str]  # torch, numpy, python
+    sealed_at: float
+    nonce: str
+
+
+class Claim(Record, frozen=True):
+    """Who trains an attempt. `started` is the process's start time: a pid alone may be somebody else's by now."""
+
+    launch_name: str
+    host: str
+    boot_id: str
+    pid: int
+    started: float
+    nonce: str
+
+
+class Outcome(Record, frozen=True):
+    """How an attempt ended, published by its agent as its last word."""
+
+    cause: Cause
+    message: str  # one line for a person
+    step: int | None  # updates done when it ended, where known
+    detail: str = ""  # traceback or log tail, for `status` and `logs`
+    ended_at: float = 0.0
+    nonce: str = ""
+
+
+class RankEnd(Record, frozen=True):
+    """How one rank ended, in its own words; a rank that was killed leaves none."""
+
+    cause: Cause
+    message: str
+    step: int | None
+    detail: str = ""
+
+
+class Closed(Record, frozen=True):
+    """The controller ended this attempt. `steps` are its sealed checkpoints that count; later ones do not."""
+
+    steps: list[int]
+    nonce: str
+
+
+class Step(Record, frozen=True):
+    """One line of a progress chunk."""
+
+    step: int  # updates done, this one included
+    steps: int  # updates of the phase
+    time: float  # seconds since the epoch, when the step ended
+    images_per_second: float
+    metrics: dict[str, float]  # loss terms by name, learning rate, health; only those due at this step
+    note: str = ""  # for a person: "sealed 500", "skipped 3 images: ..."
+
+
+class Watcher(Record, frozen=True):
+    """A dinoctl process that keeps a run going. `every` is how often it looks: silent for much longer means gone."""
+
+    host: str
+    boot_id: str
+    pid: int
+    started: float
+    command: str
+    seen_at: float
+    every: float
+
+
+def read_attempt(data: bytes, where: str) -> Attempt:
+    """An attempt from the bytes of its YAML."""
+    try:
+        return msgspec.yaml.decode(data, type=Attempt)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise ContractError(f"{where}: not an attempt that this version of dinoctl writes: {error}") from error
+
+
+T = TypeVar("T", bound=Record)
+
+
+def encode(record: Record) -> bytes:
+    """The record as JSON, one line, for a file or a progress chunk."""
+    return msgspec.json.encode(record)
+
+
+def decode(data: bytes | str, kind: type[T], where: str) -> T:
+    """The record that `data` holds. Raises ContractError naming `where` if it is torn or of another shape."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise ContractError(f"{where}: not a {kind.__name__} that this version of dinoctl writes: {error}") from error
+
+
+class ContractError(ValueError):
+    """A file in a run directory is torn or was written by another version."""
+
+
+# File names, relative to the run directory.
+
+
+def event_file(number: int) -> str:
+    return f"events/{number:06d}.json"
+
+
+def attempt_dir(attempt: int) -> str:
+    return f"attempts/{attempt}"
+
+
+def attempt_yaml(attempt: int) -> str:
+    return f"attempts/{attempt}/attempt.yaml"
+
+
+def claim_file(attempt: int) -> str:
+    return f"attempts/{attempt}/claim.json"
+
+
+def closed_file(attempt: int) -> str:
+    return f"attempts/{attempt}/closed.json"
+
+
+def outcome_file(attempt: int) -> str:
+    return f"attempts/{attempt}/outcome.json"
+
+
+def rank_file(attempt: int, rank: int) -> str:
+    return f"attempts/{attempt}/ranks/{rank}.json"
+
+
+def progress_dir(attempt: int) -> str:
+    return f"attempts/{attempt}/progress"
+
+
+def progress_chunk(attempt: int, chunk: int) -> str:
+    return f"attempts/{attempt}/progress/{chunk:06d}.jsonl"
+
+
+def log_dir(attempt: int) -> str:
+    return f"attempts/{attempt}/log"
+
+
+def checkpoint_dir(phase: str, attempt: int, step: int) -> str:
+    return f"checkpoints/{phase}/{attempt}/{step}"
+
+
+def manifest_file(phase: str, attempt: int, step: int) -> str:
+    return f"{checkpoint_dir(phase, attempt, step)}/manifest.json"
+
+
+EVENTS_DIR = "events"
+WATCHERS_DIR = "watchers"
+REPORT_DIR = "report"
+REPORT_FILE = "report/report.json"
+EVALUATE = "evaluate"
+"""The stage after the last phase. It has attempts like a phase, and no phase may take its name."""
+
+
+def cache_dir() -> Path:
+    """Where downloaded images are kept: $XDG_CACHE_HOME/dinoctl, or ~/.cache/dinoctl."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dinoctl"
+
+
+def new_nonce() -> str:
+    return os.urandom(8).hex()
+
+
+def boot_id() -> str:
+    """Tells one boot of a machine from the next, so that an old pid is never taken for a live process."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return "unknown"
+
+
+def hostname() -> str:
+    return socket.gethostname()
+
+
+def now() -> float:
+    """The wall clock, in one place so that a reader finds every use of it."""
+    return time.time()

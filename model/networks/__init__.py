@@ -1,0 +1,1 @@
+"""The networks, readable beside the papers."""

@@ -1,0 +1,1 @@
+"""What a phase kind optimises: one file a family of kinds."""

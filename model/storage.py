@@ -1,0 +1,145 @@
+"""Files that are published once, read, listed and removed: the one door to the store of a run.
+
+Today that store is a POSIX file system; a bucket comes with the checkpoints on S3, behind these same functions.
+Paths are strings, as a URI would be.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from model.contract import new_nonce
+
+
+class StoreError(OSError):
+    """The store did not do what was asked; the message says what, where and, if known, why."""
+
+
+class AlreadyPublished(StoreError):  # noqa: N818 - not an error of the store: somebody was first
+    """The name is taken, by other bytes than ours."""
+
+
+class DiskFullError(StoreError):
+    """No space, or no quota, left."""
+
+
+def is_uri(path: str) -> bool:
+    return "://" in path
+
+
+def local(path: str) -> Path:
+    """`path` on this machine's file system. Raises StoreError for a bucket, which dinoctl cannot reach yet."""
+    if is_uri(path):
+        raise StoreError(f"{path}: a run on a bucket is not there yet; name a folder that all workers see")
+    return Path(path)
+
+
+@contextmanager
+def _named(path: Path | str, doing: str) -> Iterator[None]:
+    """Errors of the operating system under this block become ours, with the path and what was being done."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreError
+        raise kind(error.errno, f"{doing} {path}: {error.strerror or error}") from error
+
+
+def publish(path: str, data: bytes) -> None:
+    """Create `path` with `data`, whole or not at all, on disk when this returns.
+
+    The name is taken exclusively (link(2) never replaces). A retry that finds its own bytes there has succeeded.
+    Raises AlreadyPublished if the name is taken by other bytes, DiskFullError, StoreError.
+    """
+    target = local(path)
+    with _named(target, "publishing"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f".{target.name}.{new_nonce()}.tmp"
+        try:
+            _write(temporary, data)
+            try:
+                os.link(temporary, target)
+            except FileExistsError:
+                if target.read_bytes() != data:
+                    raise AlreadyPublished(errno.EEXIST, f"{target} is there already") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_dir(target.parent)
+
+
+def replace(path: str, data: bytes) -> None:
+    """Write `path`, whole, over what is there. For what nobody decides by: heartbeats and caches."""
+    target = local(path)
+    with _named(target, "writing"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f".{target.name}.{new_nonce()}.tmp"
+        try:
+            _write(temporary, data)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_dir(path: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(path: str, start: int = 0, length: int | None = None) -> bytes:
+    """`length` bytes from `start` (to the end if None). Raises FileNotFoundError if there is no such file."""
+    target = local(path)
+    try:
+        with _named(target, "reading"), target.open("rb") as file:
+            file.seek(start)
+            return file.read() if length is None else file.read(length)
+    except StoreError as error:
+        if error.errno == errno.ENOENT:
+            raise FileNotFoundError(error.errno, f"no such file: {target}") from error
+        raise
+
+
+def exists(path: str) -> bool:
+    return local(path).exists()
+
+
+def names(path: str) -> list[str]:
+    """The names in a folder, sorted; none if it is not there. Half-written files are not shown."""
+    try:
+        with _named(path, "listing"):
+            return sorted(name for name in os.listdir(local(path)) if not name.startswith("."))
+    except StoreError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return []
+        raise
+
+
+def remove(path: str) -> None:
+    """Remove one file; nothing if it is not there."""
+    target = local(path)
+    with _named(target, "removing"):
+        target.unlink(missing_ok=True)
+
+
+def remove_tree(path: str) -> None:
+    """Remove a folder and what is in it; nothing if it is not there."""
+    target = local(path)
+    with _named(target, "removing"):
+        if target.exists():
+            shutil.rmtree(target)

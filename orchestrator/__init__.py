@@ -1,0 +1,1 @@
+"""dinoctl's control plane: runs on a laptop or a login node and never imports torch."""

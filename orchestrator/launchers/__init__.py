@@ -1,0 +1,1 @@
+"""One file a launcher; `base.py` says what each of them has to do."""
