@@ -36,7 +36,7 @@ FORMAT = 1
 
 
 class Cause(StrEnum):
-    """Why an attempt ended. Each has its exit code here, its budget in `orchestrator.failures`, its page in runbooks/."""
+    """Why an attempt ended. Each has an exit code here, a budget in `orchestrator.failures`, a page in runbooks/."""
 
     DONE = "done"  # every step was trained and the final checkpoint sealed
     STOPPED = "stopped"  # asked to stop (signal, preemption, time limit), sealed and stopped
@@ -96,7 +96,7 @@ class CheckpointRef(Record, frozen=True):
 
 
 class File(Record, frozen=True):
-    """One file of a checkpoint. `path` is relative to the run directory: a frozen network is stored once and referred to."""
+    """One file of a checkpoint. `path` is relative to the run directory, so that a frozen network is stored once."""
 
     path: str
     bytes: int
@@ -127,6 +127,10 @@ class Attempt(Record, frozen=True):
     spec_digest: str
     code_digest: str
     watch_seconds: float = 1.0  # how often the agent looks at its processes; progress chunks are at most this frequent
+
+
+PARTS = ("student", "optimizer", "teacher_backbone", "teacher_heads", "gram_teacher", "loop")
+"""What a checkpoint is made of. Loads, copies and pins name parts. A text phase's trained networks are its student."""
 
 
 class Manifest(Record, frozen=True):

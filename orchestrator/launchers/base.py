@@ -1,0 +1,60 @@
+"""What a launcher does: render, submit, observe, cancel. Nothing more is known of a scheduler outside its file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+from model.contract import Attempt
+
+
+class LaunchState(StrEnum):
+    """What a launcher knows of an attempt now. UNKNOWN (it did not answer) decides nothing."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    ENDED = "ended"  # it was there and is over
+    ABSENT = "absent"  # nothing of that name is or, as far as the launcher remembers, was there
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Query:
+    """One attempt to look up: by handle if it was launched, else by name, adopted only if run id and digest match."""
+
+    run_dir: str
+    run_id: str
+    attempt: int
+    launch_name: str
+    digest: str
+    handle: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Observation:
+    """The answer to a query. `detail` is for a person: the queue's reason, the node, the pid."""
+
+    state: LaunchState
+    handle: dict[str, Any] | None = None
+    detail: str = ""
+
+
+class LaunchError(RuntimeError):
+    """The launcher refused an attempt; the message says what to do."""
+
+
+class Launcher(Protocol):
+    def render(self, attempt: Attempt, digest: str) -> str:
+        """What `submit` would send, as text. Pure: a dry run prints exactly this."""
+
+    def submit(self, attempt: Attempt, digest: str) -> dict[str, Any]:
+        """Start it and return its handle. Raises LaunchError."""
+
+    def observe(self, queries: Sequence[Query]) -> list[Observation]:
+        """One answer a query, in order, with one question to the cluster however many there are. Never raises for a
+        cluster that does not answer: that is UNKNOWN."""
+
+    def cancel(self, query: Query, *, hard: bool) -> None:
+        """Ask it to seal and stop, or (`hard`) end all its processes at once. Nothing if it is gone."""
