@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -292,6 +293,24 @@ def checkpoint_dir(phase: str, attempt: int, step: int) -> str:
 
 def manifest_file(phase: str, attempt: int, step: int) -> str:
     return f"{checkpoint_dir(phase, attempt, step)}/manifest.json"
+
+
+# Between the agent of a node and its ranks: files on the node's own disk, as a bucket is too slow to ask every step.
+
+
+def scratch_dir(launch_name: str) -> Path:
+    """The node-local folder of one attempt; the launch name is its own, so nothing stale can be there."""
+    return Path(tempfile.gettempdir()) / f"dinoctl-{os.getuid()}" / launch_name
+
+
+def stop_file(launch_name: str) -> Path:
+    """The agent makes it to ask its ranks to seal and stop; each rank looks at every step."""
+    return scratch_dir(launch_name) / "stop"
+
+
+def pulse_file(launch_name: str, rank: int) -> Path:
+    """A rank touches it at every step; the agent calls the attempt hung when none was touched for too long."""
+    return scratch_dir(launch_name) / f"pulse-{rank}"
 
 
 EVENTS_DIR = "events"

@@ -110,17 +110,17 @@ Event = (
     | RunFailed
 )
 
-_encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder(Event).decode
+_encoder = msgspec.json.Encoder()
+_decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
 
 
 def encode(event: Event) -> bytes:
-    return _encode(event)
+    return _encoder.encode(event)
 
 
 def decode(data: bytes, where: str) -> Event:
     """Raises ContractError naming `where` if the event is torn or was written by a newer dinoctl."""
     try:
-        return _decode(data)
+        return _decoder.decode(data)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise ContractError(f"{where}: not an event that this version of dinoctl knows: {error}") from error
