@@ -1,0 +1,147 @@
+"""What a phase optimises, as the training loop sees it: one protocol for every kind of phase.
+
+The loop asks no objective what kind it is. One step is
+
+    targets = objective.targets(batch, moment)                          no grad, whole local batch, all collectives
+    for micro-batch [a, b):
+        terms = objective.loss(batch.slice(a, b), targets.slice(a, b), moment)
+        terms["total"].backward()
+    sum the gradients over the ranks, clip, optimizer step
+    objective.after_step(moment)
+
+A loss of a micro-batch is its share of the global loss: micro-batches and ranks *sum* to it, so the number of either
+changes nothing (Sinkhorn or a contrastive loss on each micro-batch alone would).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+
+from torch import Tensor, nn
+
+from model import config
+
+if TYPE_CHECKING:
+    from model.data.views import PairViews, SslViews
+
+State = dict[str, Tensor]
+"""Tensors by name: one part of a checkpoint."""
+
+ReadPart = Callable[[str], State]
+"""Gives a part (a name of contract.PARTS) of the checkpoint that is handed over."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a step happens. Schedules run on `step` of `steps`, draws on `clock`."""
+
+    step: int  # updates of this phase done before this one
+    steps: int  # updates of the whole phase
+    clock: int  # updates since the origin, the phase in which the chain of `init` hand-offs began
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks of an objective by what happens to them. None is in two of `trained` and `frozen`."""
+
+    trained: dict[str, nn.Module]  # by name: gradients are clipped for each apart
+    ema: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)  # (student, teacher); empty without a teacher
+    frozen: dict[str, nn.Module] = field(default_factory=dict)  # teachers included: moved to the device, never trained
+
+
+class Slices(Protocol):
+    """A record of per-image tensors that can be cut into micro-batches."""
+
+    def slice(self, start: int, stop: int) -> Self:
+        """The images [start, stop) of the local batch, which must begin and end with a group."""
+        ...
+
+
+B_contra = TypeVar("B_contra", bound=Slices, contravariant=True)
+T = TypeVar("T", bound=Slices)
+
+
+class Objective(Protocol[B_contra, T]):
+    """What a kind of phase optimises, over batches B that its `views` make and targets T of its own."""
+
+    def networks(self) -> Networks:
+        """The same modules at every call; the caller moves them to the device, in place."""
+        ...
+
+    def views(self, clock: int) -> SslViews | PairViews:
+        """What the loader makes of each image at that step."""
+        ...
+
+    def targets(self, batch: B_contra, moment: Moment) -> T:
+        """What the losses need of the whole local batch, without gradients. The one place for collectives."""
+        ...
+
+    def loss(self, batch: B_contra, targets: T, moment: Moment) -> dict[str, Tensor]:
+        """fp32 scalars by name, and their weighted sum `total`, for one micro-batch: its share of the global loss."""
+        ...
+
+    def after_step(self, moment: Moment) -> None:
+        """What follows the optimizer's update: EMA, Gram refresh. `moment` is the one that the step began with."""
+        ...
+
+    def state(self) -> dict[str, State]:
+        """The networks' tensors by part (names of contract.PARTS, without `optimizer` and `loop`), not copied."""
+        ...
+
+    def load(self, part: str, tensors: State) -> None:
+        """Restore one part. Raises ValueError that lists the missing and the unexpected names, if there are any."""
+        ...
+
+    def frozen_parts(self) -> set[str]:
+        """Parts that have not changed since the phase began: a checkpoint stores them once."""
+        ...
+
+    def take(self, name: str, read: ReadPart) -> None:
+        """Hand-off at the phase's first step: `name` is init, weights, gram_teacher or vision_tower, as in the spec.
+        Raises ValueError for a name that this kind of phase does not take."""
+        ...
+
+
+def build(settings: config.AnyPhase, model: config.Model, seed: int, origin: str) -> Objective[Any, Any]:
+    """The objective of a phase, its networks freshly initialised from `seed`; `origin` names the streams of draws."""
+    # Imported here, as the objectives import this module.
+    if isinstance(settings, config.TextPhase):
+        from model.objectives.text import TextObjective
+
+        return TextObjective(settings, model, seed, origin)
+    from model.objectives.ssl import SslObjective
+
+    return SslObjective(settings, model, seed, origin)
+
+
+def load_strictly(networks: dict[str, nn.Module], tensors: State, part: str) -> None:
+    """Copy `tensors`, named `<network>.<name in its state_dict>`, into the networks, in place.
+
+    Raises ValueError that lists every missing or unexpected name and every wrong shape; nothing is changed then.
+    """
+    own = network_state(networks)
+    mistakes = [f"missing {name}" for name in sorted(own.keys() - tensors.keys())]
+    mistakes += [f"unexpected {name}" for name in sorted(tensors.keys() - own.keys())]
+    mistakes += [
+        f"{name} is {list(tensors[name].shape)} and not {list(own[name].shape)}"
+        for name in sorted(own.keys() & tensors.keys())
+        if own[name].shape != tensors[name].shape
+    ]
+    if mistakes:
+        raise ValueError(
+            f"{part} does not fit these networks: {'; '.join(mistakes)}. "
+            "The checkpoint was made with another `model` section than this phase's"
+        )
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+
+
+def network_state(networks: dict[str, nn.Module]) -> State:
+    """The networks' state_dicts as one, each name led by its network's. The tensors share the networks' memory."""
+    return {
+        f"{network}.{name}": tensor.detach()
+        for network, module in networks.items()
+        for name, tensor in module.state_dict().items()
+    }
