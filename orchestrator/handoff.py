@@ -1,0 +1,155 @@
+"""References to checkpoints, what each kind of phase takes, and which checkpoint a reference means.
+
+Works on the resolved spec as a plain mapping, without pydantic, since every tick of the controller comes this way.
+Grammar of a reference: `<phase>@<step>`, `<phase>@final` or `<phase>@best(<metric>)`, of this run or, with
+`RUN_OR_URI#` before it, of another. `@N` is the state after N updates of that phase.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from model.contract import EVALUATE, PARTS, CheckpointRef
+
+SSL_KINDS = ("pretrain", "gram", "highres")
+
+TAKES: dict[str, tuple[str, ...]] = {
+    "pretrain": ("init", "weights"),
+    "gram": ("init", "weights", "gram_teacher"),
+    "highres": ("init", "weights", "gram_teacher"),
+    "text": ("vision_tower",),
+}
+"""What a phase of each kind may take. `init` and `weights` exclude each other."""
+
+PARTS_TAKEN: dict[str, tuple[str, ...]] = {
+    "init": PARTS,
+    "weights": ("teacher_backbone", "teacher_heads"),
+    "gram_teacher": ("teacher_backbone",),
+    "vision_tower": ("teacher_backbone",),
+}
+"""The parts of a checkpoint that each input reads; a pin has to keep no others."""
+
+GRAMMAR = "<phase>@<step>, <phase>@final or RUN#<phase>@<step>"
+
+_REFERENCE = re.compile(
+    r"(?:(?P<run>[^#]+)#)?(?P<phase>[A-Za-z0-9_.-]+)@(?:(?P<step>[0-9]{1,15})|(?P<final>final)|best\((?P<best>[^()]+)\))"
+)
+
+Spec = Mapping[str, Any]
+Accepted = Mapping[str, Sequence[tuple[int, int]]]
+"""Phase -> (attempt, step) of each sealed checkpoint that counts."""
+
+
+class HandoffError(ValueError):
+    """A reference that cannot be read or met; the message says which one and what to do."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """`step` is None for `final` and for `best`; `best` names a metric; `run` is None for this run."""
+
+    phase: str
+    step: int | None = None
+    best: str | None = None
+    run: str | None = None
+
+    def __str__(self) -> str:
+        at = f"best({self.best})" if self.best else "final" if self.step is None else str(self.step)
+        return f"{self.run + '#' if self.run else ''}{self.phase}@{at}"
+
+
+def parse(text: str) -> Reference:
+    """The reference that `text` writes. Raises HandoffError with the grammar."""
+    match = _REFERENCE.fullmatch(text.strip())
+    if match is None:
+        raise HandoffError(f"not a reference to a checkpoint: {text!r}; write {GRAMMAR}")
+    step = match["step"]
+    return Reference(match["phase"], int(step) if step else None, match["best"], match["run"])
+
+
+def references(spec: Spec, phase: str) -> dict[str, Reference]:
+    """What `phase` takes, by input. The evaluation takes the last SSL phase's backbone and the last text phase."""
+    if phase == EVALUATE:
+        return _evaluated(spec)
+    settings = spec["phases"][phase]
+    written = {name: settings.get(name) for name in TAKES[settings["kind"]]}
+    return {name: parse(text) for name, text in written.items() if text is not None}
+
+
+def _evaluated(spec: Spec) -> dict[str, Reference]:
+    kinds = {name: settings["kind"] for name, settings in spec["phases"].items()}
+    ssl = [name for name, kind in kinds.items() if kind in SSL_KINDS]
+    text = [name for name, kind in kinds.items() if kind == "text"]
+    found = {"backbone": ssl[-1:], "text": text[-1:]}
+    return {name: Reference(phases[0]) for name, phases in found.items() if phases}
+
+
+def step_of(spec: Spec, reference: Reference) -> int:
+    """The step that a reference to a phase of this run means."""
+    if reference.best is not None:
+        raise HandoffError(f"{reference}: choosing a checkpoint by a metric is not there yet; name a step or `final`")
+    return int(spec["phases"][reference.phase]["steps"]) if reference.step is None else reference.step
+
+
+def is_saved(spec: Spec, phase: str, step: int) -> bool:
+    """Whether `phase` seals a checkpoint at `step`: at each multiple of checkpoints.every and at its end."""
+    settings = spec["phases"][phase]
+    return bool(0 < step <= settings["steps"]) and (
+        step == settings["steps"] or step % settings["checkpoints"]["every"] == 0
+    )
+
+
+def nearest_saved(spec: Spec, phase: str, step: int) -> list[int]:
+    """The saved steps on both sides of one that is not."""
+    settings = spec["phases"][phase]
+    every, last = settings["checkpoints"]["every"], settings["steps"]
+    below = min(step, last) // every * every
+    return [near for near in sorted({below, min(below + every, last)}) if is_saved(spec, phase, near)]
+
+
+def keep_steps(spec: Spec, phase: str) -> list[int]:
+    """The steps of `phase` that are never pruned, ascending: its last, and those that another phase refers to."""
+    kept = {int(spec["phases"][phase]["steps"])}
+    for other in spec["phases"]:
+        for reference in references(spec, other).values():
+            if reference.run is None and reference.phase == phase:
+                kept.add(step_of(spec, reference))
+    return sorted(kept)
+
+
+def inputs(
+    spec: Spec,
+    phase: str,
+    accepted: Accepted,
+    *,
+    run: str,
+    other: Callable[[Reference], CheckpointRef] | None = None,
+) -> dict[str, CheckpointRef]:
+    """The checkpoint behind each input of `phase`.
+
+    accepted: the checkpoints of this run that count; of several attempts that sealed a step, the newest's is taken.
+    run: path or URI of this run's directory. other: finds the checkpoint of a reference to another run.
+    Raises HandoffError for a reference that cannot be met: a phase never begins without what it names.
+    """
+    found = {}
+    for name, reference in references(spec, phase).items():
+        if reference.run is None:
+            found[name] = _own(spec, reference, accepted, run)
+        elif other is None:
+            raise HandoffError(f"{phase}.{name}: {reference} is of another run, which cannot be read here")
+        else:
+            found[name] = other(reference)
+    return found
+
+
+def _own(spec: Spec, reference: Reference, accepted: Accepted, run: str) -> CheckpointRef:
+    step = step_of(spec, reference)
+    sealed = accepted.get(reference.phase, ())
+    attempts = [attempt for attempt, at in sealed if at == step]
+    if not attempts:
+        steps = ", ".join(str(at) for at in sorted({at for _, at in sealed})) or "none"
+        raise HandoffError(f"{reference}: no such checkpoint; phase {reference.phase} has sealed steps: {steps}")
+    return CheckpointRef(run=run, phase=reference.phase, attempt=max(attempts), step=step)
