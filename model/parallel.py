@@ -1,0 +1,82 @@
+"""What the processes of an attempt say to each other: sums, gathers, gradients.
+
+Every function is a no-op of the same meaning in a process that joined no group, so that losses and tests need no
+special case. Nothing here carries a gradient: losses are written so that micro-batches and ranks sum to the global
+loss, and the gradients are summed once, at the end of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+
+def join(backend: str) -> Store:
+    """Join the group that torchrun's environment describes and return the rendezvous store (for `model.stopping`).
+
+    The ranks' collectives use a name space of their own within that store.
+    """
+    store: Store
+    store, own_rank, size = next(rendezvous("env://"))
+    group_store = PrefixStore("group", store)
+    distributed.init_process_group(backend, store=group_store, rank=own_rank, world_size=size)
+    return store
+
+
+def leave() -> None:
+    """Leave the group, if this process is in one."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def rank() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def world() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum of every rank's `tensor` (same shape and dtype on all), as a new tensor without gradient."""
+    total = tensor.detach().clone(memory_format=torch.contiguous_format)
+    if distributed.is_initialized():
+        distributed.all_reduce(total)
+    return total
+
+
+def all_gather(tensor: Tensor, dim: int = 0) -> Tensor:
+    """Every rank's `tensor` (same shape and dtype on all), joined along `dim` in rank order, without gradient."""
+    own = tensor.detach().contiguous()
+    if not distributed.is_initialized():
+        return own.clone()
+    parts = [torch.empty_like(own) for _ in range(world())]
+    distributed.all_gather(parts, own)
+    return torch.cat(parts, dim)
+
+
+def reduce_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Sum the gradients over all ranks, in place; every rank names the same parameters in the same order.
+
+    One flat buffer for each dtype, so that the order of the additions depends on the layout alone. A parameter
+    without a gradient gets zeros: it may have one on another rank, and the optimizer must do the same in any layout.
+    """
+    by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        by_dtype.setdefault(parameter.grad.dtype, []).append(parameter)
+    if not distributed.is_initialized():
+        return
+    for group in by_dtype.values():
+        gradients = [parameter.grad for parameter in group if parameter.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        distributed.all_reduce(flat)
+        start = 0
+        for gradient in gradients:
+            gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
+            start += gradient.numel()
