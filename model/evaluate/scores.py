@@ -1,0 +1,123 @@
+"""Scores of frozen features. Each gives, for every held-out image, the counts that the score is made of.
+
+A `Counts` array is [n, k] (n held-out images); a score is a function of its column sums. So any resample of images is
+scored by adding rows, which is what the bootstrap does (`model.evaluate.bootstrap`).
+
+Protocols: k-NN as in DINO (arXiv 2104.14294, section 4.2: cosine similarity, votes weighted by exp(s / 0.07)), linear
+probe by L2-regularised logistic regression, dense probe by ridge regression on single patches, recall at 1 for
+retrieval.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import GroupKFold
+from sklearn.preprocessing import StandardScaler
+
+Floats: TypeAlias = NDArray[np.floating[Any]]
+Ints: TypeAlias = NDArray[np.int64]
+Counts: TypeAlias = NDArray[np.float64]
+
+NEIGHBOURS = 10
+TEMPERATURE = 0.07
+REGULARISATIONS = (0.001, 0.01, 0.1, 1.0)
+"""Candidates for logistic regression's C, chosen by cross-validation on the training images alone."""
+
+
+def mean_score(sums: Counts) -> float:
+    """For counts [right, asked]: percent right. `sums` is [2]."""
+    return float(100.0 * sums[0] / sums[1])
+
+
+def mean_iou(sums: Counts) -> float:
+    """For counts [intersection, union] of foreground, then of background: mean IoU in percent. `sums` is [4]."""
+    return float(100.0 * 0.5 * (sums[0] / sums[1] + sums[2] / sums[3]))
+
+
+def _asked(right: NDArray[np.bool_]) -> Counts:
+    return np.stack([right.astype(np.float64), np.ones(len(right))], axis=1)
+
+
+def unit(features: Floats) -> Floats:
+    """Rows of length 1. `features` is [n, d]."""
+    norms = np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
+    return np.asarray(features / norms)
+
+
+def knn(train: Floats, train_labels: Ints, test: Floats, test_labels: Ints, neighbours: int = NEIGHBOURS) -> Counts:
+    """Weighted k-nearest-neighbour classification. Features [n, d], labels [n]; counts [m, 2] (right, asked)."""
+    similarity = unit(test) @ unit(train).T
+    nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :neighbours]
+    weights = np.exp(np.take_along_axis(similarity, nearest, axis=1) / TEMPERATURE)
+    votes = np.zeros((len(test), int(train_labels.max()) + 1))
+    for column in range(nearest.shape[1]):
+        np.add.at(votes, (np.arange(len(test)), train_labels[nearest[:, column]]), weights[:, column])
+    return _asked(votes.argmax(axis=1) == test_labels)
+
+
+def majority(train_labels: Ints, test_labels: Ints) -> Counts:
+    """What always answering the commonest training label scores."""
+    return _asked(test_labels == np.bincount(train_labels).argmax())
+
+
+def linear_probe(train: Floats, train_labels: Ints, train_groups: Ints, test: Floats, test_labels: Ints) -> Counts:
+    """Logistic regression on standardised features; its C by 3-fold cross-validation over near-duplicate groups."""
+    scaler = StandardScaler().fit(train)
+    inputs, held_out = scaler.transform(train), scaler.transform(test)
+
+    def validated(c: float) -> float:
+        folds = GroupKFold(n_splits=3).split(inputs, train_labels, train_groups)
+        return float(
+            np.mean([_logistic(c, inputs[a], train_labels[a]).score(inputs[b], train_labels[b]) for a, b in folds])
+        )
+
+    best = max(REGULARISATIONS, key=validated)
+    return _asked(_logistic(best, inputs, train_labels).predict(held_out) == test_labels)
+
+
+def _logistic(c: float, inputs: Floats, labels: Ints) -> LogisticRegression:
+    with warnings.catch_warnings():
+        # A candidate that has not converged in 300 iterations is judged as it is, by the same cross-validation.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return LogisticRegression(C=c, max_iter=300).fit(inputs, labels)
+
+
+def dense_probe(
+    train: Sequence[Floats], train_masks: Sequence[NDArray[np.bool_]], test: Sequence[Floats],
+    test_masks: Sequence[NDArray[np.bool_]], strength: float = 1.0,
+) -> Counts:  # fmt: skip
+    """Foreground from single patches by ridge regression on their features.
+
+    Per image: features [patches, d] and masks [patches]. Counts are [m, 4]: intersection and union of the foreground,
+    then of the background, in patches.
+    """
+    inputs = np.concatenate(train)
+    scaler = StandardScaler().fit(inputs)
+    probe = Ridge(alpha=strength * len(inputs)).fit(scaler.transform(inputs), np.concatenate(train_masks) * 2.0 - 1.0)
+    rows = []
+    for features, mask in zip(test, test_masks, strict=True):
+        said = probe.predict(scaler.transform(features)) > 0
+        rows.append([(said & mask).sum(), (said | mask).sum(), (~said & ~mask).sum(), (~said | ~mask).sum()])
+    return np.asarray(rows, dtype=np.float64)
+
+
+def retrieval(queries: Floats, gallery: Floats, query_keys: Ints, gallery_keys: Ints) -> Counts:
+    """Recall at 1 by cosine similarity: is the nearest of the gallery one of the query's own? Counts [n, 2].
+
+    Keys [n] say what belongs together: near-duplicate groups for instances, equal texts for captions.
+    """
+    nearest = (unit(queries) @ unit(gallery).T).argmax(axis=1)
+    return _asked(gallery_keys[nearest] == query_keys)
+
+
+def chance(query_keys: Ints, gallery_keys: Ints) -> Counts:
+    """What retrieval scores on average if it draws at random: the share of the gallery that is the query's own."""
+    own = (query_keys[:, None] == gallery_keys[None, :]).mean(axis=1)
+    return np.stack([own, np.ones(len(own))], axis=1)
