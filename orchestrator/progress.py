@@ -1,0 +1,77 @@
+"""Reads what the attempts recorded: chunks of one line a step, `attempts/<n>/progress/<chunk>.jsonl`.
+
+A chunk is published whole and never changes, so a reader remembers only how many it has read. Two attempts of a phase
+may both have trained a step (the second resumed from a checkpoint before it); the step belongs to the later one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from model import contract, storage
+from model.contract import Step
+
+
+@dataclass(frozen=True)
+class Owned:
+    """A step, and the attempt that it counts for."""
+
+    attempt: int
+    step: Step
+
+
+def chunks(run_dir: str, attempt: int) -> list[int]:
+    """The numbers of the chunks that an attempt has published, ascending."""
+    names = storage.names(f"{run_dir}/{contract.progress_dir(attempt)}")
+    return [int(stem) for stem, dot, kind in (name.partition(".") for name in names) if kind == "jsonl"]
+
+
+def read_chunk(run_dir: str, attempt: int, chunk: int) -> list[Step]:
+    """The steps of one chunk. Raises contract.ContractError naming file and line if one is of another shape."""
+    path = f"{run_dir}/{contract.progress_chunk(attempt, chunk)}"
+    lines = storage.read(path).decode().splitlines()
+    return [contract.decode(line, Step, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+
+
+def since(run_dir: str, attempt: int, last: int) -> Iterator[tuple[int, list[Step]]]:
+    """Each chunk numbered above `last`, with its steps; a reader keeps the number and asks again later."""
+    for chunk in chunks(run_dir, attempt):
+        if chunk > last:
+            yield chunk, read_chunk(run_dir, attempt, chunk)
+
+
+def latest(run_dir: str, attempt: int) -> Step | None:
+    """The newest step that an attempt recorded; one listing and one read, however long the attempt has run."""
+    for chunk in reversed(chunks(run_dir, attempt)):
+        steps = read_chunk(run_dir, attempt, chunk)
+        if steps:
+            return steps[-1]
+    return None
+
+
+def steps(run_dir: str, attempt: int) -> list[Step]:
+    """All steps that an attempt recorded, those included that a later attempt trained again."""
+    return [step for _, steps in since(run_dir, attempt, -1) for step in steps]
+
+
+def merge(histories: Iterable[tuple[int, Sequence[Step]]]) -> list[Owned]:
+    """One history of a phase out of its attempts' (attempt, steps), given in the order of the attempts.
+
+    An attempt whose first recorded step is r + 1 went on from the state after r updates: earlier attempts keep their
+    steps up to r, and what they recorded beyond is dropped.
+    """
+    merged: list[Owned] = []
+    for attempt, recorded in histories:
+        if not recorded:
+            continue
+        first = recorded[0].step
+        while merged and merged[-1].step.step >= first:
+            merged.pop()
+        merged.extend(Owned(attempt, step) for step in recorded)
+    return merged
+
+
+def history(run_dir: str, attempts: Iterable[int]) -> list[Owned]:
+    """The merged history of the `attempts` of one phase."""
+    return merge((attempt, steps(run_dir, attempt)) for attempt in sorted(attempts))
