@@ -49,6 +49,14 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return total
 
 
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """The largest of every rank's `tensor`, entry by entry, as a new tensor without gradient."""
+    largest = tensor.detach().clone(memory_format=torch.contiguous_format)
+    if distributed.is_initialized():
+        distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
+    return largest
+
+
 def all_gather(tensor: Tensor, dim: int = 0) -> Tensor:
     """Every rank's `tensor` (same shape and dtype on all), joined along `dim` in rank order, without gradient."""
     own = tensor.detach().contiguous()
