@@ -1,0 +1,32 @@
+"""The teacher: an exponential moving average of the student's parameters.
+
+    teacher = momentum * teacher + (1 - momentum) * student        (Caron et al. 2021, section 3.1)
+
+Buffers are left alone: none is learnt, and student and teacher are built with the same ones.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def update(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
+    """Move `teacher` in place. Raises ValueError if the two have different parameters."""
+    targets, sources = _paired(student, teacher)
+    torch._foreach_mul_(targets, momentum)
+    torch._foreach_add_(targets, sources, alpha=1 - momentum)
+
+
+@torch.no_grad()
+def copy(student: nn.Module, teacher: nn.Module) -> None:
+    """Make `teacher`'s parameters equal to `student`'s. Raises ValueError if the two have different parameters."""
+    torch._foreach_copy_(*_paired(student, teacher))
+
+
+def _paired(student: nn.Module, teacher: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    sources, targets = dict(student.named_parameters()), dict(teacher.named_parameters())
+    if sources.keys() != targets.keys():
+        raise ValueError(f"student and teacher differ in parameters: {sorted(sources.keys() ^ targets.keys())}")
+    return [targets[name].detach() for name in sources], [source.detach() for source in sources.values()]

@@ -1,0 +1,155 @@
+"""AdamW over the trained networks: parameter groups, learning rate and weight decay at a step, clipping, state by name.
+
+The groups are DINOv3's (released code, `param_groups`): learning rates fall by `layer_decay` a block from the output
+down, biases, norms and LayerScale are not decayed, tokens are, and the prototypes stand still at first.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model import config, schedules
+
+BACKBONE = "backbone"
+"""The trained network whose blocks have decaying learning rates; heads and towers of other names train at 1.0."""
+
+ENTRIES = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps for each parameter."""
+
+
+def build(networks: Mapping[str, nn.Module], settings: config.Optim) -> torch.optim.AdamW:
+    """AdamW (eps 1e-8) over the parameters of `networks` that ask for gradients, on the device where they are.
+
+    Parameters are named `<network>.<name>`. The learning rate is 0 until `set_step`. The state is there from the
+    start, zeros, so that a checkpoint always has all of it. Raises ValueError if there is nothing to train.
+    """
+    groups: dict[tuple[float, bool, bool], list[tuple[str, nn.Parameter]]] = {}
+    for network, module in networks.items():
+        depth = _depth(module)
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                key = (_lr_multiplier(network, name, depth, settings), _decays(name, parameter), _is_prototypes(name))
+                groups.setdefault(key, []).append((f"{network}.{name}", parameter))
+    if not groups:
+        raise ValueError(f"nothing to train: no parameter of {sorted(networks)} asks for gradients")
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": named, "lr_multiplier": multiplier, "decays": decays, "prototypes": prototypes}
+            for (multiplier, decays, prototypes), named in groups.items()
+        ],
+        lr=0.0,
+        betas=(settings.beta1, settings.beta2),
+        eps=1e-8,
+        fused=True,
+    )
+    for parameter in _by_name(optimizer).values():
+        step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        moments = {entry: torch.zeros_like(parameter, requires_grad=False) for entry in ENTRIES[1:]}
+        optimizer.state[parameter] = {"step": step, **moments}
+    return optimizer
+
+
+def set_step(optimizer: torch.optim.Optimizer, settings: config.Optim, step: int, steps: int) -> dict[str, float]:
+    """Set what the update after `step` updates of a phase of `steps` uses; returns `lr` and `weight_decay` to report.
+
+    Prototypes have a learning rate of 0 while frozen, so that neither gradient nor decay moves them, as in DINOv3;
+    their moments are updated all the same.
+    """
+    lr = schedules.value(settings.lr, step, steps) * schedules.lr_scale(settings.lr_scaling, settings.batch_size)
+    weight_decay = schedules.value(settings.weight_decay, step, steps)
+    for group in optimizer.param_groups:
+        frozen = group["prototypes"] and step < settings.freeze_last_layer_steps
+        group["lr"] = 0.0 if frozen else lr * group["lr_multiplier"]
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0
+    return {"lr": lr, "weight_decay": weight_decay}
+
+
+def clip(networks: Mapping[str, nn.Module], limit: float | None) -> dict[str, Tensor]:
+    """Scale the gradients of each network, apart, to a norm of at most `limit`; returns the norms before, by network.
+
+    To be called once the gradients are summed over the ranks. Without a limit it only measures.
+    """
+    return {
+        name: nn.utils.clip_grad_norm_(network.parameters(), math.inf if limit is None else limit)
+        for name, network in networks.items()
+    }
+
+
+def state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The moments and update counts by name, `exp_avg/<network>.<parameter>` and so on. Not copied."""
+    return {
+        f"{entry}/{name}": optimizer.state[parameter][entry]
+        for name, parameter in _by_name(optimizer).items()
+        for entry in ENTRIES
+    }
+
+
+@torch.no_grad()
+def load(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Restore what `state` gave, in place. Raises ValueError that lists names and shapes that do not fit; nothing is
+    changed then."""
+    own = state(optimizer)
+    mistakes = [f"missing {name}" for name in sorted(own.keys() - tensors.keys())]
+    mistakes += [f"unexpected {name}" for name in sorted(tensors.keys() - own.keys())]
+    mistakes += [
+        f"{name} is {list(tensors[name].shape)} and not {list(own[name].shape)}"
+        for name in sorted(own.keys() & tensors.keys())
+        if own[name].shape != tensors[name].shape
+    ]
+    if mistakes:
+        raise ValueError(
+            f"the optimizer's state does not fit these networks: {'; '.join(mistakes)}. "
+            "The checkpoint was made with another `model` section or by another kind of phase"
+        )
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+
+
+def _by_name(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    groups: list[dict[str, Any]] = optimizer.param_groups
+    return {
+        name: parameter
+        for group in groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    }
+
+
+def _depth(module: nn.Module) -> int:
+    """Blocks of a transformer, by its parameters' names; 0 for other networks."""
+    blocks = [_block(name) for name, _ in module.named_parameters()]
+    return 1 + max((block for block in blocks if block is not None), default=-1)
+
+
+def _block(name: str) -> int | None:
+    found = re.match(r"blocks\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def _lr_multiplier(network: str, name: str, depth: int, settings: config.Optim) -> float:
+    """layer_decay ** (layers above): none above the final norms, one a block, depth + 1 above the tokens' embedding."""
+    if network != BACKBONE:
+        return 1.0
+    block = _block(name)
+    if block is not None:
+        return settings.layer_decay ** (depth - block)
+    if name.startswith("patch_embed."):
+        return settings.layer_decay ** (depth + 1) * settings.patch_embed_lr
+    if name.endswith(("_token", "_tokens")):
+        return settings.layer_decay ** (depth + 1)
+    return 1.0
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    """Not for biases, norms, LayerScale and single numbers (a logit scale). Tokens are decayed, as in DINOv3's code."""
+    segments = name.split(".")
+    return segments[-1] not in ("bias", "gamma") and not any("norm" in part for part in segments) and parameter.ndim > 0
+
+
+def _is_prototypes(name: str) -> bool:
+    return name.split(".")[0] == "last_layer"
