@@ -13,9 +13,10 @@ A run's directory, every path relative to it:
     attempts/<n>/outcome.json           how attempt n ended, in its agent's words
     attempts/<n>/ranks/<rank>.json      how one rank ended, in its own words
     attempts/<n>/progress/<chunk>.jsonl what happened at each step (rank 0)
-    attempts/<n>/log/                   agent.log and one file a rank
+    attempts/<n>/log/                   agent.log and rank-<rank>.log
     checkpoints/<phase>/<n>/<step>/     shards, then manifest.json: no manifest, no checkpoint
     data/                               the index of the images
+    pins/<phase>-<n>-<step>-<id>.json   another run takes that checkpoint: it is never pruned
     watchers/<id>.json                  who keeps this run going, and when they last looked
     report/                             the table and the pictures
 """
@@ -287,8 +288,21 @@ def log_dir(attempt: int) -> str:
     return f"attempts/{attempt}/log"
 
 
+def agent_log(attempt: int) -> str:
+    return f"attempts/{attempt}/log/agent.log"
+
+
+def rank_log(attempt: int, rank: int) -> str:
+    return f"attempts/{attempt}/log/rank-{rank}.log"
+
+
 def checkpoint_dir(phase: str, attempt: int, step: int) -> str:
     return f"checkpoints/{phase}/{attempt}/{step}"
+
+
+def pin_file(phase: str, attempt: int, step: int, by: str) -> str:
+    """Published in the run that holds the checkpoint by the run that takes it; `by` is the taker's run id."""
+    return f"{PINS_DIR}/{phase}-{attempt}-{step}-{by}.json"
 
 
 def manifest_file(phase: str, attempt: int, step: int) -> str:
@@ -313,7 +327,18 @@ def pulse_file(launch_name: str, rank: int) -> Path:
     return scratch_dir(launch_name) / f"pulse-{rank}"
 
 
+def pid_file(launch_name: str, rank: int) -> Path:
+    """A rank's pid, written before anything of the trainer is imported: whom to ask for stacks, and who died first."""
+    return scratch_dir(launch_name) / f"pid-{rank}"
+
+
+def end_file(launch_name: str, rank: int) -> Path:
+    """A RankEnd by `model.rank`, for a rank that failed and could not publish its own (its disk may be full)."""
+    return scratch_dir(launch_name) / f"end-{rank}.json"
+
+
 EVENTS_DIR = "events"
+PINS_DIR = "pins"
 WATCHERS_DIR = "watchers"
 REPORT_DIR = "report"
 REPORT_FILE = "report/report.json"

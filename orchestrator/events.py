@@ -61,6 +61,13 @@ class AttemptLaunched(Base, frozen=True):
     handle: dict[str, Any]
 
 
+class AttemptStopping(Base, frozen=True):
+    """The attempt is about to be asked to stop. In the log, since a second request to its agent would be a kill."""
+
+    attempt: int
+    hard: bool
+
+
 class AttemptEnded(Base, frozen=True):
     """An attempt is over. `steps` are the sealed checkpoints that count, ascending."""
 
@@ -103,6 +110,7 @@ Event = (
     | SpecAmended
     | AttemptIntended
     | AttemptLaunched
+    | AttemptStopping
     | AttemptEnded
     | StopRequested
     | Cancelled

@@ -1,0 +1,179 @@
+"""A run's directory as the controller sees it: the event log, the heartbeats of those who watch, and its proof.
+
+The log is one file an event, published exclusively under consecutive numbers: of two controllers that append at once
+one is refused, reads again and decides again.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+
+import msgspec
+
+from model import storage
+from model.contract import (
+    EVENTS_DIR,
+    FORMAT,
+    WATCHERS_DIR,
+    Watcher,
+    boot_id,
+    decode,
+    encode,
+    event_file,
+    hostname,
+    new_nonce,
+)
+from orchestrator import events
+from orchestrator.events import Event
+
+_EVENT_NAME = re.compile(r"(\d{6,})\.json")
+_LIST_AGAIN = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+"""Seconds between two listings while a number is missing: a store may show a later file before an earlier one."""
+
+
+class LogError(RuntimeError):
+    """The log cannot be read, or the store is not fit to hold one; the message says what to do."""
+
+
+class Conflict(RuntimeError):  # noqa: N818 - not an error: somebody appended first
+    """Another controller appended under this number: read again and decide again."""
+
+
+class _Head(msgspec.Struct, frozen=True):
+    """What even a newer format's first event says."""
+
+    format: int
+    version: str
+
+
+def append(run_dir: str, number: int, event: Event) -> None:
+    """Publish `event` as number `number` (the first is 1). Raises Conflict if the number is taken."""
+    try:
+        storage.publish(f"{run_dir}/{event_file(number)}", events.encode(event))
+    except storage.AlreadyPublished as error:
+        raise Conflict(f"{run_dir}: event {number} is there already") from error
+
+
+def read(run_dir: str) -> list[Event]:
+    """All events in order; none if there is no run. Raises LogError for a gap that stays or for a newer format."""
+    count = _complete(run_dir)
+    if count == 0:
+        return []
+    paths = [f"{run_dir}/{event_file(number)}" for number in range(1, count + 1)]
+    first = storage.read(paths[0])
+    _check_format(first, paths[0])
+    return [events.decode(first, paths[0]), *(events.decode(storage.read(path), path) for path in paths[1:])]
+
+
+def _complete(run_dir: str) -> int:
+    """How many events there are, once their numbers have no gap."""
+    missing = 0
+    for pause in (*_LIST_AGAIN, None):
+        matches = map(_EVENT_NAME.fullmatch, storage.names(f"{run_dir}/{EVENTS_DIR}"))
+        numbers = {int(match[1]) for match in matches if match}
+        last = max(numbers, default=0)
+        if len(numbers) == last:
+            return last
+        missing = next(number for number in range(1, last + 1) if number not in numbers)
+        if pause is not None:
+            time.sleep(pause)
+    raise LogError(
+        f"{run_dir}: {event_file(missing)} is missing though later events are there; the log is damaged. "
+        "Restore that file from a backup, or begin a new run with `dinoctl submit --run NEW --fork RUN#PHASE@STEP`"
+    )
+
+
+def _check_format(first: bytes, where: str) -> None:
+    try:
+        head = msgspec.json.decode(first, type=_Head)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise LogError(f"{where}: not the first event of a run: {error}") from error
+    if head.format > FORMAT:
+        raise LogError(
+            f"{where}: this run was written by dinoctl {head.version} (format {head.format}); this dinoctl reads "
+            f"formats up to {FORMAT}. Use dinoctl {head.version} or newer"
+        )
+
+
+def prove(run_dir: str) -> None:
+    """Show on the store itself that a name can be taken only once. Raises LogError if the store lets it be taken twice.
+
+    Without that, two controllers could both believe that they launched an attempt.
+    """
+    path = f"{run_dir}/proof-{new_nonce()}"
+    try:
+        storage.publish(path, b"first")
+        try:
+            storage.publish(path, b"second")
+        except storage.AlreadyPublished:
+            if storage.read(path) == b"first":
+                return
+        raise LogError(
+            f"{run_dir}: this store lets a second writer take a file's name, so the log of a run is not safe there. "
+            "Put the run on a file system with hard links or on a bucket with conditional writes"
+        )
+    finally:
+        storage.remove(path)
+
+
+# --- who watches ------------------------------------------------------------------------------------------------------
+
+
+def heartbeat(run_dir: str, watcher: Watcher) -> None:
+    """Note that `watcher` has just looked, and forget those that are gone.
+
+    This note is newer than theirs, so "nobody watches, since ..." can still be said from it.
+    """
+    mine = _watcher_name(watcher)
+    for name, other in _watchers(run_dir):
+        if name != mine and not is_alive(other, watcher.seen_at):
+            storage.remove(f"{run_dir}/{WATCHERS_DIR}/{name}")
+    storage.replace(f"{run_dir}/{WATCHERS_DIR}/{mine}", encode(watcher))
+
+
+def watchers(run_dir: str) -> list[Watcher]:
+    """All heartbeats, the newest first; `is_alive` says which of them still watch."""
+    return sorted((watcher for _, watcher in _watchers(run_dir)), key=lambda watcher: -watcher.seen_at)
+
+
+def leave(run_dir: str, watcher: Watcher) -> None:
+    """Remove the heartbeat of a watcher that ends in good order, unless it is the newest and so dates the last look."""
+    if any(other.seen_at > watcher.seen_at for other in watchers(run_dir)):
+        storage.remove(f"{run_dir}/{WATCHERS_DIR}/{_watcher_name(watcher)}")
+
+
+def is_alive(watcher: Watcher, now: float) -> bool:
+    """Whether it still watches: it looked lately and, on this machine, its process is there. `every` 0: looked once."""
+    if watcher.every <= 0 or now - watcher.seen_at > max(3 * watcher.every, 10.0):
+        return False
+    return process_is_there(watcher.host, watcher.boot_id, watcher.pid, watcher.started) is not False
+
+
+def process_is_there(host: str, boot: str, pid: int, started: float) -> bool | None:
+    """Whether that very process still runs; None if it is of another machine and cannot be seen from here."""
+    if host != hostname():
+        return None
+    if boot != boot_id():
+        return False
+    import psutil  # here, as only few commands need it
+
+    try:
+        return abs(float(psutil.Process(pid).create_time()) - started) < 2.0
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _watchers(run_dir: str) -> Iterator[tuple[str, Watcher]]:
+    for name in storage.names(f"{run_dir}/{WATCHERS_DIR}"):
+        path = f"{run_dir}/{WATCHERS_DIR}/{name}"
+        try:
+            data = storage.read(path)
+        except FileNotFoundError:  # another heartbeat has just removed it
+            continue
+        yield name, decode(data, Watcher, path)
+
+
+def _watcher_name(watcher: Watcher) -> str:
+    return f"{watcher.host}-{watcher.pid}-{int(watcher.started)}.json"
