@@ -67,6 +67,16 @@ def all_gather(tensor: Tensor, dim: int = 0) -> Tensor:
     return torch.cat(parts, dim)
 
 
+def gather_text(text: str) -> list[str]:
+    """Every rank's `text`, in rank order. As bytes: torch's own gather of objects would unpickle what it receives."""
+    own = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    lengths = all_gather(torch.tensor([len(own)])).tolist()
+    padded = torch.zeros(max(lengths), dtype=torch.uint8)
+    padded[: len(own)] = own
+    rows = all_gather(padded[None])
+    return [bytes(row[:length].tolist()).decode() for row, length in zip(rows, lengths, strict=True)]
+
+
 def reduce_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Sum the gradients over all ranks, in place; every rank names the same parameters in the same order.
 

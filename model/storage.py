@@ -28,6 +28,10 @@ class DiskFullError(StoreError):
     """No space, or no quota, left."""
 
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A full disk, a full quota, a file larger than the process may write (`ulimit -f`)."""
+
+
 def is_uri(path: str) -> bool:
     return "://" in path
 
@@ -47,7 +51,7 @@ def _named(path: Path | str, doing: str) -> Iterator[None]:
     except StoreError:
         raise
     except OSError as error:
-        kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreError
+        kind = DiskFullError if error.errno in NO_SPACE else StoreError
         raise kind(error.errno, f"{doing} {path}: {error.strerror or error}") from error
 
 

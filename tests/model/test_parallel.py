@@ -27,6 +27,7 @@ assert parallel.all_gather(own).tolist() == [[1.0, 2.0], [2.0, 4.0]]
 assert parallel.all_gather(own, dim=1).tolist() == [[1.0, 2.0, 2.0, 4.0]]
 flags = parallel.all_gather(torch.tensor([rank == 0]))
 assert flags.tolist() == [True, False]
+assert parallel.gather_text("é" * (1 + 3 * rank)) == ["é", "éééé"]
 
 both, first, none = (nn.Parameter(torch.ones(3, 2)) for _ in range(3))
 half = nn.Parameter(torch.ones(2, dtype=torch.float64))
@@ -83,4 +84,5 @@ def test_alone_every_function_means_the_same() -> None:
     parallel.reduce_gradients([unused])
     assert unused.grad is not None
     assert unused.grad.eq(0.0).all()
+    assert parallel.gather_text("one") == ["one"]
     assert (parallel.rank(), parallel.world()) == (0, 1)

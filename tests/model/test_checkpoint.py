@@ -1,0 +1,242 @@
+"""Checkpoints on a real disk: sealed, torn, altered, closed, full, pruned; by one process and by two."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model import checkpoint, contract, storage
+from model.config import Checkpoints
+from model.contract import Attempt, CheckpointRef, Manifest
+from tests.model.test_parallel import run_ranks
+
+PARTS = {
+    "student": {"w": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(3)},
+    "optimizer": {"exp_avg/w": torch.full((2, 3), 0.5), "half": torch.ones(4, dtype=torch.bfloat16)},
+}
+
+
+def make_attempt(run_dir: Path, number: int = 1, **changes: Any) -> Attempt:
+    values: dict[str, Any] = {
+        "format": contract.FORMAT, "run": "r", "run_id": "ab" * 16, "run_dir": str(run_dir), "attempt": number,
+        "phase": "pretrain", "launch_name": "r-abababab-pretrain-1", "seed": 0, "model": {}, "settings": {},
+        "inputs": {}, "resume": [], "keep_steps": [], "nodes": 1, "processes_per_node": 1, "threads": 1,
+        "code_dir": "", "on_end": [], "spec_digest": "", "code_digest": "",
+    }  # fmt: skip
+    return Attempt(**{**values, **changes})
+
+
+def ref(attempt: Attempt, step: int) -> CheckpointRef:
+    return CheckpointRef(run=attempt.run_dir, phase=attempt.phase, attempt=attempt.attempt, step=step)
+
+
+def seal(attempt: Attempt, step: int, **stored: Any) -> Manifest:
+    return checkpoint.seal(attempt, step, PARTS, stored, {"step": step})
+
+
+def test_what_was_sealed_is_loaded(tmp_path: Path) -> None:
+    attempt = make_attempt(tmp_path)
+    manifest = seal(attempt, 5)
+    assert checkpoint.read_manifest(ref(attempt, 5)) == manifest
+    assert manifest.loop == {"step": 5}
+    for part, tensors in PARTS.items():
+        loaded = checkpoint.load(ref(attempt, 5), part)
+        assert loaded.keys() == tensors.keys()
+        assert all(
+            loaded[name].dtype == tensor.dtype and loaded[name].equal(tensor) for name, tensor in tensors.items()
+        )
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".pkl", ".tmp")]
+
+
+def test_a_step_is_sealed_once(tmp_path: Path) -> None:
+    attempt = make_attempt(tmp_path)
+    manifest = seal(attempt, 5)
+    with pytest.raises(storage.AlreadyPublished):
+        seal(attempt, 5)
+    assert checkpoint.read_manifest(ref(attempt, 5)) == manifest
+    assert checkpoint.load(ref(attempt, 5), "student")
+
+
+def damage(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "torn":
+        path.write_bytes(data[:-1])
+    else:
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+@pytest.mark.parametrize(("how", "says"), [("missing", "not there"), ("torn", "torn"), ("flipped", "altered")])
+def test_a_damaged_file_is_named(tmp_path: Path, how: str, says: str) -> None:
+    attempt = make_attempt(tmp_path)
+    file = seal(attempt, 5).parts["student"][0]
+    damage(tmp_path / file.path, how)
+    with pytest.raises(checkpoint.CheckpointError, match=f"student.safetensors.*{says}"):
+        checkpoint.load(ref(attempt, 5), "student")
+    assert checkpoint.load(ref(attempt, 5), "optimizer")
+
+
+def test_manifests_that_cannot_be_read(tmp_path: Path) -> None:
+    attempt = make_attempt(tmp_path)
+    seal(attempt, 5)
+    path = tmp_path / contract.manifest_file("pretrain", 1, 5)
+    whole = json.loads(path.read_bytes())
+    with pytest.raises(checkpoint.CheckpointError, match="never sealed, or was pruned"):
+        checkpoint.read_manifest(ref(attempt, 6))
+    for text, says in [
+        (json.dumps(whole)[:-9], "not a Manifest"),
+        (json.dumps({**whole, "format": 99}), "newer dinoctl"),
+        (json.dumps({**whole, "step": 6}), "not of pretrain@5"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(checkpoint.CheckpointError, match=says):
+            checkpoint.read_manifest(ref(attempt, 5))
+
+
+def test_a_part_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
+    attempt = make_attempt(tmp_path)
+    seal(attempt, 5)
+    with pytest.raises(checkpoint.CheckpointError, match="'gram_teacher', only optimizer, student"):
+        checkpoint.load(ref(attempt, 5), "gram_teacher")
+
+
+def test_a_closed_attempt_seals_nothing(tmp_path: Path) -> None:
+    attempt = make_attempt(tmp_path)
+    seal(attempt, 5)
+    storage.publish(f"{tmp_path}/{contract.closed_file(1)}", b"{}")
+    with pytest.raises(checkpoint.ClosedError, match="attempt 1"):
+        seal(attempt, 10)
+    assert not (tmp_path / contract.checkpoint_dir("pretrain", 1, 10)).exists()
+    assert checkpoint.load(ref(attempt, 5), "student")
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+import torch
+from model import checkpoint, storage
+from tests.model.test_checkpoint import make_attempt, seal
+
+attempt = make_attempt(Path(sys.argv[1]))
+seal(attempt, 5)
+if sys.argv[2] == "ulimit":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+large = {"optimizer": {"m": torch.ones(300_000)}, "student": {"w": torch.ones(3)}}
+try:
+    checkpoint.seal(attempt, 10, large, {}, {})
+except storage.DiskFullError as error:
+    print(error)
+    raise SystemExit(86)
+"""
+
+
+def fill(folder: Path, how: str, prefix: list[str]) -> None:
+    result = subprocess.run(
+        [*prefix, sys.executable, "-P", "-c", FULL, str(folder), how],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 86, result.stdout + result.stderr
+    assert "optimizer.safetensors" in result.stdout
+
+
+def check_after_full_disk(folder: Path) -> None:
+    attempt = make_attempt(folder)
+    assert not (folder / contract.checkpoint_dir("pretrain", 1, 10)).exists()
+    assert checkpoint.load(ref(attempt, 5), "student")["w"].equal(PARTS["student"]["w"])
+
+
+def test_a_file_size_limit_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+    fill(tmp_path, "ulimit", [])
+    check_after_full_disk(tmp_path)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        fill(tmp_path, "disk", [])
+        check_after_full_disk(tmp_path)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_frozen_part_is_stored_once(tmp_path: Path) -> None:
+    attempt = make_attempt(tmp_path)
+    first = seal(attempt, 5)
+    files = [file for part in first.parts.values() for file in part]
+    stored = checkpoint.find_stored(PARTS["student"], files)
+    assert stored == first.parts["student"]
+    assert checkpoint.find_stored({"w": torch.zeros(2, 3)}, files) is None
+    later = make_attempt(tmp_path, 2)
+    checkpoint.seal(later, 7, {"optimizer": PARTS["optimizer"]}, {"gram_teacher": stored}, {})
+    loaded = checkpoint.load(ref(later, 7), "gram_teacher")
+    assert loaded["w"].equal(PARTS["student"]["w"])
+    assert not (tmp_path / contract.checkpoint_dir("pretrain", 2, 7) / "gram_teacher.safetensors").exists()
+
+
+def test_retention(tmp_path: Path) -> None:
+    attempt = make_attempt(tmp_path, keep_steps=[2])
+    storage.publish(f"{tmp_path}/{contract.PINS_DIR}/pretrain-1-3-c0ffee.json", b"{}")
+    storage.publish(f"{tmp_path}/{contract.PINS_DIR}/pretrain-1-13.json", b"{}")
+    sealed = {step: seal(attempt, step) for step in (1, 2, 3, 4, 5, 6, 7, 8)}
+    left = checkpoint.prune(attempt, Checkpoints(every=1, keep_last=2, keep_every=4), sealed)
+    assert sorted(left) == [2, 3, 4, 7, 8]
+    assert storage.names(f"{tmp_path}/checkpoints/pretrain/1") == ["2", "3", "4", "7", "8"]
+
+
+def test_a_file_that_a_kept_manifest_needs_outlives_its_own_checkpoint(tmp_path: Path) -> None:
+    attempt = make_attempt(tmp_path)
+    settings = Checkpoints(every=1, keep_last=1)
+    sealed = {1: checkpoint.seal(attempt, 1, {**PARTS, "gram_teacher": PARTS["student"]}, {}, {})}
+    frozen = sealed[1].parts["gram_teacher"]
+    for step in (2, 3):
+        sealed[step] = seal(attempt, step, gram_teacher=frozen)
+        sealed = checkpoint.prune(attempt, settings, sealed)
+    assert checkpoint.load(ref(attempt, 3), "gram_teacher")["w"].equal(PARTS["student"]["w"])
+    assert storage.names(f"{tmp_path}/checkpoints/pretrain/1/1") == ["gram_teacher.safetensors"]
+    sealed[4] = seal(attempt, 4)  # the Gram teacher was refreshed: nothing needs the old one
+    assert sorted(checkpoint.prune(attempt, settings, sealed)) == [4]
+    assert storage.names(f"{tmp_path}/checkpoints/pretrain/1") == ["4"]
+
+
+TWO_RANKS = """
+import resource, sys
+from pathlib import Path
+import torch
+from model import checkpoint, parallel, storage
+from tests.model.test_checkpoint import PARTS, make_attempt, ref, seal
+
+parallel.join("gloo")
+attempt = make_attempt(Path(sys.argv[1]))
+manifest = seal(attempt, 5)
+assert checkpoint.read_manifest(ref(attempt, 5)) == manifest or parallel.rank() == 1
+assert sorted(manifest.parts) == sorted(PARTS)
+if parallel.rank() == 1:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+try:
+    checkpoint.seal(attempt, 10, {"a": {"w": torch.ones(3)}, "b": {"w": torch.ones(3000)}}, {}, {})
+except storage.DiskFullError:
+    parallel.leave()
+    raise SystemExit(86)
+"""
+
+
+def test_two_ranks_share_the_parts_and_each_others_failures(tmp_path: Path) -> None:
+    for result in run_ranks(TWO_RANKS, 2, str(tmp_path)):
+        assert result.returncode == 86, result.stderr
+    check_after_full_disk(tmp_path)
