@@ -105,7 +105,7 @@ class Attention(nn.Module):
     def weights(self, x: Tensor, rotation: Rotation | None, query: int) -> Tensor:
         """What the token at `query` attends to: [sequences, heads, tokens], fp32. For pictures."""
         q, k, _ = self._split(self.qkv(x), rotation)
-        scores = q[:, :, query, None].float() @ k.float().transpose(-2, -1) * q.shape[-1] ** -0.5
+        scores = q[:, :, query, None].float() @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])
         return scores.softmax(dim=-1)[:, :, 0]
 
 

@@ -19,15 +19,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from model import config
 
 if TYPE_CHECKING:
-    from model.data.views import PairViews, SslViews
+    from model.data.views import Views
 
 State = dict[str, Tensor]
-"""Tensors by name: one part of a checkpoint."""
+"""Tensors by name: one part of a checkpoint.
+
+`teacher_backbone` and `gram_teacher` hold one network under its own names (`blocks.0.norm1.weight`); `student` and
+`teacher_heads` several, each name led by its network's (`backbone.blocks.0.norm1.weight`, `dino_head.mlp.0.weight`).
+"""
 
 ReadPart = Callable[[str], State]
 """Gives a part (a name of contract.PARTS) of the checkpoint that is handed over."""
@@ -70,7 +75,7 @@ class Objective(Protocol[B_contra, T]):
         """The same modules at every call; the caller moves them to the device, in place."""
         ...
 
-    def views(self, clock: int) -> SslViews | PairViews:
+    def views(self, clock: int) -> Views:
         """What the loader makes of each image at that step."""
         ...
 
@@ -116,12 +121,20 @@ def build(settings: config.AnyPhase, model: config.Model, seed: int, origin: str
     return SslObjective(settings, model, seed, origin)
 
 
-def load_strictly(networks: dict[str, nn.Module], tensors: State, part: str) -> None:
-    """Copy `tensors`, named `<network>.<name in its state_dict>`, into the networks, in place.
+def network_state(networks: dict[str, nn.Module]) -> State:
+    """The networks' state_dicts as one part, each name led by its network's. The tensors share the networks' memory."""
+    return {
+        f"{network}.{name}": tensor.detach()
+        for network, module in networks.items()
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def copy_strictly(own: State, tensors: State, part: str) -> None:
+    """Copy `tensors` into `own` (a state_dict or network_state), in place.
 
     Raises ValueError that lists every missing or unexpected name and every wrong shape; nothing is changed then.
     """
-    own = network_state(networks)
     mistakes = [f"missing {name}" for name in sorted(own.keys() - tensors.keys())]
     mistakes += [f"unexpected {name}" for name in sorted(tensors.keys() - own.keys())]
     mistakes += [
@@ -134,14 +147,6 @@ def load_strictly(networks: dict[str, nn.Module], tensors: State, part: str) -> 
             f"{part} does not fit these networks: {'; '.join(mistakes)}. "
             "The checkpoint was made with another `model` section than this phase's"
         )
-    for name, tensor in own.items():
-        tensor.copy_(tensors[name])
-
-
-def network_state(networks: dict[str, nn.Module]) -> State:
-    """The networks' state_dicts as one, each name led by its network's. The tensors share the networks' memory."""
-    return {
-        f"{network}.{name}": tensor.detach()
-        for network, module in networks.items()
-        for name, tensor in module.state_dict().items()
-    }
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
