@@ -1,0 +1,70 @@
+"""The writer of progress chunks: one line a step, a chunk at most every `watch_seconds`. `orchestrator` reads them."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+
+from model import contract, parallel, storage
+from model.contract import Attempt, Step
+
+log = logging.getLogger(__name__)
+
+
+class Progress:
+    """What rank 0 tells of the steps; on the other ranks every method does nothing.
+
+    A line that has not been published when the process dies is lost: at most `watch_seconds` of them, and none that
+    came before a sealed checkpoint.
+    """
+
+    def __init__(self, attempt: Attempt, steps: int) -> None:
+        self._attempt = attempt
+        self._steps = steps
+        self._writes = parallel.rank() == 0
+        self._pending: list[Step] = []
+        self._notes: list[str] = []
+        self._chunk = 0
+        self._published = time.monotonic()
+
+    def note(self, text: str) -> None:
+        """Something for a person to read, said with the next step."""
+        if self._writes:
+            log.info(text)
+            self._notes.append(text)
+
+    def step(self, step: int, images_per_second: float, metrics: Mapping[str, float]) -> None:
+        """Record that `step` updates are done. Metrics that are not finite are left out: JSON has no word for them.
+
+        Publishes a chunk if one is due. Raises storage.DiskFullError or another StoreError if that fails.
+        """
+        if not self._writes:
+            return
+        record = Step(
+            step=step,
+            steps=self._steps,
+            time=contract.now(),
+            images_per_second=images_per_second,
+            metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
+            note="; ".join(self._notes),
+        )
+        self._notes.clear()
+        self._pending.append(record)
+        if time.monotonic() - self._published >= self._attempt.watch_seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Publish what is pending as one chunk; nothing if there is nothing."""
+        if not self._pending:
+            return
+        data = b"".join(contract.encode(record) + b"\n" for record in self._pending)
+        name = contract.progress_chunk(self._attempt.attempt, self._chunk)
+        storage.publish(f"{self._attempt.run_dir}/{name}", data)
+        last = self._pending[-1]
+        terms = " ".join(f"{name} {value:.4g}" for name, value in last.metrics.items())
+        log.info("step %d of %d, %.1f images/s, %s", last.step, last.steps, last.images_per_second, terms)
+        self._pending.clear()
+        self._chunk += 1
+        self._published = time.monotonic()
