@@ -351,6 +351,16 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dinoctl"
 
 
+def data_folder(path: str) -> Path:
+    """The folder that a spec's `data.path` means: `cache:NAME` lies in the cache, anything else is itself."""
+    name = path.removeprefix("cache:")
+    return Path(path).expanduser() if name == path else cache_dir() / name
+
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".avif"})
+"""What counts as an image in a data folder, in lower case."""
+
+
 def new_nonce() -> str:
     return os.urandom(8).hex()
 
