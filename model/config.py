@@ -281,6 +281,7 @@ class Health(Section):
     stall_seconds: Positive = Field(600.0, description="no step for this long: the attempt is hung")
     notice_seconds: Positive = Field(60.0, description="time between the request to stop and the kill")
     non_finite_steps: PositiveInt = Field(3, description="consecutive non-finite losses that end the attempt")
+    every: PositiveInt = Field(50, description="steps between two measurements of collapse (rank, entropy, prototypes)")
 
 
 class PhaseBase(Section):

@@ -1,0 +1,60 @@
+"""Collapse metrics on cases whose value is known, and the same for one process as for two."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model import health
+from model.health import Observed
+from tests.model.test_parallel import run_ranks
+
+
+def test_effective_rank_counts_directions() -> None:
+    axes = torch.cat([torch.eye(8), -torch.eye(8)])
+    assert health.effective_rank(axes) == pytest.approx(8.0)
+    assert health.effective_rank(axes[:, :1] * torch.ones(1, 8)) == pytest.approx(1.0)
+
+
+def test_effective_rank_of_a_collapsed_batch_is_one() -> None:
+    assert health.effective_rank(torch.full((16, 8), 0.3)) == 1.0
+    assert health.effective_rank(torch.zeros(16, 8)) == 1.0
+
+
+def test_assignment() -> None:
+    uniform, one, each = torch.full((4, 4), 0.25), torch.eye(4)[[2, 2, 2, 2]], torch.eye(4)
+    assert health.assignment(uniform) == pytest.approx((math.log(4), 1.0))
+    assert health.assignment(one) == pytest.approx((0.0, 0.25))
+    assert health.assignment(each) == pytest.approx((0.0, 1.0))
+
+
+def test_only_what_an_objective_shows_is_measured() -> None:
+    class Shows:
+        def observe(self, targets: Any) -> Observed:
+            return Observed(features=targets)
+
+    assert health.measure(object(), None) == {}
+    assert health.measure(Shows(), torch.eye(4)).keys() == {"health/effective_rank"}
+
+
+TWO_RANKS = """
+import torch
+from model import health, parallel
+parallel.join("gloo")
+torch.manual_seed(0)
+features, rows = torch.randn(12, 6), torch.randn(12, 5).softmax(-1)
+own = slice(0, 4) if parallel.rank() == 0 else slice(4, 12)
+shared = health.effective_rank(features[own]), *health.assignment(rows[own])
+parallel.leave()
+alone = health.effective_rank(features), *health.assignment(rows)
+torch.testing.assert_close(torch.tensor(shared), torch.tensor(alone))
+"""
+
+
+def test_two_ranks_measure_the_global_batch(tmp_path: Path) -> None:
+    for result in run_ranks(TWO_RANKS, 2):
+        assert result.returncode == 0, result.stderr
