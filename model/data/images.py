@@ -1,0 +1,96 @@
+"""Opening one image safely: whatever a folder holds becomes 8-bit RGB over a background, an alpha mask, or an error.
+
+Greyscale, palette, CMYK, 16-bit, animated (first frame), EXIF-rotated and transparent images are told apart here and
+nowhere else.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from model.config import Rgb
+from model.data.errors import UnreadableImageError
+
+MAX_PIXELS = 89_478_485
+"""Pillow's own guess at a decompression bomb (a quarter GiB as RGB); Pillow itself only warns at this size."""
+
+
+def load(path: Path) -> Image.Image:
+    """The image as mode RGB, or RGBA if it says which pixels are transparent; upright, first frame, 8 bits a channel.
+
+    Raises UnreadableImageError, whatever is wrong with the file.
+    """
+    try:
+        with Image.open(path) as image:
+            _refuse_bomb(image)
+            return _to_8_bit_colour(ImageOps.exif_transpose(image))
+    except UnreadableImageError:
+        raise
+    except MemoryError as error:
+        raise UnreadableImageError("not enough memory to decode it") from error
+    except Exception as error:  # decoders raise what they like on damaged bytes: struct.error, IndexError, SyntaxError
+        raise UnreadableImageError(_reason(error, path)) from error
+
+
+def _refuse_bomb(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise UnreadableImageError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}: make it smaller")
+
+
+def _reason(error: Exception, path: Path) -> str:
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"more than {MAX_PIXELS:,} pixels: make it smaller"
+    if isinstance(error, UnidentifiedImageError):
+        return "empty file" if path.stat().st_size == 0 else "not an image of a known format"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+def _to_8_bit_colour(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise UnreadableImageError("floating-point pixels have no known range: save it with 8 or 16 bits a channel")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return Image.fromarray(_high_byte(np.asarray(image))).convert("RGB")
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def _high_byte(values: NDArray[np.integer]) -> NDArray[np.uint8]:
+    """16-bit greyscale to 8 bits, so that 65535 becomes 255."""
+    if values.min() < 0 or values.max() > 65535:
+        raise UnreadableImageError("greyscale values outside 0 to 65535: save it with 8 or 16 bits a channel")
+    return ((values.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8)
+
+
+def over(image: Image.Image, background: Rgb) -> Image.Image:
+    """The image as RGB, `background` (RGB in [0, 1]) showing through where it is transparent."""
+    if image.mode != "RGBA":
+        return image
+    colour = tuple(round(255 * value) for value in background)
+    return Image.alpha_composite(Image.new("RGBA", image.size, (*colour, 255)), image).convert("RGB")
+
+
+def load_rgb(path: Path, background: Rgb) -> Image.Image:
+    """The image as RGB over `background`. Raises UnreadableImageError."""
+    return over(load(path), background)
+
+
+def load_with_alpha(path: Path, background: Rgb) -> tuple[Image.Image, NDArray[np.float32] | None]:
+    """The image as RGB over `background`, and its opacity [H, W] in [0, 1] (None if it has no transparent pixels).
+
+    For the evaluation, which takes opacity as foreground mask. Raises UnreadableImageError.
+    """
+    image = load(path)
+    return over(image, background), alpha(image)
+
+
+def alpha(image: Image.Image) -> NDArray[np.float32] | None:
+    """Opacity [H, W] in [0, 1], or None if every pixel is opaque or the image has no alpha channel."""
+    if image.mode != "RGBA":
+        return None
+    values = np.asarray(image.getchannel("A"))
+    return None if values.min() == 255 else values.astype(np.float32) / np.float32(255)

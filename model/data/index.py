@@ -1,0 +1,246 @@
+"""The index of a folder of images: what is there, what is alike, what training may see. Built once a run.
+
+    build_or_read(data, run_dir) -> Index           every rank and the evaluation read the same one
+    training_entries(index, data) -> list[Entry]    in index order; the order of training is drawn over these
+    entries_of(index, split) -> list[Entry]
+
+The index of a run is never made again: images that come later are not seen, those that go missing count as unreadable.
+So the order of the data, and with it a resumed run, does not depend on what happens to the folder meanwhile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from model import config, contract, storage
+from model.data import duplicates
+from model.data.errors import BadDataError, DataError, UnreadableImageError
+from model.data.images import alpha, load, over
+
+COMPARE_AT_MOST = 20_000
+"""Images past which only equal files are grouped: comparing each with each grows with the square."""
+
+VERSION = 1
+TEST_SHARE, VALIDATION_SHARE = 1 / 3, 0.15
+SPLIT_KEY = b"dinoctl split 1"  # a constant: a split that moved with the seed would leak from one seed to the next
+
+Split = Literal["train", "validation", "test"]
+HIDDEN: dict[str, tuple[Split, ...]] = {"none": (), "test": ("test",), "validation": ("validation", "test")}
+"""`data.hold_out` -> the splits that training does not see."""
+
+
+class Entry(contract.Record, frozen=True):
+    """One image that can be read."""
+
+    path: str  # relative to the index's root, with forward slashes
+    label: str | None  # the first-level folder; None if the image lies in the root
+    caption: str | None  # first line of the .txt beside it
+    group: int  # near-duplicates share it
+    split: Split
+    has_alpha: bool
+    width: int
+    height: int
+
+
+class Skipped(contract.Record, frozen=True):
+    """One image that cannot be read."""
+
+    path: str
+    reason: str
+
+
+class Index(contract.Record, frozen=True):
+    """All images of a folder. `grouping` says how near-duplicates were found."""
+
+    root: str
+    grouping: Literal["likeness", "equal files"]
+    entries: list[Entry]  # sorted by path
+    skipped: list[Skipped]
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def build_or_read(data: config.Data, run_dir: str) -> Index:
+    """The run's index of `data.path`, made if this is the first to ask; two at once agree on the first one published.
+
+    Raises DataError if the folder is missing or holds no image that can be read.
+    """
+    root = folder(data.path)
+    key = f"{VERSION}\0{root}\0{data.background}"
+    path = f"{run_dir}/data/index-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    try:
+        return contract.decode(storage.read(path), Index, path)
+    except FileNotFoundError:
+        pass
+    index = build(root, data.background)
+    try:
+        storage.publish(path, contract.encode(index))
+    except storage.AlreadyPublished:
+        return contract.decode(storage.read(path), Index, path)
+    return index
+
+
+def training_entries(index: Index, data: config.Data) -> list[Entry]:
+    """What training sees under `data.hold_out`. Raises DataError if nothing is left, BadDataError if too many images
+    of the folder are unreadable."""
+    check_skip_rate(index, [], data.max_skip_rate)
+    entries = [entry for entry in index.entries if entry.split not in HIDDEN[data.hold_out]]
+    if not entries:
+        raise DataError(
+            f"data.hold_out: with {data.hold_out!r} none of the {len(index.entries)} images under {index.root} are "
+            "left to train on; give more images, or hold_out: none"
+        )
+    return entries
+
+
+def entries_of(index: Index, split: Split) -> list[Entry]:
+    return [entry for entry in index.entries if entry.split == split]
+
+
+def check_skip_rate(index: Index, found_later: list[Skipped], most: float) -> None:
+    """Raises BadDataError if the index's unreadable images and those `found_later` are more than the share `most`."""
+    skipped = [*index.skipped, *found_later]
+    total = len(index.entries) + len(index.skipped)
+    if len(skipped) > most * total:
+        named = "\n".join(f"  {one.path}: {one.reason}" for one in skipped[-5:])
+        raise BadDataError(
+            f"{len(skipped)} of {total} images under {index.root} are unreadable, more than data.max_skip_rate "
+            f"({most:g}) allows. The last of them:\n{named}\nRepair or remove them, or raise data.max_skip_rate."
+        )
+
+
+def folder(path: str) -> Path:
+    """The folder that `data.path` means, absolute. Raises DataError if it is not there."""
+    root = contract.data_folder(path).absolute()
+    if root.is_dir():
+        return root
+    if path.startswith("cache:"):
+        raise DataError(f"data.path: {path}: {root} is not there; `make data` fetches the demo's images")
+    raise DataError(f"data.path: no such folder: {root}")
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+def build(root: Path, background: config.Rgb) -> Index:
+    """Look at every image under `root`. Raises DataError if there is none, or none that can be read."""
+    paths = list_images(root)
+    if not paths:
+        raise DataError(
+            f"data.path: no images under {root} (looked for {', '.join(sorted(contract.IMAGE_SUFFIXES))} in all its folders)"
+        )
+    compare = len(paths) <= COMPARE_AT_MOST
+    looks = _in_threads(lambda path: _look(root / path, background, compare), paths)
+    skipped = [Skipped(path=p, reason=look) for p, look in zip(paths, looks, strict=True) if isinstance(look, str)]
+    read = [(path, look) for path, look in zip(paths, looks, strict=True) if not isinstance(look, str)]
+    if not read:
+        first = skipped[0]
+        raise DataError(
+            f"data.path: none of the {len(paths)} images under {root} can be read; {first.path}: {first.reason}"
+        )
+    entries = _entries([path for path, _ in read], [look for _, look in read])
+    return Index(root=str(root), grouping="likeness" if compare else "equal files", entries=entries, skipped=skipped)
+
+
+def _entries(paths: list[str], looks: list[_Look]) -> list[Entry]:
+    groups = _groups(paths, looks)
+    first_path: dict[int, str] = {}
+    for path, group in zip(paths, groups, strict=True):
+        first_path.setdefault(group, path)
+    return [
+        Entry(
+            path=path,
+            label=path.split("/")[0] if "/" in path else None,
+            caption=look.caption,
+            group=group,
+            split=split_of(first_path[group]),
+            has_alpha=look.has_alpha,
+            width=look.size[0],
+            height=look.size[1],
+        )
+        for path, look, group in zip(paths, looks, groups, strict=True)
+    ]
+
+
+def list_images(root: Path) -> list[str]:
+    """Relative paths of the files under `root` whose names end like an image's, sorted; hidden ones left out."""
+    found = []
+    for place, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        within = Path(place).relative_to(root)
+        found += [
+            (within / name).as_posix()
+            for name in files
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in contract.IMAGE_SUFFIXES
+        ]
+    return sorted(found)
+
+
+def split_of(first_path: str) -> Split:
+    """The split of a group of near-duplicates, by the path of its first member."""
+    digest = hashlib.blake2b(first_path.encode("utf-8", "surrogateescape"), digest_size=8, key=SPLIT_KEY).digest()
+    point = int.from_bytes(digest, "little") / 2**64
+    if point < TEST_SHARE:
+        return "test"
+    return "validation" if point < TEST_SHARE + VALIDATION_SHARE else "train"
+
+
+class _Look(msgspec.Struct, frozen=True):
+    size: tuple[int, int]
+    has_alpha: bool
+    caption: str | None
+    thumbnail: NDArray[np.float32] | None
+    content: str
+
+
+def _look(path: Path, background: config.Rgb, compare: bool) -> _Look | str:
+    """What the index keeps of one image, or why it cannot be read."""
+    try:
+        content = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+        image = load(path)
+    except UnreadableImageError as error:
+        return str(error)
+    except OSError as error:
+        return error.strerror or str(error)
+    return _Look(
+        size=image.size,
+        has_alpha=alpha(image) is not None,
+        caption=_caption(path),
+        thumbnail=duplicates.thumbnail(over(image, background)) if compare else None,
+        content=content,
+    )
+
+
+def _caption(path: Path) -> str | None:
+    try:
+        with path.with_suffix(".txt").open(encoding="utf-8", errors="replace") as file:
+            return file.readline(10_000).strip() or None
+    except FileNotFoundError:
+        return None
+
+
+def _groups(paths: list[str], looks: list[_Look]) -> list[int]:
+    contents = [look.content for look in looks]
+    thumbnails = [look.thumbnail for look in looks if look.thumbnail is not None]
+    if len(thumbnails) < len(looks):
+        return duplicates.equal(contents)
+    return duplicates.near_duplicates(paths, contents, np.stack(thumbnails))
+
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+def _in_threads(function: Callable[[A], B], values: Iterable[A]) -> list[B]:
+    with ThreadPoolExecutor(max_workers=min(16, len(os.sched_getaffinity(0)))) as pool:
+        return list(pool.map(function, values))
