@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from model import config, schedules
+from model.objectives.base import State, copy_strictly
 
 BACKBONE = "backbone"
 """The trained network whose blocks have decaying learning rates; heads and towers of other names train at 1.0."""
@@ -81,7 +82,7 @@ def clip(networks: Mapping[str, nn.Module], limit: float | None) -> dict[str, Te
     }
 
 
-def state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def state(optimizer: torch.optim.Optimizer) -> State:
     """The moments and update counts by name, `exp_avg/<network>.<parameter>` and so on. Not copied."""
     return {
         f"{entry}/{name}": optimizer.state[parameter][entry]
@@ -90,25 +91,10 @@ def state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-@torch.no_grad()
-def load(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def load(optimizer: torch.optim.Optimizer, tensors: State) -> None:
     """Restore what `state` gave, in place. Raises ValueError that lists names and shapes that do not fit; nothing is
     changed then."""
-    own = state(optimizer)
-    mistakes = [f"missing {name}" for name in sorted(own.keys() - tensors.keys())]
-    mistakes += [f"unexpected {name}" for name in sorted(tensors.keys() - own.keys())]
-    mistakes += [
-        f"{name} is {list(tensors[name].shape)} and not {list(own[name].shape)}"
-        for name in sorted(own.keys() & tensors.keys())
-        if own[name].shape != tensors[name].shape
-    ]
-    if mistakes:
-        raise ValueError(
-            f"the optimizer's state does not fit these networks: {'; '.join(mistakes)}. "
-            "The checkpoint was made with another `model` section or by another kind of phase"
-        )
-    for name, tensor in own.items():
-        tensor.copy_(tensors[name])
+    copy_strictly(state(optimizer), tensors, "optimizer")
 
 
 def _by_name(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
