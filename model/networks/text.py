@@ -95,10 +95,10 @@ class LogitScale(nn.Module):
 
 
 def _text_block(settings: config.TextTower) -> Block:
-    attn = Attention(settings.dim, settings.heads, qkv_bias=True, mask_k_bias=False, causal=True)
+    attn = Attention(settings.dim, settings.heads, qkv_bias=False, mask_k_bias=False, causal=True)
     return Block(settings.dim, attn, Mlp(settings.dim, settings.ffn_ratio), layer_scale=None, eps=NORM_EPS)
 
 
 def _vision_block(dim: int, heads: int) -> Block:
-    attn = Attention(dim, heads, qkv_bias=True, mask_k_bias=False)
+    attn = Attention(dim, heads, qkv_bias=False, mask_k_bias=False)
     return Block(dim, attn, SwiGlu(dim, FFN_RATIO, FFN_ALIGN), layer_scale=LAYER_SCALE, eps=NORM_EPS)
