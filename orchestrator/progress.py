@@ -50,6 +50,15 @@ def latest(run_dir: str, attempt: int) -> Step | None:
     return None
 
 
+def first(run_dir: str, attempts: Iterable[int]) -> Step | None:
+    """The first step that any of these attempts recorded, in their order."""
+    for attempt in attempts:
+        for _, recorded in since(run_dir, attempt, -1):
+            if recorded:
+                return recorded[0]
+    return None
+
+
 def steps(run_dir: str, attempt: int) -> list[Step]:
     """All steps that an attempt recorded, those included that a later attempt trained again."""
     return [step for _, steps in since(run_dir, attempt, -1) for step in steps]
