@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from model import config, ema
 from model.data.batch import SslBatch
 from model.data.views import SslViews, resolution_at
+from model.health import Observed
 from model.losses.dino import crop_scales, dino_cross_entropy
 from model.losses.gram import gram, resize_features
 from model.losses.ibot import ibot_cross_entropy, mask_weights
@@ -51,6 +52,11 @@ class SslTargets:
     """int64 [m]: which of the b images each masked patch is of."""
     gram: Tensor | None
     """fp32 [2, b, N, dim]: the Gram teacher's patch features on the student's grid; None where its weight is 0."""
+    features: Tensor
+    """[2, b, dim]: the teacher's CLS features, for `observe`."""
+    logits: Tensor
+    """[2, b, prototypes]: what `cls` was made of, at `temperature`, for `observe`."""
+    temperature: float
 
     def slice(self, start: int, stop: int) -> SslTargets:
         """Of the images [start, stop)."""
@@ -60,6 +66,9 @@ class SslTargets:
             patches=self.patches[inside],
             images=self.images[inside] - start,
             gram=None if self.gram is None else self.gram[:, start:stop],
+            features=self.features[:, start:stop],
+            logits=self.logits[:, start:stop],
+            temperature=self.temperature,
         )
 
 
@@ -117,7 +126,7 @@ class SslObjective:
 
     def views(self, clock: int) -> SslViews:
         resolution = resolution_at(self.seed, self.origin, self.settings.crops, clock)
-        return SslViews(resolution, gram=self.gram_teacher is not None)
+        return SslViews(resolution, self.student.backbone.settings.patch_size, gram=self.gram_teacher is not None)
 
     @torch.no_grad()
     def targets(self, batch: SslBatch, moment: Moment) -> SslTargets:
@@ -132,6 +141,9 @@ class SslObjective:
             patches=sinkhorn(patch_logits, temperature),
             images=batch.masks.nonzero()[:, 1],
             gram=self._gram_targets(batch) if self._gram_weight(moment) > 0 else None,
+            features=_by_crop(features.cls, GLOBAL_CROPS),
+            logits=_by_crop(cls_logits, GLOBAL_CROPS),
+            temperature=temperature,
         )
 
     def loss(self, batch: SslBatch, targets: SslTargets, moment: Moment) -> dict[str, Tensor]:
@@ -154,6 +166,11 @@ class SslObjective:
             terms["gram"] = gram(student.patches, targets.gram.flatten(0, 1), crops)
         weights = self._weights(moment)
         return {**terms, "total": torch.stack([weights[name] * term for name, term in terms.items()]).sum()}
+
+    def observe(self, targets: SslTargets) -> Observed:
+        """For `model.health`: assignments before Sinkhorn, which would hide that few prototypes are in use."""
+        assignments = (targets.logits.flatten(0, 1).float() / targets.temperature).softmax(dim=-1)
+        return Observed(targets.features.flatten(0, 1), assignments)
 
     def after_step(self, moment: Moment) -> None:
         momentum = value(self.settings.ema, moment.step, moment.steps)

@@ -8,6 +8,7 @@ from torch import multiprocessing, nn
 
 from model import config, parallel
 from model.data.batch import SslBatch
+from model.health import measure
 from model.objectives.base import Moment, build
 from model.schedules import value
 
@@ -200,6 +201,17 @@ def test_targets_are_distributions_over_the_prototypes():
     assert targets.patches.shape == (int(whole.masks.sum()), 12)
     torch.testing.assert_close(targets.cls.sum(dim=-1), torch.ones(2, BATCH))
     torch.testing.assert_close(targets.patches.sum(dim=-1), torch.ones(len(targets.patches)))
+
+
+def test_what_health_looks_at_is_the_teacher_before_sinkhorn():
+    own, whole = objective(), batch()
+    seen = own.observe(own.targets(whole, MOMENT))
+    said = own.teacher.backbone.features(whole.global_crops.flatten(0, 1)).cls
+    torch.testing.assert_close(seen.features, said)
+    torch.testing.assert_close(seen.assignments, (own.teacher.dino_head(said) / 0.07).softmax(dim=-1))
+    assert set(measure(own, own.targets(whole, MOMENT))) == {
+        "health/effective_rank", "health/entropy", "health/prototypes_used",
+    }  # fmt: skip
 
 
 def test_bf16_products_and_fp32_losses():
