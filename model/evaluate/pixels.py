@@ -1,0 +1,74 @@
+"""The images of an evaluation: whole, square, at one size, as every network and baseline sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageEnhance
+
+from model import draws
+from model.config import Rgb
+from model.data.images import load_with_alpha
+from model.data.index import Entry
+from model.evaluate.baselines import Images
+
+QUERY_AREA = (0.3, 0.7)
+"""Share of the image that a retrieval query shows."""
+QUERY_COLOUR = 0.3
+"""Brightness, contrast and saturation of a query are scaled by a factor in [1 - this, 1 + this]."""
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Images letterboxed to a square, in the order of their entries."""
+
+    rgb: Images  # uint8 [n, side, side, 3]
+    opacity: list[NDArray[np.float32] | None]  # [side, side] in [0, 1]; None for an image without transparent pixels
+
+
+def squares(entries: Sequence[Entry], root: str, side: int, background: Rgb) -> Squares:
+    """Load every entry. Raises UnreadableImageError if one has become unreadable since the index was made."""
+    rgb, opacity = [], []
+    for entry in entries:
+        image, alpha = load_with_alpha(Path(root) / entry.path, background)
+        rgb.append(np.asarray(_letterbox(image, side, tuple(round(255 * value) for value in background))))
+        opacity.append(None if alpha is None else np.asarray(_letterbox(Image.fromarray(alpha), side, 0.0)))
+    return Squares(np.stack(rgb), opacity)
+
+
+def _letterbox(image: Image.Image, side: int, fill: tuple[int, ...] | float) -> Image.Image:
+    scale = side / max(image.size)
+    width, height = (max(1, round(scale * length)) for length in image.size)
+    canvas = Image.new(image.mode, (side, side), fill)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=None)
+    canvas.paste(resized, ((side - width) // 2, (side - height) // 2))
+    return canvas
+
+
+def foreground(opacity: NDArray[np.float32], patch: int) -> NDArray[np.bool_]:
+    """Which patches are mostly opaque: bool [patches], row by row."""
+    grid = len(opacity) // patch
+    return np.asarray(opacity.reshape(grid, patch, grid, patch).mean(axis=(1, 3)) > 0.5).reshape(-1)
+
+
+def queries(images: Images, seed: int) -> Images:
+    """One altered view of each image: a crop, mirrored half of the time, its colours shifted. Same shape."""
+    return np.stack([_query(image, seed, number) for number, image in enumerate(images)])
+
+
+def _query(image: NDArray[np.uint8], seed: int, number: int) -> NDArray[np.uint8]:
+    rng = draws.generator(seed, "evaluate/query", number)
+    side = len(image)
+    length = side * float(np.sqrt(rng.uniform(*QUERY_AREA)))
+    left, top = rng.uniform(0, side - length, 2)
+    box = (left, top, left + length, top + length)
+    view = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC, box=box)
+    if rng.random() < 0.5:
+        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        view = enhance(view).enhance(rng.uniform(1 - QUERY_COLOUR, 1 + QUERY_COLOUR))
+    return np.asarray(view)

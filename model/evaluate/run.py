@@ -1,0 +1,132 @@
+"""The evaluation of a run: `python -P -m model.evaluate.run ATTEMPT_YAML`, one process, started by the agent.
+
+Loads the backbone that the run ended with and the same one untrained, scores both on images that training never saw,
+and publishes `report/report.json` and the pictures. What the images do not allow is left out, by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from model import checkpoint, config, storage
+from model.contract import REPORT_DIR, REPORT_FILE, Attempt
+from model.data import index as images
+from model.data import text as captions
+from model.data.index import Entry, Index
+from model.evaluate import features, pixels, report, tasks
+from model.evaluate.report import LeftOut, Report, Row, Scored
+from model.evaluate.tasks import Bench, Side
+from model.progress import Progress
+
+STAGES = ("images", "features", "classification", "dense", "instance retrieval", "captions", "intervals", "pictures")
+
+
+@dataclass
+class Work:
+    """What the evaluation has done so far, told step by step."""
+
+    progress: Progress
+    done: int = 0
+
+    def finished(self, images_seen: int = 0, seconds: float = 1.0) -> None:
+        self.progress.note(f"{STAGES[self.done]} done")
+        self.done += 1
+        self.progress.step(self.done, images_seen / seconds, {})
+
+
+def evaluate(attempt: Attempt, progress: Progress) -> int:
+    """Publish the report of the attempt's run. Returns the number of stages done.
+
+    Raises DataError, CheckpointError or storage.StoreError.
+    """
+    work = Work(progress)
+    settings = config.read(config.Evaluate, attempt.settings)
+    model = config.read(config.Model, attempt.model)
+    index = images.build_or_read(settings.data, attempt.run_dir)
+    train, held_out = sides(index, settings)
+    work.finished()
+    networks = [
+        features.backbone(model, attempt.seed, weights)
+        for weights in (checkpoint.load(attempt.inputs["backbone"], "teacher_backbone"), None)
+    ]
+    trained, untrained = (tasks.look(network, train, held_out, settings) for network in networks)
+    bench = Bench(settings, attempt.seed, train, held_out, trained, untrained)
+    work.finished()
+    scored, left_out = all_scores(attempt, bench, index, work)
+    rows = [report.row(one, settings.bootstrap, attempt.seed) for one in scored]
+    work.finished()
+    publish(attempt, bench, rows, left_out)
+    work.finished()
+    return work.done
+
+
+def sides(index: Index, settings: config.Evaluate) -> tuple[Side, Side]:
+    """What training saw, and the split that it did not."""
+    hidden: tuple[str, ...] = images.HIDDEN["test" if settings.split == "test" else "validation"]
+    seen = [entry for entry in index.entries if entry.split not in hidden]
+    held_out = images.entries_of(index, settings.split)
+    return _side(seen, index, settings), _side(held_out, index, settings)
+
+
+def _side(entries: list[Entry], index: Index, settings: config.Evaluate) -> Side:
+    return Side(entries, pixels.squares(entries, index.root, settings.image_size, settings.data.background))
+
+
+def all_scores(attempt: Attempt, bench: Bench, index: Index, work: Work) -> tuple[list[Scored], list[LeftOut]]:
+    """Every score that the images allow, and those that they do not."""
+    scored: list[Scored] = []
+    left_out: list[LeftOut] = []
+    if len({entry.label for entry in index.entries} - {None}) >= 2:
+        scored += tasks.classification(bench)
+    else:
+        why = "it needs at least two folders of images inside data.path, as classes"
+        left_out += [LeftOut(score="k-NN accuracy", why=why), LeftOut(score="linear probe accuracy", why=why)]
+    work.finished()
+    if all(any(alpha is not None for alpha in side.squares.opacity) for side in (bench.train, bench.held_out)):
+        scored.append(tasks.dense(bench))
+    else:
+        left_out.append(LeftOut(score="foreground mIoU", why="it needs images with transparent pixels, as masks"))
+    work.finished()
+    scored.append(tasks.instance_retrieval(bench))
+    work.finished()
+    captioned = np.array([i for i, entry in enumerate(bench.held_out.entries) if entry.caption], dtype=np.int64)
+    if "text" not in attempt.inputs:
+        left_out.append(LeftOut(score="caption-to-image R@1", why="the run has no text phase"))
+    elif not len(captioned):
+        left_out.append(LeftOut(score="caption-to-image R@1", why="it needs captions: a .txt beside each image"))
+    else:
+        scored.append(_captions(attempt, bench, captioned))
+    work.finished()
+    return scored, left_out
+
+
+def _captions(attempt: Attempt, bench: Bench, captioned: tasks.Ints) -> Scored:
+    ref = attempt.inputs["text"]
+    manifest = checkpoint.read_manifest(ref)
+    phase = config.read(config.TextPhase, manifest.model["phase"])
+    tokens = tasks.tokens_of(bench.held_out.entries, captioned, manifest.model["tokenizer"], phase.text.context)
+    weights = checkpoint.load_files(ref, manifest, "student")
+    trained = features.aligned(bench.trained.network, phase, attempt.seed, weights)
+    untrained = features.aligned(bench.untrained.network, phase, attempt.seed, None)
+    return tasks.caption_recall(bench, trained, untrained, tokens, captioned)
+
+
+def publish(attempt: Attempt, bench: Bench, rows: list[Row], left_out: list[LeftOut]) -> None:
+    """Pictures first, then the report that names them."""
+    drawn = tasks.drawn(bench)
+    for name, png in drawn.items():
+        storage.replace(f"{attempt.run_dir}/{REPORT_DIR}/{name}", png)
+    made = Report(
+        run=attempt.run,
+        seed=attempt.seed,
+        split=bench.settings.split,
+        n_images=len(bench.held_out.entries),
+        n_groups=len(np.unique(bench.held_out.groups)),
+        checkpoints={name: str(ref) for name, ref in attempt.inputs.items()},
+        rows=rows,
+        left_out=left_out,
+        pictures=[f"{REPORT_DIR}/{name}" for name in drawn],
+    )
+    storage.replace(f"{attempt.run_dir}/{REPORT_FILE}", report.encode(made))
