@@ -13,10 +13,10 @@ import numpy as np
 from model import checkpoint, config, storage
 from model.contract import REPORT_DIR, REPORT_FILE, Attempt
 from model.data import index as images
-from model.data import text as captions
 from model.data.index import Entry, Index
 from model.evaluate import features, pixels, report, tasks
 from model.evaluate.report import LeftOut, Report, Row, Scored
+from model.evaluate.scores import Ints
 from model.evaluate.tasks import Bench, Side
 from model.progress import Progress
 
@@ -102,7 +102,7 @@ def all_scores(attempt: Attempt, bench: Bench, index: Index, work: Work) -> tupl
     return scored, left_out
 
 
-def _captions(attempt: Attempt, bench: Bench, captioned: tasks.Ints) -> Scored:
+def _captions(attempt: Attempt, bench: Bench, captioned: Ints) -> Scored:
     ref = attempt.inputs["text"]
     manifest = checkpoint.read_manifest(ref)
     phase = config.read(config.TextPhase, manifest.model["phase"])
