@@ -28,6 +28,6 @@ def ibot_cross_entropy(
 
 
 def mask_weights(masks: Tensor) -> Tensor:
-    """1 / (masked patches of its crop) for each masked patch, [m], as `features[masks]` orders them; `masks` [..., N]."""
+    """1 / (masked patches of its crop) for each masked patch [m], ordered as `features[masks]`; `masks` [..., N]."""
     counts = masks.sum(dim=-1, keepdim=True).clamp(min=1)
     return counts.float().reciprocal().expand(masks.shape)[masks]
