@@ -42,21 +42,28 @@ class ClosedError(Exception):
 
 
 def seal(
-    attempt: Attempt, step: int, parts: Parts, stored: Mapping[str, list[File]], loop: Mapping[str, Any]
+    attempt: Attempt,
+    step: int,
+    parts: Parts,
+    stored: Mapping[str, list[File]],
+    loop: Mapping[str, Any],
+    model: Mapping[str, Any],
 ) -> Manifest:
     """Seal the state after `step` updates. Every rank calls it, with the same arguments, and gets the manifest.
 
     `parts`: tensors to write, replicated on every rank; part i is written by rank i % world. `stored`: parts whose
     files are in the run already (frozen networks), which the manifest refers to. `loop`: everything that is not a
-    tensor. All ranks return, or all raise: ClosedError if the attempt was closed, DiskFullError or another StoreError
-    if any rank could not write. What was half written is then removed; earlier checkpoints are not touched.
+    tensor. `model`: what an evaluation needs to know of the networks.
+
+    All ranks return, or all raise: ClosedError if the attempt was closed, DiskFullError or another StoreError if any
+    rank could not write. What was half written is then removed; earlier checkpoints are not touched.
     Raises AlreadyPublished, and touches nothing, if that step is sealed.
     """
     if storage.exists(_manifest_path(attempt, step)):
         raise storage.AlreadyPublished(f"{_manifest_path(attempt, step)} is sealed already")
     try:
         written = _together(lambda: _write_parts(attempt, step, parts))
-        manifest = _manifest(attempt, step, {**written, **stored}, loop)
+        manifest = _manifest(attempt, step, {**written, **stored}, loop, model)
         _together(lambda: _publish_manifest(attempt, manifest))
     except (storage.StoreError, ClosedError):
         if parallel.rank() == 0:
@@ -85,7 +92,9 @@ def _publish_manifest(attempt: Attempt, manifest: Manifest) -> dict[str, list[Fi
     return {}
 
 
-def _manifest(attempt: Attempt, step: int, files: dict[str, list[File]], loop: Mapping[str, Any]) -> Manifest:
+def _manifest(
+    attempt: Attempt, step: int, files: dict[str, list[File]], loop: Mapping[str, Any], model: Mapping[str, Any]
+) -> Manifest:
     return Manifest(
         format=contract.FORMAT,
         run_id=attempt.run_id,
@@ -94,7 +103,7 @@ def _manifest(attempt: Attempt, step: int, files: dict[str, list[File]], loop: M
         step=step,
         parts=files,
         loop=dict(loop),
-        model={"networks": attempt.model, "phase": attempt.settings},
+        model=dict(model),
         world={"nodes": attempt.nodes, "processes": parallel.world()},
         spec_digest=attempt.spec_digest,
         code_digest=attempt.code_digest,

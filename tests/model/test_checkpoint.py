@@ -38,7 +38,7 @@ def ref(attempt: Attempt, step: int) -> CheckpointRef:
 
 
 def seal(attempt: Attempt, step: int, **stored: Any) -> Manifest:
-    return checkpoint.seal(attempt, step, PARTS, stored, {"step": step})
+    return checkpoint.seal(attempt, step, PARTS, stored, {"step": step}, {"networks": {}})
 
 
 def test_what_was_sealed_is_loaded(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ if sys.argv[2] == "ulimit":
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 large = {"optimizer": {"m": torch.ones(300_000)}, "student": {"w": torch.ones(3)}}
 try:
-    checkpoint.seal(attempt, 10, large, {}, {})
+    checkpoint.seal(attempt, 10, large, {}, {}, {})
 except storage.DiskFullError as error:
     print(error)
     raise SystemExit(86)
@@ -183,7 +183,7 @@ def test_a_frozen_part_is_stored_once(tmp_path: Path) -> None:
     assert stored == first.parts["student"]
     assert checkpoint.find_stored({"w": torch.zeros(2, 3)}, files) is None
     later = make_attempt(tmp_path, 2)
-    checkpoint.seal(later, 7, {"optimizer": PARTS["optimizer"]}, {"gram_teacher": stored}, {})
+    checkpoint.seal(later, 7, {"optimizer": PARTS["optimizer"]}, {"gram_teacher": stored}, {}, {})
     loaded = checkpoint.load(ref(later, 7), "gram_teacher")
     assert loaded["w"].equal(PARTS["student"]["w"])
     assert not (tmp_path / contract.checkpoint_dir("pretrain", 2, 7) / "gram_teacher.safetensors").exists()
@@ -202,7 +202,7 @@ def test_retention(tmp_path: Path) -> None:
 def test_a_file_that_a_kept_manifest_needs_outlives_its_own_checkpoint(tmp_path: Path) -> None:
     attempt = make_attempt(tmp_path)
     settings = Checkpoints(every=1, keep_last=1)
-    sealed = {1: checkpoint.seal(attempt, 1, {**PARTS, "gram_teacher": PARTS["student"]}, {}, {})}
+    sealed = {1: checkpoint.seal(attempt, 1, {**PARTS, "gram_teacher": PARTS["student"]}, {}, {}, {})}
     frozen = sealed[1].parts["gram_teacher"]
     for step in (2, 3):
         sealed[step] = seal(attempt, step, gram_teacher=frozen)
@@ -229,7 +229,7 @@ assert sorted(manifest.parts) == sorted(PARTS)
 if parallel.rank() == 1:
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 try:
-    checkpoint.seal(attempt, 10, {"a": {"w": torch.ones(3)}, "b": {"w": torch.ones(3000)}}, {}, {})
+    checkpoint.seal(attempt, 10, {"a": {"w": torch.ones(3)}, "b": {"w": torch.ones(3000)}}, {}, {}, {})
 except storage.DiskFullError:
     parallel.leave()
     raise SystemExit(86)

@@ -1,0 +1,290 @@
+"""Real torchrun jobs on real files: stopped, killed and resumed runs end bit for bit like one left alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from model import checkpoint, config, contract, storage
+from model.contract import Attempt, Cause, CheckpointRef, RankEnd
+from model.train import Loop, check_layout
+from orchestrator import progress
+from tests.model.test_checkpoint import make_attempt
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS, EVERY = 12, 4
+HEAD = {"prototypes": 32, "hidden": 32, "bottleneck": 16}
+MODEL: dict[str, Any] = {
+    "backbone": {
+        "arch": "custom", "dim": 32, "depth": 2, "heads": 2, "patch_size": 8, "registers": 2, "drop_path": 0.25,
+        "layer_scale": 1.0, "rope_rescale": 2.0,
+    },
+    "dino_head": HEAD,
+    "ibot_head": HEAD,
+}  # fmt: skip
+
+
+def phase_settings(images: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "kind": "pretrain",
+        "steps": STEPS,
+        "data": {"path": str(images), "workers": 1},
+        "optim": {
+            "batch_size": 16, "group_size": 4, "accumulate": 2, "lr": {"start": 0.0, "peak": 0.002, "warmup_steps": 3},
+            "freeze_last_layer_steps": 2,
+        },
+        "checkpoints": {"every": EVERY},
+        "health": {"every": 5},
+        "crops": {
+            "resolutions": [{"global_size": 32, "local_size": 16}, {"global_size": 40, "local_size": 16}],
+            "local_count": 2,
+        },
+        "ema": {"start": 0.9, "peak": 0.99, "warmup_steps": 8},
+        **changes,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 small pictures, no two alike."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        coarse = rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((48, 48), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+    return folder
+
+
+@dataclass(frozen=True)
+class Ran:
+    """An attempt that is over."""
+
+    attempt: Attempt
+    ends: list[RankEnd | None]
+
+    def end(self) -> RankEnd:
+        assert self.ends[0] is not None
+        return self.ends[0]
+
+    def steps(self) -> list[int]:
+        return [step.step for step in progress.steps(self.attempt.run_dir, self.attempt.attempt)]
+
+    def sealed(self) -> list[int]:
+        folder = f"{self.attempt.run_dir}/checkpoints/{self.attempt.phase}/{self.attempt.attempt}"
+        found = [int(name) for name in storage.names(folder) if storage.exists(f"{folder}/{name}/manifest.json")]
+        return sorted(found)
+
+    def log(self) -> str:
+        return (Path(self.attempt.run_dir) / contract.rank_log(self.attempt.attempt, 0)).read_text()
+
+
+def train(attempt: Attempt, world: int = 2, meanwhile: Callable[[], None] = lambda: None) -> Ran:
+    """Run the attempt as the agent does, `meanwhile` doing something to it."""
+    path = f"{attempt.run_dir}/{contract.attempt_yaml(attempt.attempt)}"
+    storage.publish(path, msgspec.yaml.encode(attempt))
+    storage.remove_tree(str(contract.scratch_dir(attempt.launch_name)))
+    contract.scratch_dir(attempt.launch_name).mkdir(parents=True)
+    process = subprocess.Popen(
+        [
+            sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world),
+            "--local-addr", "127.0.0.1", "-m", "model.rank", "model.train", path,
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        meanwhile()
+        process.wait(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
+        storage.remove_tree(str(contract.scratch_dir(attempt.launch_name)))
+    files = [f"{attempt.run_dir}/{contract.rank_file(attempt.attempt, rank)}" for rank in range(world)]
+    return Ran(attempt, [contract.decode(storage.read(f), RankEnd, f) if storage.exists(f) else None for f in files])
+
+
+def describe(run_dir: Path, images: Path, number: int = 1, **changes: Any) -> Attempt:
+    values = {
+        "model": MODEL, "settings": phase_settings(images), "processes_per_node": 2, "watch_seconds": 0.05,
+        "launch_name": f"t{os.getpid()}-{run_dir.name}-{number}",
+    }  # fmt: skip
+    return make_attempt(run_dir, number, **{**values, **changes})
+
+
+def ref(ran: Ran, step: int) -> CheckpointRef:
+    attempt = ran.attempt
+    return CheckpointRef(run=attempt.run_dir, phase=attempt.phase, attempt=attempt.attempt, step=step)
+
+
+def assert_same_state(one: CheckpointRef, other: CheckpointRef) -> None:
+    first, second = checkpoint.read_manifest(one), checkpoint.read_manifest(other)
+    assert first.loop == second.loop
+    assert first.parts.keys() == second.parts.keys() == {"student", "optimizer", "teacher_backbone", "teacher_heads"}
+    for part in first.parts:
+        a, b = checkpoint.load(one, part), checkpoint.load(other, part)
+        assert a.keys() == b.keys()
+        assert [name for name in a if not a[name].equal(b[name])] == []
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def after_step(attempt: Attempt, step: int, then: Callable[[], object]) -> Callable[[], None]:
+    def act() -> None:
+        wait_for(lambda: (last := progress.latest(attempt.run_dir, attempt.attempt)) is not None and last.step >= step)
+        then()
+
+    return act
+
+
+def kill_rank(attempt: Attempt, rank: int) -> None:
+    os.kill(int(contract.pid_file(attempt.launch_name, rank).read_text()), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Ran:
+    """A run that nothing happened to."""
+    return train(describe(tmp_path_factory.mktemp("alone"), images))
+
+
+@pytest.mark.jobs
+def test_a_run_left_alone(alone: Ran) -> None:
+    assert [end and end.cause for end in alone.ends] == [Cause.DONE, Cause.DONE], alone.log()
+    assert alone.end().step == STEPS
+    assert alone.steps() == list(range(1, STEPS + 1))
+    assert alone.sealed() == [8, 12]  # keep_last
+    recorded = progress.steps(alone.attempt.run_dir, 1)
+    assert {"loss", "loss/dino_global", "loss/ibot", "lr", "grad_norm/backbone"} <= recorded[-1].metrics.keys()
+    assert recorded[EVERY].note == f"sealed {EVERY}"
+    manifest = checkpoint.read_manifest(ref(alone, STEPS))
+    assert Loop(**manifest.loop) == Loop(step=12, origin="pretrain", clock=12, position=12 * 16)
+    fresh = checkpoint.load(ref(alone, 8), "student")
+    trained = checkpoint.load(ref(alone, STEPS), "student")
+    assert any(not tensor.equal(fresh[name]) for name, tensor in trained.items())
+
+
+@pytest.mark.jobs
+def test_stopped_between_two_seals_and_resumed(alone: Ran, tmp_path: Path, images: Path) -> None:
+    attempt = describe(tmp_path, images)
+    # Asked while it starts, as early as can be: the stop is agreed in the first steps.
+    stopped = train(attempt, meanwhile=contract.stop_file(attempt.launch_name).touch)
+    assert [end and end.cause for end in stopped.ends] == [Cause.STOPPED, Cause.STOPPED], stopped.log()
+    at = stopped.end().step
+    assert at == 3
+    assert stopped.sealed() == [at]
+    resumed = train(describe(tmp_path, images, 2, resume=[ref(stopped, at)]))
+    assert resumed.end().cause is Cause.DONE, resumed.log()
+    assert resumed.steps() == list(range(at + 1, STEPS + 1))
+    assert_same_state(ref(alone, STEPS), ref(resumed, STEPS))
+
+
+@pytest.mark.jobs
+def test_a_rank_killed_after_a_seal(alone: Ran, tmp_path: Path, images: Path) -> None:
+    attempt = describe(tmp_path, images)
+    killed = train(attempt, meanwhile=after_step(attempt, 5, lambda: kill_rank(attempt, 1)))
+    assert killed.ends[1] is None
+    newest, *older = reversed(killed.sealed())
+    resumed = train(describe(tmp_path, images, 2, resume=[ref(killed, step) for step in (newest, *older)]))
+    assert resumed.end().cause is Cause.DONE, resumed.log()
+    assert resumed.steps() == list(range(newest + 1, STEPS + 1))
+    assert max(killed.steps()) - newest <= EVERY
+    assert_same_state(ref(alone, STEPS), ref(resumed, STEPS))
+
+
+@pytest.mark.jobs
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(alone: Ran, tmp_path: Path, images: Path) -> None:
+    first = train(describe(tmp_path, images))
+    file = tmp_path / checkpoint.read_manifest(ref(first, 12)).parts["optimizer"][0].path
+    file.write_bytes(file.read_bytes()[:-1])
+    second = train(describe(tmp_path, images, 2, resume=[ref(first, 12), ref(first, 8)]))
+    assert second.end().cause is Cause.DONE, second.log()
+    assert "optimizer.safetensors" in progress.steps(str(tmp_path), 2)[0].note
+    assert second.steps() == [9, 10, 11, 12]
+    assert_same_state(ref(alone, STEPS), ref(second, STEPS))
+    third = train(describe(tmp_path, images, 3, resume=[ref(first, 12)]))
+    assert third.end().cause is Cause.BAD_CHECKPOINT
+    assert "optimizer.safetensors" in third.end().message
+
+
+@pytest.mark.jobs
+def test_going_on_with_another_phases_state(alone: Ran, tmp_path: Path, images: Path) -> None:
+    """Gram takes pretrain's full state and a teacher of the same run, whose file it does not copy."""
+    settings = {**phase_settings(images), "kind": "gram", "gram_teacher": "pretrain@8", "init": "pretrain@final"}
+    settings["steps"] = EVERY + 1
+    gram = describe(
+        Path(alone.attempt.run_dir), images, 7, phase="gram", settings=settings,
+        inputs={"init": ref(alone, STEPS), "gram_teacher": ref(alone, 8)},
+    )  # fmt: skip
+    ran = train(gram)
+    assert ran.end().cause is Cause.DONE, ran.log()
+    manifest = checkpoint.read_manifest(ref(ran, EVERY + 1))
+    assert Loop(**manifest.loop) == Loop(step=5, origin="pretrain", clock=17, position=17 * 16)
+    assert manifest.parts["gram_teacher"] == checkpoint.read_manifest(ref(alone, 8)).parts["teacher_backbone"]
+    assert checkpoint.load(ref(ran, EVERY + 1), "optimizer")
+    # Another run has no such file: it is stored once, and later checkpoints refer to it.
+    elsewhere = train(msgspec.structs.replace(gram, run_dir=str(tmp_path), launch_name=f"{gram.launch_name}-other"))
+    assert elsewhere.end().cause is Cause.DONE, elsewhere.log()
+    for step in (EVERY, EVERY + 1):
+        (file,) = checkpoint.read_manifest(ref(elsewhere, step)).parts["gram_teacher"]
+        assert file.path == f"checkpoints/gram/7/{EVERY}/gram_teacher.safetensors"
+    assert (
+        checkpoint.load(ref(elsewhere, 5), "gram_teacher").keys() == checkpoint.load(ref(ran, 5), "gram_teacher").keys()
+    )
+
+
+@pytest.mark.jobs
+def test_ends_that_are_no_crash(tmp_path: Path, images: Path) -> None:
+    nothing = train(
+        describe(tmp_path / "a", images, settings=phase_settings(images, data={"path": "/no/such/folder"})), 1
+    )
+    assert nothing.end().cause is Cause.USER_ERROR, nothing.log()
+    assert "/no/such/folder" in nothing.end().message
+    (tmp_path / "b").mkdir()
+    closed = describe(tmp_path / "b", images)
+    storage.publish(f"{closed.run_dir}/{contract.closed_file(1)}", b"{}")
+    superseded = train(closed, 1)
+    assert superseded.end().cause is Cause.SUPERSEDED, superseded.log()
+    assert superseded.sealed() == []
+
+
+@pytest.mark.jobs
+def test_a_loss_that_stays_non_finite_ends_the_attempt(tmp_path: Path, images: Path) -> None:
+    settings = phase_settings(images, losses={"koleo": {"weight": 1e308}, "ibot": {"weight": 1e308}})
+    diverged = train(describe(tmp_path, images, settings=settings), 1)
+    assert diverged.end().cause is Cause.DIVERGED, diverged.log()
+    assert diverged.end().step == 3
+
+
+def test_layouts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    settings = config.read_phase(phase_settings(tmp_path))
+    check_layout(settings, 2)
+    with pytest.raises(ValueError, match=r"3 processes .* these can: \[1, 2\]"):
+        check_layout(settings, 3)
+    fp8 = config.read_phase(phase_settings(tmp_path, precision={"fp8": "blocks"}, parallel={"compile": True}))
+    with pytest.raises(ValueError, match=r"parallel.compile, precision.fp8: this version"):
+        check_layout(fp8, 2)
+
+
+def test_the_loop_counts_what_changed_nothing() -> None:
+    loop = Loop(step=3, origin="pretrain", clock=10, position=80)
+    bad = loop.after_step(8, finite=False)
+    assert bad == Loop(step=4, origin="pretrain", clock=11, position=88, non_finite=1)
+    assert bad.after_step(8, finite=False).non_finite == 2
+    assert bad.after_step(8, finite=True).non_finite == 0
