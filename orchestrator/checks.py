@@ -1,0 +1,261 @@
+"""What types cannot say of a job: references that can be met, layouts that fit, sizes, data that is there.
+
+Every check takes the phases that are valid by themselves and gives every problem it finds; nothing here stops at the
+first. Places are paths of the merged job; `orchestrator.layers.Source` turns them into where a value was written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+from model import contract, storage
+from model.config import AnyPhase, Data, Evaluate, Model, Resources, SslPhase, TextPhase
+from orchestrator import handoff
+from orchestrator.cluster import ClusterProfile
+from orchestrator.handoff import SSL_KINDS, TAKES, HandoffError, Reference
+from orchestrator.problems import Path, Problem, did_you_mean, listed, shown
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A job as far as it could be read. `names` and `raw` hold every phase, `phases` those valid by themselves."""
+
+    raw: Mapping[str, Any]
+    names: Sequence[str]
+    phases: Mapping[str, AnyPhase]
+    model: Model | None
+    evaluate: Evaluate | None
+    cluster: ClusterProfile | None
+
+
+def all_problems(draft: Draft, *, check_data: bool) -> list[Problem]:
+    problems = [*references(draft), *layouts(draft), *sizes(draft), *ranges(draft)]
+    return [*problems, *data(draft)] if check_data else problems
+
+
+# --- references -------------------------------------------------------------------------------------------------------
+
+
+def references(draft: Draft) -> Iterator[Problem]:
+    """References that cannot be read or met, and cycles."""
+    found: dict[str, dict[str, Reference]] = {}
+    for phase, settings in draft.raw.items():
+        found[phase] = {}
+        for name in TAKES.get(str(settings.get("kind")), ()):
+            text = settings.get(name)
+            if isinstance(text, str):
+                try:
+                    found[phase][name] = handoff.parse(text)
+                except HandoffError:
+                    yield Problem("not a reference to a checkpoint", ("phases", phase, name), found=shown(text),
+                                  allowed=handoff.GRAMMAR)  # fmt: skip
+        if {"init", "weights"} <= found[phase].keys():
+            hint = "init goes on with the full training state; weights begins anew with the EMA teacher"
+            yield Problem("init and weights exclude each other", ("phases", phase, "weights"), hint=hint)
+    cycles = list(_cycles(found))
+    in_cycle = {frozenset(pair) for cycle in cycles for pair in zip(cycle, [*cycle[1:], cycle[0]], strict=True)}
+    for cycle in cycles:
+        text, hint = " -> ".join([*cycle, cycle[0]]), "let each phase refer to phases above it"
+        yield Problem("a cycle: each of these phases waits for another", ("phases", cycle[0]), found=text, hint=hint)
+    for phase, named in found.items():
+        for name, reference in named.items():
+            if frozenset((phase, reference.phase)) not in in_cycle or reference.run is not None:
+                yield from _reference(draft, phase, name, reference)
+
+
+def _cycles(found: Mapping[str, Mapping[str, Reference]]) -> Iterator[list[str]]:
+    """Each cycle of two or more phases once, beginning with the phase that stands first."""
+    told: set[str] = set()
+    for start in found:
+        path, here, visited = [start], [_waits_for(found, start)], {start}
+        while here and start not in told:
+            following = next(here[-1], None)
+            if following is None:
+                path.pop()
+                here.pop()
+            elif following == start and len(path) > 1:
+                yield list(path)
+                told.update(path)
+            elif following not in visited:
+                visited.add(following)
+                path.append(following)
+                here.append(_waits_for(found, following))
+
+
+def _waits_for(found: Mapping[str, Mapping[str, Reference]], phase: str) -> Iterator[str]:
+    return iter([ref.phase for ref in found[phase].values() if ref.run is None and ref.phase in found])
+
+
+def _reference(draft: Draft, phase: str, name: str, reference: Reference) -> Iterator[Problem]:
+    at, text = ("phases", phase, name), str(reference)
+    if reference.best is not None:
+        yield Problem("choosing a checkpoint by a metric is not there yet", at, found=text, allowed=handoff.GRAMMAR)
+    if reference.run is not None:
+        return
+    earlier = list(draft.names[: draft.names.index(phase)])
+    if reference.phase not in draft.names:
+        hint = did_you_mean(reference.phase, earlier) or "a phase of another run: RUN#<phase>@<step>"
+        yield Problem("no such phase", at, found=text, allowed=listed(earlier) or "none: it is the first", hint=hint)
+    elif reference.phase == phase:
+        yield Problem("a phase cannot take its own checkpoint", at, found=text, allowed=listed(earlier) or "none")
+    elif reference.phase not in earlier:
+        yield Problem("refers to a later phase", at, found=text, allowed=listed(earlier) or "none: it is the first",
+                      hint=f"move {reference.phase} above {phase}")  # fmt: skip
+    else:
+        yield from _meets(draft, name, at, reference)
+
+
+def _meets(draft: Draft, name: str, at: Path, reference: Reference) -> Iterator[Problem]:
+    """Of a reference to an earlier phase: is it of the right kind, and is that step saved?"""
+    kind = draft.raw[reference.phase].get("kind")
+    if kind in TAKES and kind not in SSL_KINDS:
+        allowed = listed([n for n in draft.names if draft.raw[n].get("kind") in SSL_KINDS])
+        yield Problem(f"{name} needs a self-supervised phase, and {reference.phase} is of kind {kind}", at,
+                      found=str(reference), allowed=allowed)  # fmt: skip
+    giver = draft.phases.get(reference.phase)
+    if giver is None or reference.step is None:
+        return
+    every, spec = giver.checkpoints.every, {"phases": {reference.phase: giver.model_dump()}}
+    if handoff.is_saved(spec, reference.phase, reference.step):
+        return
+    near = " or ".join(f"{reference.phase}@{s}" for s in handoff.nearest_saved(spec, reference.phase, reference.step))
+    if reference.step > giver.steps:
+        yield Problem(
+            f"{reference.phase} ends at step {giver.steps}", at, found=str(reference), hint=f"nearest: {near}"
+        )
+    else:
+        yield Problem("no checkpoint is saved at that step", at, found=str(reference),
+                      allowed=f"multiples of {every} (checkpoints.every), and the last step {giver.steps}",
+                      hint=f"nearest: {near}")  # fmt: skip
+
+
+# --- layout and sizes -------------------------------------------------------------------------------------------------
+
+
+def world(resources: Resources) -> int:
+    return resources.nodes * resources.processes_per_node
+
+
+def fitting_worlds(phase: AnyPhase) -> list[int]:
+    """The numbers of processes among which whole groups can be dealt evenly."""
+    micro_groups = phase.optim.batch_size // (phase.optim.group_size * phase.optim.accumulate)
+    return [count for count in range(1, micro_groups + 1) if micro_groups % count == 0]
+
+
+def layouts(draft: Draft) -> Iterator[Problem]:
+    """Batches that do not divide among the processes, and nodes that cannot hold them."""
+    for name, phase in draft.phases.items():
+        optim, processes, at = phase.optim, world(phase.resources), ("phases", name, "optim", "batch_size")
+        unit = optim.group_size * optim.accumulate * processes
+        if optim.batch_size % unit:
+            yield Problem(
+                f"does not divide among the {processes} processes of phase {name}", at,
+                found=f"batch_size {optim.batch_size}, {unit} = group_size {optim.group_size} x accumulate "
+                      f"{optim.accumulate} x {processes} processes",
+                allowed=f"numbers of processes that fit: {listed(fitting_worlds(phase))}",
+            )  # fmt: skip
+        yield from _on_nodes(draft, phase.resources, ("phases", name, "resources"))
+    if draft.evaluate is not None and world(draft.evaluate.resources) != 1:
+        yield Problem("the evaluation runs in one process", ("evaluate", "resources"),
+                      found=f"{world(draft.evaluate.resources)} processes")  # fmt: skip
+
+
+def _on_nodes(draft: Draft, resources: Resources, at: Path) -> Iterator[Problem]:
+    most = draft.cluster.gpus_per_node if draft.cluster else None
+    if most and resources.processes_per_node > most:
+        assert draft.cluster is not None
+        yield Problem(f"more than a node of {draft.cluster.name} has GPUs", (*at, "processes_per_node"),
+                      found=str(resources.processes_per_node), allowed=f"at most {most}")  # fmt: skip
+
+
+def sizes(draft: Draft) -> Iterator[Problem]:
+    """Sides that are not whole patches."""
+    if draft.model is None:
+        return
+    patch = draft.model.backbone.patch_size
+    for at, side in _sides(draft):
+        if side % patch:
+            near = " or ".join(str(s) for s in (side // patch * patch, side // patch * patch + patch) if s)
+            yield Problem("not whole patches", at, found=str(side), allowed=f"multiples of patch_size {patch}",
+                          hint=f"nearest: {near}")  # fmt: skip
+
+
+def _sides(draft: Draft) -> Iterator[tuple[Path, int]]:
+    for name, phase in draft.phases.items():
+        if isinstance(phase, SslPhase):
+            for index, resolution in enumerate(phase.crops.resolutions):
+                for side in ("global_size", "local_size", "gram_size"):
+                    if (value := getattr(resolution, side)) is not None:
+                        yield ("phases", name, "crops", "resolutions", index, side), value
+        elif isinstance(phase, TextPhase):
+            yield ("phases", name, "image_size"), phase.image_size
+    if draft.evaluate is not None:
+        yield ("evaluate", "image_size"), draft.evaluate.image_size
+
+
+def ranges(draft: Draft) -> Iterator[Problem]:
+    """Pairs that are the wrong way round, and losses that a group of one image cannot have."""
+    for name, phase in draft.phases.items():
+        if not isinstance(phase, SslPhase):
+            continue
+        crops, at = phase.crops, ("phases", name)
+        pairs = {
+            (*at, "crops", "global_scale"): crops.global_scale,
+            (*at, "crops", "local_scale"): crops.local_scale,
+            (*at, "crops", "aspect"): crops.aspect,
+            (*at, "losses", "ibot", "mask_ratio"): phase.losses.ibot.mask_ratio,
+        }
+        for path, (low, high) in pairs.items():
+            if low > high:
+                yield Problem("the smaller one comes first", path, found=f"[{low}, {high}]", allowed=f"[{high}, {low}]")
+        if phase.losses.koleo.weight and phase.optim.group_size < 2:
+            yield Problem("KoLeo needs at least two images in a group", (*at, "optim", "group_size"),
+                          found=str(phase.optim.group_size), hint="or losses.koleo.weight: 0")  # fmt: skip
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def data(draft: Draft) -> Iterator[Problem]:
+    """Folders that are not there or hold no image, where this machine can see them."""
+    if draft.cluster is None or draft.cluster.launcher != "local":
+        return
+    sections: list[tuple[Path, Data]] = [(("phases", n, "data", "path"), p.data) for n, p in draft.phases.items()]
+    if draft.evaluate is not None:
+        sections.append((("evaluate", "data", "path"), draft.evaluate.data))
+    looked_at: dict[str, Problem | None] = {}
+    for at, section in sections:
+        if section.path not in looked_at:
+            looked_at[section.path] = None if storage.is_uri(section.path) else _folder(section.path)
+        if (problem := looked_at[section.path]) is not None:
+            yield Problem(problem.message, at, found=problem.found, allowed=problem.allowed, hint=problem.hint)
+
+
+def _folder(path: str) -> Problem | None:
+    folder = contract.data_folder(path)
+    found = path if str(folder) == path else f"{path} ({folder})"
+    hint = "any folder of images does: data.path=FOLDER"
+    if path.startswith("cache:"):
+        hint = f"`make data` fetches the demo's images; {hint}"
+    if not folder.is_dir():
+        return Problem("no such data folder" if not folder.exists() else "not a folder", found=found, hint=hint)
+    if not _has_image(folder):
+        return Problem("no images in the data folder", found=found, hint=hint,
+                       allowed=f"files ending in {listed(sorted(contract.IMAGE_SUFFIXES))}")  # fmt: skip
+    return None
+
+
+def _has_image(folder: FilePath) -> bool:
+    """Stops at the first image, so a folder of millions is no slower than one of ten."""
+    seen: set[str] = set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        if any(os.path.splitext(name)[1].lower() in contract.IMAGE_SUFFIXES for name in names):
+            return True
+        inside = {name: os.path.realpath(os.path.join(here, name)) for name in folders}
+        folders[:] = [name for name in sorted(folders) if inside[name] not in seen]  # links may go round in circles
+        seen.update(inside.values())
+    return False

@@ -1,0 +1,113 @@
+"""Cluster profiles: where attempts run and how they are sent there. One YAML file each, named by a job's `cluster`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, PositiveInt
+
+from model.config import Positive, Section
+from orchestrator.problems import Problem, SpecError, did_you_mean, listed
+from orchestrator.validation import validate
+from orchestrator.yaml_reader import read_yaml
+
+LAUNCHERS = ("local",)
+"""The launchers that are there."""
+
+
+class Slurm(Section):
+    """What sbatch is told; a job's `resources.partition` and time limit override the profile's."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    reservation: str | None = None
+    exclude: list[str] = Field([], description="nodes never to use")
+    signal: Literal["USR2", "USR1", "TERM"] = Field("USR2", description="signal that announces the time limit")
+    notice_seconds: PositiveInt = Field(120, description="how long before the time limit it is sent")
+    setup: list[str] = Field([], description="shell lines before the agent: modules, a venv")
+    extra: dict[str, str] = Field({}, description="further #SBATCH options, by name")
+
+
+class Kubernetes(Section):
+    """What the pods are made of."""
+
+    namespace: str = "default"
+    image: str = Field(description="worker image, by digest, as the code comes with it")
+    scheduler: Literal["indexed-job", "jobset", "volcano"] = "indexed-job"
+    queue: str | None = Field(None, description="Kueue's or Volcano's queue")
+    priority_class: str | None = None
+    service_account: str | None = None
+    gpu_resource: str = "nvidia.com/gpu"
+    extra_resources: dict[str, str] = Field({}, description="per pod, e.g. rdma/hca: '1'")
+    node_selector: dict[str, str] = Field({}, description="labels of the nodes to use")
+    grace_seconds: PositiveInt = Field(120, description="between SIGTERM and SIGKILL")
+    shm_size: str = "64Gi"
+
+
+class ClusterProfile(Section):
+    """One cluster. Only the section of its own launcher may be there."""
+
+    name: str
+    launcher: Literal["local", "slurm", "kubernetes"]
+    gpus_per_node: int | None = Field(None, ge=0, description="processes that a node can hold; null: not checked")
+    sustained_tflops: Positive | None = Field(
+        None, description="what one process reaches, in TFLOP/s; `plan` derives hours from it and says so"
+    )
+    slurm: Slurm | None = None
+    kubernetes: Kubernetes | None = None
+
+
+def profiles() -> dict[str, Path]:
+    """The profiles by name: those in ./clusters, then those beside dinoctl itself."""
+    folders = (Path(__file__).parent.parent / "clusters", Path("clusters"))
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+
+
+def read_cluster(name_or_file: str) -> ClusterProfile:
+    """The profile of that name, or in that file. Raises SpecError with every mistake in it."""
+    if "/" in name_or_file or name_or_file.endswith((".yaml", ".yml")):
+        file = name_or_file
+    else:
+        known = profiles()
+        if name_or_file not in known:
+            raise SpecError([_unknown(name_or_file, list(known))])
+        file = str(known[name_or_file])
+    document = read_yaml(file)
+    profile, problems = validate(ClusterProfile, document.values, ())
+    problems = [*problems, *_sections(document.values)]
+    if problems or profile is None:
+        raise SpecError(problem.placed(file, document.lines) for problem in problems)
+    return profile
+
+
+def _unknown(name: str, known: list[str]) -> Problem:
+    return Problem("no such cluster", ("cluster",), found=name, allowed=f"{listed(known)}, or a file",
+                   hint=did_you_mean(name, known) or "write the profile to clusters/NAME.yaml")  # fmt: skip
+
+
+def _sections(values: dict[str, Any]) -> list[Problem]:
+    launcher = values.get("launcher")
+    problems = [
+        Problem("a section of another launcher", (name,), found=name, allowed=f"launcher: {name}")
+        for name in ("slurm", "kubernetes")
+        if values.get(name) is not None and launcher in ("local", "slurm", "kubernetes") and launcher != name
+    ]
+    if launcher == "kubernetes" and values.get("kubernetes") is None:
+        problems.append(Problem("missing", ("kubernetes",), allowed="a section with at least `image`"))
+    return problems
+
+
+def launchable(cluster: ClusterProfile) -> Problem | None:
+    """Why nothing can be submitted to that cluster, or None if it can."""
+    if cluster.launcher in LAUNCHERS:
+        return None
+    return Problem(
+        f"the {cluster.launcher} launcher is not there yet",
+        ("cluster",),
+        found=cluster.name,
+        allowed=f"clusters whose launcher is: {listed(LAUNCHERS)}",
+        hint="`validate` and `plan` take it; to run on this machine: --cluster local",
+    )

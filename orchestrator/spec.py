@@ -1,0 +1,232 @@
+"""The job spec: one YAML that names data, networks and the phases in order. Read whole, or refused with every mistake.
+
+The file is a mapping of the fields of `Job` plus, at the top, any section that phases have (`optim`, `data` ...) as the
+default of all of them (`orchestrator.layers`). What is left after merging is validated (`Job`, `model.config`), then
+checked across sections (`orchestrator.checks`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Annotated, Any, TypeVar, cast
+
+from pydantic import Field
+
+from model import contract, storage
+from model.config import PHASES, AnyPhase, Count, Evaluate, Model, Phase, PhaseBase, Section
+from orchestrator import checks, layers
+from orchestrator.checks import Draft
+from orchestrator.cluster import ClusterProfile, read_cluster
+from orchestrator.layers import SHARED
+from orchestrator.problems import Path, Problem, SpecError, did_you_mean, dotted, listed, shown
+from orchestrator.validation import validate
+from orchestrator.yaml_reader import read_yaml
+
+NAME_RULE = "at most 30 of a-z, 0-9 and -, beginning with a letter, not ending with -"
+PHASE_RULE = "at most 16 of a-z, 0-9 and -, beginning with a letter, not ending with -"
+PHASE_PATTERN = r"[a-z]([a-z0-9-]{0,14}[a-z0-9])?"
+Name = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,28}[a-z0-9])?$", description=NAME_RULE)]
+PhaseName = Annotated[str, Field(pattern=f"^{PHASE_PATTERN}$", description=PHASE_RULE)]
+"""Both are part of a launch name, `<run>-<8 hex>-<phase>-<attempt>`, which has 63 characters at most."""
+
+
+S = TypeVar("S", bound=Section)
+
+
+class Tracking(Section):
+    """Where the run shows in MLflow."""
+
+    enabled: bool = True
+    uri: str | None = Field(None, description="an MLflow tracking URI; null: sqlite, mlflow.db in the folder of runs")
+    experiment: str = "dinoctl"
+
+
+class Job(Section):
+    """A job, resolved: every phase says all that it needs."""
+
+    name: Name = Field(description=NAME_RULE)
+    seed: Count = 0
+    cluster: str = Field("local", description="a profile in clusters/, or a file")
+    runs: str = Field("runs", description="folder that holds the runs")
+    model: Model
+    phases: dict[PhaseName, Phase] = Field(description="in the order in which they run")
+    evaluate: Evaluate | None = None
+    tracking: Tracking = Tracking()
+
+
+def read_job(file: str, overrides: Iterable[str] = (), *, check_data: bool = True) -> Job:
+    """The job in `file` with `a.b.c=value` laid over it.
+
+    check_data: look whether the data folders are there. Raises SpecError with every problem at once.
+    """
+    values, source = layers.override(read_yaml(file), file, overrides)
+    problems = _unknown_keys(values)
+    merged, unused = layers.merge({k: v for k, v in values.items() if k in TOP_KEYS}, source)
+    draft, mistakes = _draft(merged)
+    problems += [*unused, *mistakes, *checks.all_problems(draft, check_data=check_data)]
+    if problems:
+        raise SpecError(source.place_all(problems))
+    _make_absolute(merged)
+    job, mistakes = validate(Job, merged, ())
+    if job is None:
+        raise SpecError(source.place_all(mistakes))
+    return job
+
+
+def resolved(job: Job) -> dict[str, Any]:
+    """The job as a plain mapping with every default filled in: what a run's first event holds."""
+    return job.model_dump(mode="json")
+
+
+def digest(spec: Mapping[str, Any]) -> str:
+    """sha256 of a resolved spec. The order of the keys counts, as phases are in order."""
+    return hashlib.sha256(json.dumps(spec, separators=(",", ":")).encode()).hexdigest()
+
+
+TOP_KEYS = (*Job.model_fields, *SHARED)
+
+
+def not_there_yet(job: Job, cluster: ClusterProfile) -> list[Problem]:
+    """What `validate` and `plan` accept and the trainer cannot do yet, one problem a feature: `submit` refuses it."""
+    asked: dict[str, list[Path]] = {}
+    for name, phase in job.phases.items():
+        for feature, path in _features(phase, cluster):
+            asked.setdefault(feature, []).append(("phases", name, *path))
+    if job.evaluate is not None and storage.is_uri(job.evaluate.data.path):
+        asked.setdefault(_ON_A_BUCKET, []).append(("evaluate", "data", "path"))
+    if storage.is_uri(job.runs):
+        asked["runs on a bucket"] = [("runs",)]
+    return [
+        Problem(f"not there yet: {feature}", paths[0], found=listed([dotted(path) for path in paths]))
+        for feature, paths in asked.items()
+    ]
+
+
+_ON_A_BUCKET = "data on a bucket"
+
+
+def _features(phase: PhaseBase, cluster: ClusterProfile) -> Iterator[tuple[str, Path]]:
+    if phase.parallel.shard != "none":
+        yield f"parallel.shard {phase.parallel.shard}", ("parallel", "shard")
+    if phase.parallel.compile:
+        yield "parallel.compile", ("parallel", "compile")
+    if phase.precision.fp8 != "none":
+        yield f"precision.fp8 {phase.precision.fp8}", ("precision", "fp8")
+    if storage.is_uri(phase.data.path):
+        yield _ON_A_BUCKET, ("data", "path")
+    elif phase.data.path.endswith((".tar", ".tar.gz", ".tgz")):
+        yield "data in tar shards", ("data", "path")
+    if cluster.launcher == "local" and phase.resources.nodes > 1:
+        yield "more than one node with the local launcher", ("resources", "nodes")
+
+
+# --- reading as much as can be read -----------------------------------------------------------------------------------
+
+
+def _unknown_keys(values: Mapping[str, Any]) -> list[Problem]:
+    problems = []
+    for key in values:
+        if key not in TOP_KEYS:
+            fields = {name for kind in PHASES.values() for name in kind.model_fields}
+            hint = did_you_mean(key, TOP_KEYS) or (f"did you mean phases.<phase>.{key}?" if key in fields else "")
+            problems.append(Problem("unknown key", (key,), found=key, allowed=listed(TOP_KEYS), hint=hint))
+    return problems
+
+
+def _draft(merged: dict[str, Any]) -> tuple[Draft, list[Problem]]:
+    """The parts of the job that are valid by themselves, and the problems of the others."""
+    problems = [*_head(merged), *_tracking(merged)]
+    model = _section(Model, merged, "model", problems)
+    evaluate = _section(Evaluate, merged, "evaluate", problems) if merged.get("evaluate") is not None else None
+    raw = _raw_phases(merged, problems)
+    phases = {name: phase for name, values in raw.items() if (phase := _phase(name, values, problems)) is not None}
+    cluster = _cluster(merged.get("cluster", "local"), problems)
+    return Draft(raw, list(merged["phases"]) if raw else [], phases, model, evaluate, cluster), problems
+
+
+def _head(merged: Mapping[str, Any]) -> list[Problem]:
+    """The problems of the plain fields at the top; the sections under them are looked at one by one."""
+    apart = ("model", "phases", "evaluate")
+    _, problems = validate(Job, {key: value for key, value in merged.items() if key not in apart}, ())
+    return [problem for problem in problems if problem.at[0] not in apart]
+
+
+def _tracking(merged: Mapping[str, Any]) -> list[Problem]:
+    """SQLite cannot lie in a bucket, so runs there need a server, or no tracking."""
+    runs, tracking = merged.get("runs"), merged.get("tracking") or {}
+    if not (isinstance(runs, str) and storage.is_uri(runs) and isinstance(tracking, dict)):
+        return []
+    if tracking.get("uri") is not None or tracking.get("enabled") is False:
+        return []
+    return [Problem("missing", ("tracking", "uri"), allowed="the URI of an MLflow server, as runs are on a bucket",
+                    hint="or tracking.enabled: false")]  # fmt: skip
+
+
+def _section(kind: type[S], merged: Mapping[str, Any], key: str, problems: list[Problem]) -> S | None:
+    if merged.get(key) is None:
+        problems.append(Problem("missing", (key,), allowed=f"a section with {listed(list(kind.model_fields))}"))
+        return None
+    section, mistakes = validate(kind, merged[key], (key,))
+    problems += mistakes
+    return section
+
+
+def _raw_phases(merged: Mapping[str, Any], problems: list[Problem]) -> dict[str, dict[str, Any]]:
+    """The phases that are mappings, by name."""
+    phases = merged.get("phases")
+    kinds = listed(list(PHASES))
+    if not isinstance(phases, dict) or not phases:
+        found = shown(phases) if "phases" in merged else ""
+        allowed = f"at least one phase by its name, each with a kind: {kinds}"
+        problems.append(Problem("no phases", ("phases",), found=found, allowed=allowed))
+        return {}
+    for name, values in phases.items():
+        at = ("phases", name)
+        if name == contract.EVALUATE:
+            problems.append(Problem("the name is taken by the stage after the last phase", at, hint="rename the phase"))
+        elif not re.fullmatch(PHASE_PATTERN, name):
+            problems.append(Problem("not a name for a phase", at, found=shown(name), allowed=PHASE_RULE))
+        if not isinstance(values, dict):
+            problems.append(Problem("not a phase", at, found=shown(values), allowed=f"a section with a kind: {kinds}"))
+    return {name: values for name, values in phases.items() if isinstance(values, dict)}
+
+
+def _phase(name: str, values: dict[str, Any], problems: list[Problem]) -> AnyPhase | None:
+    kind, at = values.get("kind"), ("phases", name)
+    if not isinstance(kind, str) or kind not in PHASES:
+        found, message = ("", "missing") if kind is None else (shown(kind), "no such kind of phase")
+        hint = did_you_mean(kind, PHASES)
+        problems.append(Problem(message, (*at, "kind"), found=found, allowed=listed(list(PHASES)), hint=hint))
+        return None
+    phase, mistakes = validate(PHASES[kind], values, at)
+    problems += [_for_all_phases(problem) for problem in mistakes]
+    return cast(AnyPhase | None, phase)
+
+
+def _for_all_phases(problem: Problem) -> Problem:
+    """A phase that lacks a whole section probably means that the job does."""
+    if problem.message == "missing" and len(problem.at) == 3 and problem.at[2] in SHARED:
+        return replace(problem, at=problem.at[2:], hint="write it once at the top, or in each phase that has it")
+    return problem
+
+
+def _cluster(name: Any, problems: list[Problem]) -> ClusterProfile | None:
+    if not isinstance(name, str):
+        return None  # `_head` has told it
+    try:
+        return read_cluster(name)
+    except SpecError as error:
+        problems += error.problems
+        return None
+
+
+def _make_absolute(merged: dict[str, Any]) -> None:
+    """A data folder is relative to where dinoctl was called; attempts may start elsewhere, and `resume` too."""
+    for section in (*merged["phases"].values(), merged.get("evaluate") or {}):
+        path = section.get("data", {}).get("path")
+        if path and not storage.is_uri(path) and not path.startswith("cache:"):
+            section["data"] = {**section["data"], "path": str(contract.data_folder(path).absolute())}

@@ -1,0 +1,101 @@
+"""Pydantic's errors in a user's words: place, what was found, what is allowed, what was probably meant."""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from model.config import Section
+from orchestrator.problems import Path, Problem, did_you_mean, dotted, listed, shown
+
+S = TypeVar("S", bound=Section)
+
+
+def validate(kind: type[S], values: Any, at: Path) -> tuple[S | None, list[Problem]]:
+    """`values` as a section, or every problem with them. `at`: where they stand in the file."""
+    try:
+        return kind.model_validate_json(json.dumps(values)), []
+    except ValidationError as error:
+        return None, [_problem(kind, detail, at) for detail in error.errors(include_url=False)]
+
+
+def _problem(kind: type[Section], detail: Any, at: Path) -> Problem:
+    loc: Path = tuple(detail["loc"])
+    match detail["type"]:
+        case "extra_forbidden":
+            return _unknown_key(kind, loc, at)
+        case "missing":
+            return Problem("missing", (*at, *loc), allowed=_description(kind, loc))
+        case "value_error":
+            return Problem(str(detail["ctx"]["error"]), (*at, *loc))
+    found = shown(detail["input"])
+    allowed = detail["msg"].removeprefix("Input should be ").removeprefix("Value should be ")
+    hint = ""
+    if detail["type"] == "literal_error":
+        allowed = detail["ctx"]["expected"]
+        hint = did_you_mean(detail["input"], [word.strip("'") for word in allowed.replace(" or ", ", ").split(", ")])
+    elif detail["type"] == "string_pattern_mismatch":
+        allowed = _description(kind, loc)
+    elif detail["type"] == "string_type" and not isinstance(detail["input"], dict | list | None):
+        hint = "put it in quotes"
+    elif isinstance(detail["input"], str) and detail["input"].replace("_", "").isdigit():
+        hint = f"write {detail['input'].replace('_', '')}, without quotes or underscores"
+    return Problem("not allowed here", (*at, *loc), found=found, allowed=allowed, hint=hint)
+
+
+def _unknown_key(kind: type[Section], loc: Path, at: Path) -> Problem:
+    section, key = section_at(kind, loc[:-1]), str(loc[-1])
+    fields = list(section.model_fields) if section else []
+    hint = did_you_mean(key, fields)
+    if not hint:
+        elsewhere = [path for path in field_paths(kind) if path[-1] == key]
+        hint = f"did you mean {dotted((*at, *elsewhere[0]))}?" if elsewhere else ""
+    return Problem("unknown key", (*at, *loc), found=key, allowed=listed(fields), hint=hint)
+
+
+def _description(kind: type[Section], loc: Path) -> str:
+    section = section_at(kind, loc[:-1])
+    field = section.model_fields.get(str(loc[-1])) if section else None
+    if field is None:
+        return ""
+    inner = next(iter(_sections(field.annotation)), None)
+    keys = f"a section with {listed(list(inner.model_fields))}" if inner else ""
+    return field.description or keys
+
+
+def section_at(kind: type[Section], loc: Path) -> type[Section] | None:
+    """The section that stands at `loc` of a `kind`, past optional fields and lists; None if there is none."""
+    section: type[Section] | None = kind
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        field = section.model_fields.get(part) if section else None
+        section = next(iter(_sections(field.annotation)), None) if field else None
+    return section
+
+
+def field_paths(kind: type[Section]) -> Iterator[Path]:
+    """The path of every field under a section, the shallow ones first."""
+    level: list[tuple[Path, type[Section]]] = [((), kind)]
+    while level:
+        yield from ((*path, name) for path, section in level for name in section.model_fields)
+        level = [
+            ((*path, name), inner)
+            for path, section in level
+            for name, field in section.model_fields.items()
+            for inner in _sections(field.annotation)
+        ]
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    """The sections that a field's type is made of: of `Schedule | None` or `list[Resolution]` the inner one."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return [annotation] if issubclass(annotation, Section) else []
+    if typing.get_origin(annotation) in (dict, Mapping):
+        return []
+    return [inner for argument in typing.get_args(annotation) for inner in _sections(argument)]
