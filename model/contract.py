@@ -338,6 +338,7 @@ def end_file(launch_name: str, rank: int) -> Path:
 
 
 EVENTS_DIR = "events"
+ATTEMPTS_DIR = "attempts"
 PINS_DIR = "pins"
 WATCHERS_DIR = "watchers"
 REPORT_DIR = "report"

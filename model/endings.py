@@ -1,0 +1,147 @@
+"""How an attempt ended: what its ranks said, and which of it is the cause. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from model import contract, storage
+from model.contract import Attempt, Cause, Outcome, RankEnd, Step
+
+TELLING = (
+    Cause.SUPERSEDED,
+    Cause.STORE_LOST,
+    Cause.USER_ERROR,
+    Cause.BAD_CHECKPOINT,
+    Cause.BAD_DATA,
+    Cause.DIVERGED,
+    Cause.DISK_FULL,
+    Cause.UNSEALED,
+)
+"""Causes that only the rank in trouble can name, the most telling first: the others lost a peer and crashed."""
+
+TAIL_BYTES = 4000
+"""How much of a rank's log an outcome quotes."""
+
+
+def ranks(attempt: Attempt) -> range:
+    """The ranks on this node; an evaluation is one process."""
+    return range(1 if attempt.phase == contract.EVALUATE else attempt.processes_per_node)
+
+
+def read_ends(attempt: Attempt) -> dict[int, RankEnd | None]:
+    """What each rank said: in its published file, else in the note that `model.rank` left, else nothing (None)."""
+    return {rank: _read_end(attempt, rank) for rank in ranks(attempt)}
+
+
+def _read_end(attempt: Attempt, rank: int) -> RankEnd | None:
+    published = f"{attempt.run_dir}/{contract.rank_file(attempt.attempt, rank)}"
+    for path in (published, str(contract.end_file(attempt.launch_name, rank))):
+        try:
+            return contract.decode(storage.read(path), RankEnd, path)
+        except FileNotFoundError:
+            continue
+    return None
+
+
+def judge(
+    ends: Mapping[int, RankEnd | None], first_dead: int | None, killed: RankEnd | None, oom: bool | None
+) -> RankEnd:
+    """The end of the attempt from the ends of its ranks.
+
+    `first_dead`: the rank whose process ended first. `killed`: why the agent ended the processes, if it did; `ends` is
+    then from before. `oom`: whether the kernel killed a process for lack of memory meanwhile (None: not known).
+    A rank that died first and silently was killed; the peers that crash on the broken connection are its echo.
+    """
+    spoken = {rank: end for rank, end in ends.items() if end is not None}
+    silent = sorted(rank for rank in ends if rank not in spoken)
+    if not silent and all(end.cause in (Cause.DONE, Cause.STOPPED) for end in spoken.values()):
+        return _first(spoken, Cause.STOPPED) or _one(spoken, Cause.DONE)
+    for cause in TELLING:
+        if end := _first(spoken, cause):
+            return end
+    if first_dead in silent:
+        return _killed(first_dead, oom)
+    if first_dead in spoken and spoken[first_dead].cause is Cause.CRASHED:
+        return _named(first_dead, spoken[first_dead])
+    if end := _first(spoken, Cause.CRASHED):
+        return end
+    if killed is not None:
+        return killed
+    if silent:
+        return _killed(silent[0], oom)
+    worst = min(rank for rank, end in spoken.items() if end.cause not in (Cause.DONE, Cause.STOPPED))
+    return _named(worst, spoken[worst])
+
+
+def _first(spoken: Mapping[int, RankEnd], cause: Cause) -> RankEnd | None:
+    return next((_named(rank, end) for rank, end in sorted(spoken.items()) if end.cause is cause), None)
+
+
+def _one(spoken: Mapping[int, RankEnd], cause: Cause) -> RankEnd:
+    """What they all said: no rank's number, as it says nothing."""
+    return next(end for _, end in sorted(spoken.items()) if end.cause is cause)
+
+
+def _named(rank: int, end: RankEnd) -> RankEnd:
+    return RankEnd(cause=end.cause, message=f"rank {rank}: {end.message}", step=end.step, detail=end.detail)
+
+
+def _killed(rank: int, oom: bool | None) -> RankEnd:
+    memory = {
+        True: "the kernel killed a process for lack of memory meanwhile: give it more, or a smaller micro-batch",
+        False: "the kernel reports no lack of memory",
+        None: "lack of memory is the usual reason: see `dmesg`",
+    }[oom]
+    message = f"rank {rank} was killed by a signal and left no word ({memory})"
+    return RankEnd(cause=Cause.KILLED, message=message, step=None)
+
+
+def outcome(attempt: Attempt, end: RankEnd) -> Outcome:
+    """The attempt's last word, with the step from the progress and the logs' tails where `end` has neither."""
+    well = end.cause in (Cause.DONE, Cause.STOPPED)
+    return Outcome(
+        cause=end.cause,
+        message=end.message,
+        step=end.step if end.step is not None else _last_step(attempt),
+        detail=end.detail or ("" if well else _tails(attempt)),
+        ended_at=contract.now(),
+        nonce=contract.new_nonce(),
+    )
+
+
+def _last_step(attempt: Attempt) -> int | None:
+    """The last update that rank 0 recorded."""
+    folder = f"{attempt.run_dir}/{contract.progress_dir(attempt.attempt)}"
+    for name in reversed(storage.names(folder)):
+        lines = storage.read(f"{folder}/{name}").splitlines()
+        if lines:
+            return contract.decode(lines[-1], Step, f"{folder}/{name}").step
+    return None
+
+
+def _tails(attempt: Attempt) -> str:
+    """The ends of the ranks' logs: the stacks of a hung rank, a fatal error that Python could not raise."""
+    quoted = []
+    for rank in ranks(attempt):
+        path = f"{attempt.run_dir}/{contract.rank_log(attempt.attempt, rank)}"
+        if tail := _tail(storage.local(path)):
+            quoted.append(f"--- {path}\n{tail}")
+    return "\n".join(quoted)
+
+
+def _tail(path: Path) -> str:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return ""
+    return storage.read(str(path), max(0, size - TAIL_BYTES)).decode(errors="replace")
+
+
+def oom_kills() -> int | None:
+    """Processes that the kernel has killed for lack of memory since boot; None where it does not tell."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)

@@ -1,0 +1,87 @@
+"""What each rank runs in, before anything of torch: `python -P -m model.rank MODULE ATTEMPT_YAML`.
+
+Started by torchrun (or, for one process, by the agent). It ties the rank's life to its parent's, gives it a log file
+and stack dumps on SIGUSR1, all before the trainer's imports (which may hang or fail too), then runs MODULE as
+`__main__` in this same process. A failure that the trainer could not report itself is noted for the agent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import runpy
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from model import contract, storage
+from model.contract import Attempt, Cause, RankEnd
+
+PR_SET_PDEATHSIG = 1
+
+
+def main(module: str, attempt_yaml: str) -> None:
+    """Run `module` as this rank. Leaves as the module leaves."""
+    die_with_parent()
+    attempt = contract.read_attempt(Path(attempt_yaml).read_bytes(), attempt_yaml)
+    rank = int(os.environ.get("RANK", "0"))
+    _log_to(storage.local(f"{attempt.run_dir}/{contract.rank_log(attempt.attempt, rank)}"))
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    _whole(contract.pid_file(attempt.launch_name, rank), str(os.getpid()).encode())
+    sys.argv = [module, attempt_yaml]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as leaving:
+        if leaving.code not in (None, 0):
+            _note(attempt, rank, _exited(leaving.code))
+        raise
+    except BaseException as error:
+        _note(attempt, rank, _raised(error))
+        raise
+
+
+def die_with_parent() -> None:
+    """The kernel kills this process when its parent ends, however that ends (prctl(2), PR_SET_PDEATHSIG)."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) was refused")
+
+
+def _log_to(path: Path) -> None:
+    """Send what this process prints, C libraries included, to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def _exited(code: int | str | None) -> RankEnd:
+    """What an exit code of the contract says; anything else, such as `sys.exit("message")`, is a crash."""
+    if isinstance(code, int) and code in contract.CAUSES:
+        return RankEnd(cause=contract.CAUSES[code], message=f"exit code {code}, no further word", step=None)
+    return RankEnd(cause=Cause.CRASHED, message=f"exited with {code!r}", step=None)
+
+
+def _raised(error: BaseException) -> RankEnd:
+    detail = "".join(traceback.format_exception(error))
+    return RankEnd(cause=Cause.CRASHED, message=f"{type(error).__name__}: {error}", step=None, detail=detail)
+
+
+def _note(attempt: Attempt, rank: int, end: RankEnd) -> None:
+    _whole(contract.end_file(attempt.launch_name, rank), contract.encode(end))
+
+
+def _whole(path: Path, data: bytes) -> None:
+    """Write so that the agent, which may look at any moment, never sees half of it."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

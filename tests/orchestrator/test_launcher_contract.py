@@ -1,0 +1,178 @@
+"""What every launcher has to do, whatever it launches on. A new launcher is a row in LAUNCHERS.
+
+Each case is a real attempt with a stand-in trainer (tests/model/standin), in a folder whose name a shell would trip on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from model import contract
+from model.contract import Cause
+from orchestrator.launchers.base import Launcher, LaunchState, Query
+from orchestrator.launchers.local import LocalLauncher
+from tests.model.standin.attempts import Case, make, wait_for
+
+LAUNCHERS: dict[str, tuple[Callable[[], Launcher], str]] = {
+    "local": (LocalLauncher, "from orchestrator.launchers.local import LocalLauncher as Launcher"),
+}
+"""By name: how to make it here, and the import that makes it in another process, under the name `Launcher`."""
+
+
+@pytest.fixture(params=sorted(LAUNCHERS))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def launcher(name: str) -> Launcher:
+    return LAUNCHERS[name][0]()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / 'a run\'s "folder"; $(touch no)\nnext'
+
+
+def ask(case: Case, handle: dict[str, Any] | None = None) -> Query:
+    attempt = case.attempt
+    return Query(attempt.run_dir, attempt.run_id, attempt.attempt, attempt.launch_name, case.digest, handle)
+
+
+def state(launcher: Launcher, query: Query) -> LaunchState:
+    return launcher.observe([query])[0].state
+
+
+def wait_until(launcher: Launcher, query: Query, wanted: LaunchState) -> None:
+    wait_for(lambda: state(launcher, query) is wanted)
+
+
+def test_render_says_what_would_be_sent_and_does_nothing(launcher: Launcher, folder: Path) -> None:
+    case = make(folder, ["steps:1"])
+    before = sorted(folder.rglob("*"))
+    text = launcher.render(case.attempt, case.digest)
+    assert text == launcher.render(case.attempt, case.digest)
+    assert "model.agent" in text
+    assert contract.attempt_yaml(1) in text
+    assert case.digest in text
+    assert sorted(folder.rglob("*")) == before
+    assert state(launcher, ask(case)) is LaunchState.ABSENT
+
+
+def test_an_attempt_runs_to_its_end_and_is_seen_with_and_without_its_handle(launcher: Launcher, folder: Path) -> None:
+    case = make(folder, ["steps:100000"])
+    handle = launcher.submit(case.attempt, case.digest)
+    assert json.loads(json.dumps(handle)) == handle  # it goes into an event
+
+    seen = launcher.observe([ask(case, handle), ask(case)])
+    assert [one.state for one in seen] == [LaunchState.RUNNING] * 2
+    assert all(one.detail for one in seen)
+    assert seen[0].handle == handle
+    adopted = seen[1].handle
+    assert adopted is not None
+    assert state(launcher, ask(case, adopted)) is LaunchState.RUNNING
+
+    wait_for(case.pulsing)
+    launcher.cancel(ask(case, handle), hard=False)
+    wait_until(launcher, ask(case, handle), LaunchState.ENDED)
+    assert case.outcome.cause is Cause.STOPPED
+    assert state(launcher, ask(case)) is LaunchState.ENDED  # its claim says that it was there
+    assert "ranks" in (folder / contract.agent_log(1)).read_text()
+    assert not (folder.parent / "no").exists()
+
+
+def test_only_the_same_run_and_digest_are_adopted(launcher: Launcher, folder: Path) -> None:
+    case = make(folder, ["deaf"])
+    handle = launcher.submit(case.attempt, case.digest)
+    case.facts()
+    assert state(launcher, replace(ask(case), digest="0" * 64)) is not LaunchState.RUNNING
+    assert state(launcher, replace(ask(case), run_id="0" * 32)) is not LaunchState.RUNNING
+    launcher.cancel(replace(ask(case), run_id="0" * 32), hard=False)
+    assert state(launcher, ask(case)) is LaunchState.RUNNING
+    launcher.cancel(ask(case, handle), hard=True)
+
+
+def test_hard_cancel_leaves_no_process(launcher: Launcher, folder: Path) -> None:
+    case = make(folder, ["children"])
+    handle = launcher.submit(case.attempt, case.digest)
+    pid = case.facts()["pid"]
+    wait_for(case.pulsing)
+    child = psutil.Process(pid).children()[0]  # in a session of its own, and it knows nothing of the attempt
+    launcher.cancel(ask(case, handle), hard=True)
+    assert case.processes() == []
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    assert state(launcher, ask(case, handle)) is LaunchState.ENDED
+
+
+def test_cancel_by_name_as_after_a_lost_answer(launcher: Launcher, folder: Path) -> None:
+    case = make(folder, ["steps:100000"])
+    launcher.submit(case.attempt, case.digest)
+    wait_for(case.pulsing)
+    launcher.cancel(ask(case), hard=False)
+    wait_until(launcher, ask(case), LaunchState.ENDED)
+    assert case.outcome.cause is Cause.STOPPED
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_to_cancel_what_is_gone_is_nothing(launcher: Launcher, folder: Path, hard: bool) -> None:
+    case = make(folder, ["steps:1"])
+    launcher.cancel(ask(case), hard=hard)
+    handle = launcher.submit(case.attempt, case.digest)
+    wait_until(launcher, ask(case, handle), LaunchState.ENDED)
+    launcher.cancel(ask(case, handle), hard=hard)
+    assert case.outcome.cause is Cause.DONE
+
+
+def test_answers_come_in_the_order_of_the_queries(launcher: Launcher, folder: Path) -> None:
+    running, ended, absent = (
+        make(folder / one, [behaviour]) for one, behaviour in [("1", "deaf"), ("2", "steps:1"), ("3", "steps:1")]
+    )
+    handles = [launcher.submit(case.attempt, case.digest) for case in (running, ended)]
+    wait_until(launcher, ask(ended, handles[1]), LaunchState.ENDED)
+    seen = launcher.observe([ask(absent), ask(running, handles[0]), ask(ended, handles[1]), ask(running)])
+    assert [one.state for one in seen] == [
+        LaunchState.ABSENT,
+        LaunchState.RUNNING,
+        LaunchState.ENDED,
+        LaunchState.RUNNING,
+    ]
+    assert launcher.observe([]) == []
+    launcher.cancel(ask(running), hard=True)
+
+
+def test_an_attempt_submitted_twice_is_trained_once(launcher: Launcher, folder: Path) -> None:
+    case = make(folder, ["steps:40"])
+    handles = [launcher.submit(case.attempt, case.digest) for _ in range(2)]
+    for handle in handles:
+        wait_until(launcher, ask(case, handle), LaunchState.ENDED)
+    assert case.outcome.cause is Cause.DONE  # a second trainer would have failed to publish its facts
+    assert "superseded, nothing was started" in (folder / contract.agent_log(1)).read_text()
+
+
+def test_it_outlives_who_submitted_it(name: str, launcher: Launcher, folder: Path) -> None:
+    case = make(folder, ["steps:100000"])
+    script = (
+        f"import sys, time; from pathlib import Path; from model.contract import read_attempt; {LAUNCHERS[name][1]}\n"
+        "Launcher().submit(read_attempt(Path(sys.argv[1]).read_bytes(), ''), sys.argv[2]); print('sent', flush=True)\n"
+        "time.sleep(1000)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", script, case.yaml, case.digest], stdout=subprocess.PIPE, start_new_session=True
+    ) as controller:
+        assert controller.stdout is not None
+        assert controller.stdout.readline() == b"sent\n"
+        os.killpg(controller.pid, signal.SIGKILL)  # as a closed terminal would, and harder
+    wait_for(case.pulsing)
+    assert state(launcher, ask(case)) is LaunchState.RUNNING
+    launcher.cancel(ask(case), hard=True)
