@@ -136,9 +136,8 @@ def build(root: Path, background: config.Rgb) -> Index:
     """Look at every image under `root`. Raises DataError if there is none, or none that can be read."""
     paths = list_images(root)
     if not paths:
-        raise DataError(
-            f"data.path: no images under {root} (looked for {', '.join(sorted(contract.IMAGE_SUFFIXES))} in all its folders)"
-        )
+        endings = ", ".join(sorted(contract.IMAGE_SUFFIXES))
+        raise DataError(f"data.path: no images under {root} (looked for {endings} in all its folders)")
     compare = len(paths) <= COMPARE_AT_MOST
     looks = _in_threads(lambda path: _look(root / path, background, compare), paths)
     skipped = [Skipped(path=p, reason=look) for p, look in zip(paths, looks, strict=True) if isinstance(look, str)]

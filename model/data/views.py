@@ -10,10 +10,13 @@ from model.draws import generator
 
 @dataclass(frozen=True)
 class SslViews:
-    """Multi-crop views at one resolution. `gram`: a Gram teacher looks too, at `resolution.gram_size` (or at
-    `global_size` if that is not set)."""
+    """Multi-crop views at one resolution, with iBOT masks over patches of `patch_size` pixels.
+
+    `gram`: a Gram teacher looks too, at `resolution.gram_size` (or at `global_size` if that is not set).
+    """
 
     resolution: config.Resolution
+    patch_size: int
     gram: bool = False
 
     @property

@@ -1,0 +1,248 @@
+"""The loader: one rank's part of every step's batch, in order, prepared ahead by threads.
+
+A batch is a function of (settings, seed, origin, clock, rank) alone, so that any number of threads, a resumed run and
+another number of ranks see the same images, crops and masks. Threads rather than processes: decoding, resizing and the
+array work release the interpreter lock, and nothing has to be pickled or shared.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from model import config
+from model.data import text
+from model.data.augment import Recipe, ssl_views, whole_views
+from model.data.batch import Batch, PairBatch, SslBatch
+from model.data.errors import BadDataError, DataError, UnreadableImageError
+from model.data.images import load_rgb
+from model.data.index import Entry, Index, Skipped, check_skip_rate, training_entries
+from model.data.masks import group_masks
+from model.data.order import image_at, replacement
+from model.data.views import PairViews, SslViews, Views
+from model.draws import generator
+
+MEMORY_BUDGET = 512 * 2**20
+"""Bytes of decoded images that a process keeps; a folder that needs more is decoded at every access instead."""
+
+BYTES_PER_PIXEL = 4  # Pillow pads RGB
+MOST_REPLACEMENTS = 100
+MOST_NAMES = 5
+
+
+@dataclass(frozen=True)
+class SkippedImages:
+    """Images that turned out unreadable while training, and were replaced: how many, and the last few."""
+
+    count: int
+    last: list[Skipped]
+
+
+class Loader:
+    """Iterates over this rank's batches for the clocks from `start_clock` up to, not including, `stop_clock`.
+
+    Iterating raises BadDataError when more images are unreadable than `data.max_skip_rate` allows, and whatever else
+    went wrong in a thread, at the batch it belongs to. `tokenizer` is the JSON of a text phase's tokenizer, else None.
+    Making a Loader raises DataError or BadDataError.
+    """
+
+    def __init__(
+        self,
+        settings: config.AnyPhase,
+        seed: int,
+        origin: str,
+        index: Index,
+        run_dir: str,
+        objective_views: Callable[[int], Views],
+        rank: int,
+        world: int,
+        start_clock: int,
+        stop_clock: int,
+    ) -> None:
+        self.tokenizer: str | None = None
+        entries = training_entries(index, settings.data)
+        if isinstance(settings, config.TextPhase):
+            entries = _with_captions(entries, index)
+            self.tokenizer = text.build_or_read([e.caption or "" for e in entries], settings.text.vocabulary, run_dir)
+        self._make = _Maker(settings, seed, origin, index, entries, self.tokenizer, objective_views, rank, world)
+        self._clocks = range(start_clock, stop_clock)
+        self._index, self._most = index, settings.data.max_skip_rate
+        self._workers = settings.data.workers
+        self._pool: ThreadPoolExecutor | None = None
+        self._skipped: dict[str, Skipped] = {}
+
+    @property
+    def skipped(self) -> SkippedImages:
+        """Unreadable images in the batches handed out so far; those that the index knows of are not among them."""
+        return SkippedImages(len(self._skipped), list(self._skipped.values())[-MOST_NAMES:])
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch, skipped in self._ahead() if self._workers else map(self._make.batch, self._clocks):
+            self._skipped.update((one.path, one) for one in skipped)
+            if skipped:
+                check_skip_rate(self._index, list(self._skipped.values()), self._most)
+            yield batch
+
+    def _ahead(self) -> Iterator[tuple[Batch, list[Skipped]]]:
+        """The same batches, each made by one of the threads, at most one more than there are threads in waiting."""
+        self.close()
+        pool = self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="loader")
+        waiting: deque[Future[tuple[Batch, list[Skipped]]]] = deque()
+        try:
+            for clock in self._clocks:
+                waiting.append(pool.submit(self._make.batch, clock))
+                if len(waiting) > self._workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def close(self) -> None:
+        """Drop what is not begun, wait for what is, and join the threads."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+
+def _with_captions(entries: list[Entry], index: Index) -> list[Entry]:
+    captioned = [entry for entry in entries if entry.caption]
+    if not captioned:
+        raise DataError(
+            f"data.path: no training image under {index.root} has a caption; a text phase needs a .txt beside each "
+            "image, its first line the caption. Leave the text phase out, or add captions"
+        )
+    return captioned
+
+
+@dataclass(frozen=True)
+class _Sample:
+    image: Image.Image
+    caption: str
+
+
+class _Maker:
+    """Makes the batch of a clock; safe to call from several threads."""
+
+    def __init__(
+        self,
+        settings: config.AnyPhase,
+        seed: int,
+        origin: str,
+        index: Index,
+        entries: list[Entry],
+        tokenizer: str | None,
+        views: Callable[[int], Views],
+        rank: int,
+        world: int,
+    ) -> None:
+        self.settings, self.seed, self.origin, self.entries, self.views = settings, seed, origin, entries, views
+        self.images = _Images(Path(index.root), entries, settings.data.background)
+        self.tokenizer = None if tokenizer is None else text.load(tokenizer)
+        batch, group = settings.optim.batch_size, settings.optim.group_size
+        if batch % (world * group):
+            raise DataError(
+                f"optim.batch_size: {batch} images in groups of {group} do not divide over {world} processes; "
+                f"take a number of processes that divides {batch // group}"
+            )
+        share = batch // world
+        self.slice = range(rank * share, (rank + 1) * share)
+
+    def batch(self, clock: int) -> tuple[Batch, list[Skipped]]:
+        """This rank's part of the batch at `clock`, and the images that had to be replaced in it."""
+        first = clock * self.settings.optim.batch_size
+        positions = [first + place for place in self.slice]
+        skipped: list[Skipped] = []
+        samples = [self._sample(position, skipped) for position in positions]
+        views = self.views(clock)
+        if isinstance(views, PairViews):
+            return self._pairs(positions, samples, views), skipped
+        return self._ssl(clock, positions, samples, views), skipped
+
+    def _sample(self, position: int, skipped: list[Skipped]) -> _Sample:
+        """The image at `position`, or the first of its replacements that can be read."""
+        n = len(self.entries)
+        number = image_at(self.seed, self.origin, n, position)
+        for attempt in range(1, MOST_REPLACEMENTS + 1):
+            try:
+                return _Sample(self.images.get(number), self.entries[number].caption or "")
+            except UnreadableImageError as error:
+                skipped.append(Skipped(path=self.entries[number].path, reason=str(error)))
+                number = replacement(self.seed, self.origin, n, position, attempt)
+        raise BadDataError(f"data.path: {MOST_REPLACEMENTS} images in a row are unreadable, last {skipped[-1].path}")
+
+    def _groups(self) -> range:
+        size = self.settings.optim.group_size
+        return range(self.slice.start // size, self.slice.stop // size)
+
+    def _ssl(self, clock: int, positions: list[int], samples: list[_Sample], views: SslViews) -> SslBatch:
+        s = self.settings
+        if isinstance(s, config.TextPhase):
+            raise TypeError("a text phase has no multi-crop views")
+        recipe = Recipe(s.data, s.augment, s.crops, self.seed, self.origin)
+        made = ssl_views(recipe, [one.image for one in samples], positions, views)
+        return SslBatch(
+            positions=torch.tensor(positions),
+            groups=torch.tensor(self._groups()),
+            global_crops=torch.from_numpy(made.global_crops),
+            local_crops=torch.from_numpy(made.local_crops),
+            gram_crops=None if made.gram_crops is None else torch.from_numpy(made.gram_crops),
+            masks=torch.from_numpy(self._masks(clock, views, s.losses.ibot)),
+        )
+
+    def _masks(self, clock: int, views: SslViews, ibot: config.Ibot) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+        """[2, b, N], drawn group by group."""
+        size, grid = self.settings.optim.group_size, views.resolution.global_size // views.patch_size
+        groups = [
+            group_masks(
+                generator(self.seed, f"{self.origin}/masks", clock, group),
+                2 * size,
+                grid,
+                ibot.mask_probability,
+                ibot.mask_ratio,
+            ).reshape(2, size, grid * grid)
+            for group in self._groups()
+        ]
+        return np.concatenate(groups, axis=1)
+
+    def _pairs(self, positions: list[int], samples: list[_Sample], views: PairViews) -> PairBatch:
+        if self.tokenizer is None:
+            raise TypeError("only a text phase has captions")
+        images = whole_views([one.image for one in samples], views.image_size, self.settings.data)
+        return PairBatch(
+            positions=torch.tensor(positions),
+            groups=torch.tensor(self._groups()),
+            images=torch.from_numpy(images),
+            tokens=text.encode(self.tokenizer, [one.caption for one in samples], views.context),
+        )
+
+
+class _Images:
+    """Decoded images by number: kept if all of them fit in the budget, else decoded each time."""
+
+    def __init__(self, root: Path, entries: list[Entry], background: config.Rgb) -> None:
+        self._paths = [root / entry.path for entry in entries]
+        self._background = background
+        self._keep = sum(entry.width * entry.height for entry in entries) * BYTES_PER_PIXEL <= MEMORY_BUDGET
+        self._kept: dict[int, Image.Image] = {}
+        self._lock = threading.Lock()
+
+    def get(self, number: int) -> Image.Image:
+        """Raises UnreadableImageError."""
+        with self._lock:
+            kept = self._kept.get(number)
+        if kept is not None:
+            return kept
+        image = load_rgb(self._paths[number], self._background)
+        if self._keep:
+            with self._lock:
+                self._kept[number] = image
+        return image
