@@ -194,6 +194,14 @@ class Closed(Record, frozen=True):
     nonce: str
 
 
+class Pin(Record, frozen=True):
+    """Another run takes parts of the checkpoint that the pin's name says."""
+
+    run: str  # the taker's directory
+    run_id: str
+    parts: tuple[str, ...]
+
+
 class Step(Record, frozen=True):
     """One line of a progress chunk."""
 

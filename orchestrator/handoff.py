@@ -127,17 +127,19 @@ def inputs(
     *,
     run: str,
     other: Callable[[Reference], CheckpointRef] | None = None,
+    refer: Callable[[Reference], Reference] = lambda reference: reference,
 ) -> dict[str, CheckpointRef]:
     """The checkpoint behind each input of `phase`.
 
     accepted: the checkpoints of this run that count; of several attempts that sealed a step, the newest's is taken.
     run: path or URI of this run's directory. other: finds the checkpoint of a reference to another run.
+    refer: what a reference means in a fork, where earlier checkpoints are those of the run that it was forked from.
     Raises HandoffError for a reference that cannot be met: a phase never begins without what it names.
     """
     found = {}
-    for name, reference in references(spec, phase).items():
+    for name, reference in ((name, refer(written)) for name, written in references(spec, phase).items()):
         if reference.run is None:
-            found[name] = _own(spec, reference, accepted, run)
+            found[name] = own(spec, reference, accepted, run)
         elif other is None:
             raise HandoffError(f"{phase}.{name}: {reference} is of another run, which cannot be read here")
         else:
@@ -145,7 +147,8 @@ def inputs(
     return found
 
 
-def _own(spec: Spec, reference: Reference, accepted: Accepted, run: str) -> CheckpointRef:
+def own(spec: Spec, reference: Reference, accepted: Accepted, run: str) -> CheckpointRef:
+    """The checkpoint of this run that a reference means. Raises HandoffError if it is not among the accepted ones."""
     step = step_of(spec, reference)
     sealed = accepted.get(reference.phase, ())
     attempts = [attempt for attempt, at in sealed if at == step]

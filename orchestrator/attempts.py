@@ -1,0 +1,158 @@
+"""What an attempt is told: its inputs, the checkpoints to go on from, its name; all resolved and pinned."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+import msgspec
+
+from model import storage
+from model.contract import (
+    EVALUATE,
+    FORMAT,
+    PARTS,
+    Attempt,
+    CheckpointRef,
+    Pin,
+    checkpoint_dir,
+    closed_file,
+    encode,
+    manifest_file,
+    pin_file,
+)
+from orchestrator import code, handoff, store
+from orchestrator.handoff import HandoffError, Reference
+from orchestrator.state import State, fold
+
+NAME_LENGTH = 63
+"""Longest launch name: a Kubernetes label's, the narrowest of the schedulers'."""
+
+
+def build(state: State, run_dir: str, number: int, phase: str) -> Attempt:
+    """Attempt `number` of `phase`. The same state gives the same attempt, byte for byte, on one machine.
+
+    Raises HandoffError for an input that is not there, CodeError if the run's copy of the code is not what it was.
+    """
+    settings = state.settings(phase)
+    resources = settings["resources"]
+    evaluation = phase == EVALUATE
+    return Attempt(
+        format=FORMAT,
+        run=state.created.run,
+        run_id=state.created.run_id,
+        run_dir=run_dir,
+        attempt=number,
+        phase=phase,
+        launch_name=launch_name(state.created.run, state.created.run_id, phase, number),
+        seed=int(state.spec["seed"]),
+        model=state.spec["model"],
+        settings=settings,
+        inputs=resolve_inputs(state, run_dir, phase),
+        resume=[] if evaluation else state.resume_points(phase, run_dir),
+        keep_steps=[] if evaluation else handoff.keep_steps(state.spec, phase),
+        nodes=1 if evaluation else int(resources["nodes"]),
+        processes_per_node=1 if evaluation else int(resources["processes_per_node"]),
+        threads=int(resources["threads"]),
+        code_dir=code.verify(run_dir, state.code_digest),
+        on_end=[sys.executable, "-P", "-m", "orchestrator.cli", "tick", run_dir],
+        spec_digest=state.spec_digest,
+        code_digest=state.code_digest,
+    )
+
+
+def to_yaml(attempt: Attempt) -> tuple[bytes, str]:
+    """The bytes of attempt.yaml and their digest, under which a launched job is known again."""
+    data = msgspec.yaml.encode(attempt)
+    return data, hashlib.sha256(data).hexdigest()
+
+
+def launch_name(run: str, run_id: str, phase: str, number: int) -> str:
+    """`<run>-<8 hex>-<phase>-<attempt>`; a long run name is cut, as the rest already makes it unique."""
+    rest = f"-{run_id[:8]}-{phase}-{number}"
+    if len(rest) >= NAME_LENGTH:
+        raise HandoffError(f"the phase's name is too long for a job's name ({NAME_LENGTH} characters): {phase}")
+    return run[: NAME_LENGTH - len(rest)].rstrip("-_.") + rest
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def sealed_steps(run_dir: str, phase: str, attempt: int) -> list[int]:
+    """The steps of an attempt whose manifest is there, ascending."""
+    folder = os.path.dirname(f"{run_dir}/{checkpoint_dir(phase, attempt, 0)}")
+    steps = sorted(int(name) for name in storage.names(folder) if name.isdecimal())
+    return [step for step in steps if storage.exists(f"{run_dir}/{manifest_file(phase, attempt, step)}")]
+
+
+def resolve_inputs(state: State, run_dir: str, phase: str) -> dict[str, CheckpointRef]:
+    """The checkpoint behind each input of `phase`; those of other runs are pinned there. Raises HandoffError."""
+    names: dict[Reference, list[str]] = {}
+    for name, written in handoff.references(state.spec, phase).items():
+        names.setdefault(inherit(state, written), []).append(name)
+    return handoff.inputs(
+        state.spec,
+        phase,
+        state.accepted(),
+        run=run_dir,
+        other=lambda reference: take(state.created.run_id, run_dir, reference, names[reference]),
+        refer=lambda reference: inherit(state, reference),
+    )
+
+
+def inherit(state: State, reference: Reference) -> Reference:
+    """In a fork, a checkpoint from before the fork is the forked run's."""
+    fork = state.created.forked_from
+    if reference.run is not None or fork is None:
+        return reference
+    step = handoff.step_of(state.spec, reference)
+    return replace(reference, run=fork.run, step=step) if state.is_inherited(reference.phase, step) else reference
+
+
+def take(run_id: str, run_dir: str, reference: Reference, names: Sequence[str]) -> CheckpointRef:
+    """The checkpoint of another run, pinned there first and looked at afterwards, so that no pruning comes between.
+
+    names: the inputs that take it; none if it is forked, which takes all of its parts.
+    """
+    found = find(reference, run_dir)
+    parts = {part for name in names for part in handoff.PARTS_TAKEN.get(name, PARTS)} if names else set(PARTS)
+    pin = Pin(run=run_dir, run_id=run_id, parts=tuple(part for part in PARTS if part in parts))
+    by = "-".join([run_id, *(names or ["fork"])])
+    storage.publish(f"{found.run}/{pin_file(found.phase, found.attempt, found.step, by)}", encode(pin))
+    if not storage.exists(f"{found.run}/{manifest_file(found.phase, found.attempt, found.step)}"):
+        raise HandoffError(f"{reference}: that checkpoint is no longer there: {found.path}")
+    return found
+
+
+def find(reference: Reference, beside: str) -> CheckpointRef:
+    """The checkpoint that a reference to another run means. beside: our run directory, next to which names are looked
+    up. Raises HandoffError."""
+    run_dir = locate(reference.run or beside, beside)
+    other = fold(store.read(run_dir))
+    if other is None:
+        raise HandoffError(f"{reference}: there is no run at {run_dir}")
+    if reference.phase not in other.spec["phases"]:
+        raise HandoffError(f"{reference}: run {other.created.run} has the phases {', '.join(other.spec['phases'])}")
+    step = handoff.step_of(other.spec, reference)
+    inherited = inherit(other, replace(reference, run=None, step=step))
+    if inherited.run is not None:
+        return find(inherited, run_dir)
+    sealed = other.accepted().get(reference.phase, [])
+    live = other.live
+    if live and live.phase == reference.phase and not storage.exists(f"{run_dir}/{closed_file(live.number)}"):
+        sealed = [*sealed, *((live.number, at) for at in sealed_steps(run_dir, live.phase, live.number))]
+    attempts = [attempt for attempt, at in sealed if at == step]
+    if not attempts:
+        steps = ", ".join(str(at) for at in sorted({at for _, at in sealed})) or "none"
+        raise HandoffError(f"{reference}: no such checkpoint; {run_dir} has sealed steps of {reference.phase}: {steps}")
+    return CheckpointRef(run=run_dir, phase=reference.phase, attempt=max(attempts), step=step)
+
+
+def locate(run: str, beside: str) -> str:
+    """A run by URI, by path, or by its name beside our own run's directory."""
+    if storage.is_uri(run):
+        return run
+    return os.path.abspath(run) if os.sep in run else os.path.join(os.path.dirname(beside), run)

@@ -1,0 +1,147 @@
+"""Carrying out a decision: the log, the files of an attempt and the launcher, in the order that survives a crash.
+
+The event that says what is about to happen comes first wherever doing it twice would harm; whoever finds it there
+without its effect looks before acting.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from typing import Any
+
+from model import storage
+from model.contract import EVALUATE, Cause, Closed, attempt_yaml, closed_file, decode, encode, new_nonce
+from orchestrator import attempts, store
+from orchestrator.code import CodeError
+from orchestrator.decide import Action, Adopt, AskToStop, Close, Fail, Launch, Rest, Wait, end_of
+from orchestrator.events import AttemptIntended, AttemptLaunched, AttemptStopping, Event, RunFailed
+from orchestrator.handoff import HandoffError
+from orchestrator.launchers.base import Launcher, LaunchError, Query
+from orchestrator.state import AttemptState, IllegalEvent, State, apply, fold
+
+LEASE_SECONDS = 60.0
+"""How long whoever intends an attempt may take to submit it."""
+
+TRIES = 50
+"""Appends that may lose against other controllers before something must be wrong."""
+
+
+class ControlError(RuntimeError):
+    """What was asked of a run cannot be done; the message says why and what to do instead."""
+
+
+def load(run_dir: str) -> State:
+    """The state of the run in that directory. Raises ControlError if there is none, LogError, ContractError."""
+    state = fold(store.read(run_dir))
+    if state is None:
+        raise ControlError(f"no run at {run_dir}; `dinoctl status` lists the runs that are there")
+    return state
+
+
+def append(run_dir: str, state: State, event: Event) -> State:
+    """Append to a log that stands at `state`; the state after it. Raises IllegalEvent, Conflict."""
+    after = apply(state, event)
+    store.append(run_dir, after.events, event)
+    return after
+
+
+def insist(run_dir: str, event: Event) -> State:
+    """Append wherever the log stands by now, as long as the event is legal there. Raises IllegalEvent."""
+    for _ in range(TRIES):
+        try:
+            return append(run_dir, load(run_dir), event)
+        except store.Conflict:
+            continue
+    raise ControlError(f"{run_dir}: {TRIES} other events came first, one after the other; try again")
+
+
+def query(run_dir: str, state: State, attempt: AttemptState) -> Query:
+    """What a launcher needs to look an attempt up or to cancel it."""
+    intent = attempt.intent
+    return Query(
+        run_dir, state.created.run_id, attempt.number, intent.launch_name, intent.digest, attempt.handle or None
+    )
+
+
+# --- the actions ---------------------------------------------------------------
+
+
+def perform(run_dir: str, owner: str, state: State, launcher: Launcher, action: Action, clock: float) -> State:
+    """Do it, and give the state afterwards. Raises Conflict if another controller acted first."""
+    match action:
+        case Launch():
+            return _launch(run_dir, owner, state, launcher, action, clock)
+        case Adopt(number, handle):
+            event = AttemptLaunched(at=clock, nonce=new_nonce(), attempt=number, handle=handle)
+            return append(run_dir, state, event)
+        case AskToStop():
+            return _ask_to_stop(run_dir, state, launcher, action, clock)
+        case Close():
+            return _close(run_dir, state, launcher, action, clock)
+        case Fail(cause, message):
+            return append(run_dir, state, RunFailed(at=clock, nonce=new_nonce(), cause=cause, message=message))
+        case Wait() | Rest():
+            return state
+
+
+def _launch(run_dir: str, owner: str, state: State, launcher: Launcher, action: Launch, clock: float) -> State:
+    begun = time.monotonic()
+    try:
+        attempt = attempts.build(state, run_dir, action.number, action.phase)
+    except (HandoffError, CodeError) as error:
+        return perform(run_dir, owner, state, launcher, Fail(Cause.USER_ERROR, str(error)), clock)
+    data, digest = attempts.to_yaml(attempt)
+    try:
+        storage.publish(f"{run_dir}/{attempt_yaml(action.number)}", data)
+    except storage.AlreadyPublished:
+        # Somebody wrote it, died before the intent, and the spec has been amended since: that number is spent.
+        return _launch(run_dir, owner, state, launcher, Launch(action.number + 1, action.phase), clock)
+    intent = AttemptIntended(
+        at=clock, nonce=new_nonce(), attempt=attempt.attempt, phase=attempt.phase, launch_name=attempt.launch_name,
+        digest=digest, owner=owner, lease_until=clock + LEASE_SECONDS,
+    )  # fmt: skip
+    intended = append(run_dir, state, intent)
+    if time.monotonic() - begun > LEASE_SECONDS:
+        return intended  # too late to submit: it is looked up and given up like anybody else's
+    try:
+        handle = launcher.submit(attempt, digest)
+    except LaunchError as error:
+        refusal = Close(attempt.attempt, Cause.NOT_LAUNCHED, f"the launcher refused it: {error}")
+        return _close(run_dir, intended, launcher, refusal, clock)
+    return _launched(run_dir, launcher, attempt.attempt, handle, clock)
+
+
+def _launched(run_dir: str, launcher: Launcher, number: int, handle: dict[str, Any], clock: float) -> State:
+    try:
+        return insist(run_dir, AttemptLaunched(at=clock, nonce=new_nonce(), attempt=number, handle=handle))
+    except IllegalEvent:
+        # Another controller saw the job before we could say so and adopted it, or has already closed the attempt.
+        state = load(run_dir)
+        mine = next(attempt for attempt in state.attempts if attempt.number == number)
+        if mine.end is not None:
+            launcher.cancel(query(run_dir, state, mine), hard=True)
+        return state
+
+
+def _ask_to_stop(run_dir: str, state: State, launcher: Launcher, action: AskToStop, clock: float) -> State:
+    if not action.again:
+        event = AttemptStopping(at=clock, nonce=new_nonce(), attempt=action.number, hard=action.hard)
+        state = append(run_dir, state, event)
+    assert state.live is not None
+    launcher.cancel(query(run_dir, state, state.live), hard=action.hard)
+    return state
+
+
+def _close(run_dir: str, state: State, launcher: Launcher, action: Close, clock: float) -> State:
+    """Close the attempt, then say so in the log with exactly those checkpoints that were sealed when it was closed."""
+    attempt = state.live
+    assert attempt is not None
+    if action.gone:
+        launcher.cancel(query(run_dir, state, attempt), hard=True)
+    path = f"{run_dir}/{closed_file(attempt.number)}"
+    sealed = [] if attempt.phase == EVALUATE else attempts.sealed_steps(run_dir, attempt.phase, attempt.number)
+    with suppress(storage.AlreadyPublished):  # whoever closed it first decided what counts
+        storage.publish(path, encode(Closed(steps=sealed, nonce=new_nonce())))
+    steps = decode(storage.read(path), Closed, path).steps
+    return append(run_dir, state, end_of(state, action, steps, clock, new_nonce()))
