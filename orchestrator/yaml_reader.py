@@ -7,7 +7,7 @@ here. Nothing is constructed but None, bool, int, float, str, list and dict.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
@@ -79,6 +79,26 @@ def parse_yaml(data: bytes, file: str) -> Document:
         raise SpecError([Problem("must be a mapping (key: value)", file=file, found=found)])
     lines: dict[Path, int] = {}
     return Document(_plain(root, (), lines), lines)
+
+
+def dump(values: Mapping[str, Any]) -> str:
+    """`values` as YAML that reads back the same, here and in readers of YAML 1.1."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what this reader would take for something other than text; writes values out instead of aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = None if isinstance(_resolve(text), str) else "'"
+    return dumper.represent_scalar(_CORE + "str", text, style)
+
+
+_Dumper.add_representer(str, _text)
 
 
 def parse_value(text: str, where: str) -> Any:
