@@ -8,6 +8,7 @@ recoloured or brightened copy counts too. A lower bar holds for images whose nam
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import PurePosixPath
@@ -19,6 +20,7 @@ from PIL import Image
 SIDE = 16
 ALIKE = 0.93
 ALIKE_IN_FAMILY = 0.80
+LARGEST_FAMILY = 10
 ROWS = 2048
 """Images compared at once with all others: 20,000 x 2,048 correlations are 160 MB."""
 
@@ -33,9 +35,13 @@ def thumbnail(image: Image.Image) -> Thumbnails:
     return grey / norm if norm > SIDE else np.zeros_like(grey)
 
 
-def family(path: str) -> str:
-    """The file's name without its ending and a trailing number: `people/fireman240a.png` is of `fireman`."""
-    return re.sub(r"[-_ ]?\d+[a-z]?$", "", PurePosixPath(path).stem.lower())
+def families(paths: Sequence[str]) -> list[str]:
+    """The family of each image: the file's name without its ending and a trailing number (`people/fireman240a.png` is
+    of `fireman`). An image is alone, named by its path, if only digits would be left, or if the family is so large
+    that the name says nothing: a camera's `img_0001`."""
+    names = [re.sub(r"[-_ ]?\d+[a-z]?$", "", PurePosixPath(path).stem.lower()) for path in paths]
+    sizes = Counter(names)
+    return [name if name and sizes[name] <= LARGEST_FAMILY else path for name, path in zip(names, paths, strict=True)]
 
 
 def near_duplicates(paths: Sequence[str], contents: Sequence[str], thumbnails: Thumbnails) -> list[int]:
@@ -57,11 +63,11 @@ def equal(keys: Sequence[str]) -> list[int]:
 def _alike(paths: Sequence[str], thumbnails: Thumbnails) -> Iterator[tuple[int, int]]:
     flat = thumbnails.reshape(len(thumbnails), -1)
     mirrored = thumbnails[:, :, ::-1].reshape(len(thumbnails), -1)
-    families = np.array(equal([family(path) for path in paths]))
+    of = np.array(equal(families(paths)))
     for start in range(0, len(flat), ROWS):
         rows = slice(start, start + ROWS)
         likeness = np.maximum(flat[rows] @ flat.T, mirrored[rows] @ flat.T)
-        bar = np.where(families[rows, None] == families[None, :], np.float32(ALIKE_IN_FAMILY), np.float32(ALIKE))
+        bar = np.where(of[rows, None] == of[None, :], np.float32(ALIKE_IN_FAMILY), np.float32(ALIKE))
         for row, column in np.argwhere(likeness > bar):
             if start + row < column:
                 yield int(start + row), int(column)
