@@ -111,9 +111,9 @@ def _reference(draft: Draft, phase: str, name: str, reference: Reference) -> Ite
 
 def _meets(draft: Draft, name: str, at: Path, reference: Reference) -> Iterator[Problem]:
     """Of a reference to an earlier phase: is it of the right kind, and is that step saved?"""
-    kind = draft.raw[reference.phase].get("kind")
+    kind = str(draft.raw.get(reference.phase, {}).get("kind"))
     if kind in TAKES and kind not in SSL_KINDS:
-        allowed = listed([n for n in draft.names if draft.raw[n].get("kind") in SSL_KINDS])
+        allowed = listed([n for n, settings in draft.raw.items() if str(settings.get("kind")) in SSL_KINDS])
         yield Problem(f"{name} needs a self-supervised phase, and {reference.phase} is of kind {kind}", at,
                       found=str(reference), allowed=allowed)  # fmt: skip
     giver = draft.phases.get(reference.phase)

@@ -104,10 +104,8 @@ def _override(values: dict[str, Any], source: Source, text: str) -> None:
             here[part] = {}
             source.overrides[path[:depth]] = text
         here = _child(here, part, path, depth, text)
-    if isinstance(here, list):
+    if not (isinstance(here, dict) and isinstance(path[-1], str)):
         _child(here, path[-1], path, len(path), text)
-    elif not isinstance(here, dict):
-        raise SpecError([_cannot(text, path[:-1], "a single value is there", "set it whole")])
     here[path[-1]] = value
     source.overrides[path] = text
 

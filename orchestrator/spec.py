@@ -72,7 +72,7 @@ def read_job(file: str, overrides: Iterable[str] = (), *, check_data: bool = Tru
         raise SpecError(source.place_all(problems))
     _make_absolute(merged)
     job, mistakes = validate(Job, merged, ())
-    if job is None:
+    if job is None or mistakes:
         raise SpecError(source.place_all(mistakes))
     return job
 

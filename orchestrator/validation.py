@@ -17,11 +17,31 @@ S = TypeVar("S", bound=Section)
 
 
 def validate(kind: type[S], values: Any, at: Path) -> tuple[S | None, list[Problem]]:
-    """`values` as a section, or every problem with them. `at`: where they stand in the file."""
+    """`values` as a section, and every problem with them. `at`: where they stand in the file.
+
+    Where there are problems, the section is what the rest makes, without the values that are wrong, so that checks
+    across sections can go on; None if the rest makes none.
+    """
     try:
         return kind.model_validate_json(json.dumps(values)), []
     except ValidationError as error:
-        return None, [_problem(kind, detail, at) for detail in error.errors(include_url=False)]
+        details = error.errors(include_url=False)
+        problems = [_problem(kind, detail, at) for detail in details]
+        return _without(kind, values, [tuple(detail["loc"]) for detail in details]), problems
+
+
+def _without(kind: type[S], values: Any, wrong: list[Path]) -> S | None:
+    rest = json.loads(json.dumps(values))
+    for loc in wrong:
+        here = rest
+        for part in loc[:-1]:
+            here = here[part] if isinstance(here, dict) and part in here else None
+        if isinstance(here, dict) and loc:
+            here.pop(loc[-1], None)
+    try:
+        return kind.model_validate_json(json.dumps(rest))
+    except ValidationError:
+        return None
 
 
 def _problem(kind: type[Section], detail: Any, at: Path) -> Problem:

@@ -1,0 +1,353 @@
+"""Every way to get a spec wrong: told at once, each with file, line, path, what was found and what would be right."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.cluster import read_cluster
+from orchestrator.problems import Problem, SpecError
+from orchestrator.spec import read_job
+
+ROOT = Path(__file__).parents[2]
+TINY = (ROOT / "tests/jobs/tiny.yaml").read_text()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with images beside the job."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.PNG").touch()
+    return tmp_path
+
+
+def problems(text: str = TINY, *overrides: str) -> list[Problem]:
+    Path("job.yaml").write_text(text)
+    with pytest.raises(SpecError) as caught:
+        read_job("job.yaml", overrides)
+    return caught.value.problems
+
+
+def only(text: str = TINY, *overrides: str) -> Problem:
+    found = problems(text, *overrides)
+    assert len(found) == 1, "\n".join(str(problem) for problem in found)
+    return found[0]
+
+
+def line_of(text: str, start: str) -> int:
+    return next(n for n, line in enumerate(text.splitlines(), 1) if line.strip().startswith(start))
+
+
+@pytest.mark.usefixtures("folder")
+class TestKeysAndValues:
+    def test_the_job_that_the_others_break_is_right(self) -> None:
+        Path("job.yaml").write_text(TINY)
+        assert list(read_job("job.yaml").phases) == ["pretrain", "gram", "highres", "text"]
+
+    def test_a_misspelt_key_says_where_and_what_was_meant(self) -> None:
+        text = TINY.replace("batch_size: 16\n  group", "batchsize: 16\n  group")
+        unknown, missing = sorted(problems(text), key=lambda p: p.message, reverse=True)
+        assert str(unknown).startswith(f"job.yaml:{line_of(text, 'batchsize')}: optim.batchsize: unknown key\n")
+        assert unknown.hint == "did you mean batch_size?"
+        assert "group_size" in unknown.allowed
+        assert (missing.path, missing.message) == ("optim.batch_size", "missing")
+
+    def test_a_key_in_the_wrong_place_says_where_it_belongs(self) -> None:
+        assert only(TINY, "phases.gram.batch_size=16").hint == "did you mean phases.gram.optim.batch_size?"
+        assert only(TINY, "steps=16").hint == "did you mean phases.<phase>.steps?"
+
+    def test_a_misspelt_section_at_the_top(self) -> None:
+        assert only(TINY, "trackng.enabled=false").hint == "did you mean tracking?"
+
+    def test_a_mistake_in_a_default_is_told_once_and_where_it_was_written(self) -> None:
+        text = TINY.replace("local_count: 2", "local_count: two")
+        problem = only(text)
+        assert (problem.path, problem.line) == ("crops.local_count", line_of(text, "local_count"))
+        assert (problem.found, problem.allowed) == ("'two'", "a valid integer")
+
+    def test_a_rule_across_fields_of_a_default_is_told_once(self) -> None:
+        problem = only(TINY.replace("group_size: 4", "group_size: 5"))
+        assert problem.path == "optim"
+        assert "batch_size 16 must be a multiple" in problem.message
+
+    def test_a_value_of_a_phase_is_told_at_the_phase(self) -> None:
+        text = TINY.replace("steps: 14", "steps: -1")
+        assert (only(text).path, only(text).line) == ("phases.pretrain.steps", line_of(text, "steps: -1"))
+
+    @pytest.mark.parametrize(
+        ("override", "found", "allowed"),
+        [
+            ("seed=1.5", "1.5", "integer"),
+            ("seed='1'", "'1'", "integer"),
+            ("seed=true", "true", "integer"),
+            ("optim.lr=.inf", "inf", "finite"),
+            ("optim.lr=.nan", "nan", "finite"),
+            ("optim.beta1=1.5", "1.5", "less than or equal to 1"),
+            ("phases.pretrain.steps=0", "0", "greater than 0"),
+            ("precision.compute=bf61", "'bf61'", "'fp32' or 'bf16'"),
+            ("phases.gram.kind=gramm", "'gramm'", "pretrain, gram"),
+            ("name=My Job", "'My Job'", "at most 30 of a-z"),
+            ("phases=[]", "[]", "at least one phase"),
+            ("phases={}", "{}", "at least one phase"),
+            ("crops.global_scale=[0.9, 0.1]", "[0.9, 0.1]", "[0.1, 0.9]"),
+            ("evaluate.resources.nodes=2", "2 processes", ""),
+        ],
+    )
+    def test_a_wrong_value(self, override: str, found: str, allowed: str) -> None:
+        told = [problem for problem in problems(TINY, override) if problem.found == found]
+        assert told
+        assert allowed in told[0].allowed
+
+    def test_names_of_phases(self) -> None:
+        for name in ("evaluate", "Gram", "a" * 17, "x_y", "-a", "a.b", ""):
+            text = TINY.replace("\n  highres:", f"\n  '{name}':").replace("highres@", "gram@")
+            assert f"phases.{name}" in [problem.path for problem in problems(text)]
+
+    def test_everything_at_once(self) -> None:
+        text = TINY.replace("steps: 14", "stpes: 14").replace("seed: 3", "seed: x").replace("pretrain@4", "pretrian@4")
+        text = text.replace("local_count: 2", "local_count: -2").replace(
+            "image_size: 32\n  batch", "image_size: 30\n  batch"
+        )
+        paths = [problem.path for problem in problems(text, "cluster=lokal", "data.workers=many")]
+        assert sorted(paths) == [
+            "cluster",
+            "crops.local_count",
+            "data.workers",
+            "evaluate.image_size",
+            "phases.gram.gram_teacher",
+            "phases.pretrain.steps",
+            "phases.pretrain.stpes",
+            "seed",
+        ]
+
+    def test_a_missing_section_is_told_once(self) -> None:
+        text = TINY.replace("checkpoints: {every: 4, keep_last: 2}\n", "")
+        problem = only(text)
+        assert (problem.path, problem.message) == ("checkpoints", "missing")
+
+    def test_a_section_that_no_phase_takes(self) -> None:
+        text = TINY[: TINY.index("phases:")] + (
+            "phases:\n  text:\n    kind: text\n    steps: 5\n    vision_tower: other#gram@final\n"
+            "    image_size: 32\n    text: {dim: 32, depth: 1, heads: 2}\n"
+        )
+        assert (only(text).path, only(text).message) == ("crops", "no phase of this job takes it")
+
+    def test_an_unknown_cluster(self) -> None:
+        problem = only(TINY, "cluster=lokal")
+        assert problem.hint == "did you mean local?"
+        assert "h100_slurm" in problem.allowed
+
+    def test_a_cluster_profile_with_mistakes_is_told_with_its_own_file(self) -> None:
+        Path("mine.yaml").write_text("name: mine\nlauncher: slurm\nslurm:\n  partiton: gpu\nkubernetes: {image: x}\n")
+        first, second = problems(TINY, "cluster=mine.yaml")
+        assert str(first).startswith("mine.yaml:4: slurm.partiton: unknown key")
+        assert (second.file, second.line, second.message) == ("mine.yaml", 5, "a section of another launcher")
+
+    def test_runs_on_a_bucket_need_a_tracking_server(self) -> None:
+        assert only(TINY, "runs=s3://b/runs", "tracking.enabled=true").path == "tracking.uri"
+
+
+@pytest.mark.usefixtures("folder")
+class TestReferences:
+    @pytest.mark.parametrize(
+        ("override", "message", "hint"),
+        [
+            ("phases.gram.gram_teacher=pretrian@4", "no such phase", "did you mean pretrain?"),
+            ("phases.gram.gram_teacher=pretrain@400", "pretrain ends at step 14", "pretrain@12 or pretrain@14"),
+            ("phases.gram.gram_teacher=pretrain@6", "no checkpoint is saved at that step", "pretrain@4 or pretrain@8"),
+            ("phases.gram.gram_teacher=pretrain@0", "no checkpoint is saved at that step", "nearest: pretrain@4"),
+            ("phases.gram.gram_teacher=gram@4", "a phase cannot take its own checkpoint", ""),
+            ("phases.gram.gram_teacher=highres@4", "a cycle: each of these phases waits for another", "above"),
+            ("phases.pretrain.init=text@4", "a cycle: each of these phases waits for another", "above"),
+            ("phases.gram.gram_teacher=pretrain", "not a reference to a checkpoint", ""),
+            ("phases.gram.gram_teacher=pretrain@best(knn)", "choosing a checkpoint by a metric is not there yet", ""),
+            ("phases.gram.weights=pretrain@final", "init and weights exclude each other", "full training state"),
+        ],
+    )
+    def test_one_that_cannot_be_met(self, override: str, message: str, hint: str) -> None:
+        problem = only(TINY, override)
+        assert problem.message == message
+        assert hint in problem.hint
+        assert problem.file == f"override {override}" or "cycle" in message
+
+    def test_a_cycle_is_named(self) -> None:
+        problem = only(TINY, "phases.pretrain.init=highres@4")
+        assert (
+            problem.found == "pretrain -> gram -> highres -> pretrain"
+            or problem.found == "pretrain -> highres -> gram -> pretrain"
+        )
+
+    def test_a_later_phase_that_waits_for_nothing(self) -> None:
+        late = "\n  late:\n    kind: pretrain\n    steps: 8\n\n  text:"
+        problem = only(TINY.replace("\n  text:", late), "phases.gram.gram_teacher=late@4")
+        assert (problem.message, problem.hint) == ("refers to a later phase", "move late above gram")
+
+    @pytest.mark.parametrize("take", ["init", "weights", "gram_teacher"])
+    def test_a_text_phase_gives_no_ssl_phase_anything(self, take: str) -> None:
+        text = TINY.replace(
+            "evaluate:\n", "  more:\n    kind: gram\n    steps: 8\n    gram_teacher: gram@4\n\nevaluate:\n"
+        )
+        problem = only(text, f"phases.more.{take}=text@4")
+        assert "needs a self-supervised phase, and text is of kind text" in problem.message
+        assert problem.allowed == "pretrain, gram, highres, more"
+
+    def test_another_run_is_not_looked_into_here(self) -> None:
+        Path("job.yaml").write_text(TINY)
+        assert read_job("job.yaml", ["phases.gram.gram_teacher=old-run#pretrain@123"])
+
+
+@pytest.mark.usefixtures("folder")
+class TestLayout:
+    def test_a_batch_that_does_not_divide_lists_the_worlds_that_fit(self) -> None:
+        problem = only(TINY, "phases.gram.resources.processes_per_node=3")
+        assert problem.path == "optim.batch_size"
+        assert problem.allowed == "numbers of processes that fit: 1, 2, 4"
+
+    def test_sizes_are_whole_patches(self) -> None:
+        problem = only(TINY, "phases.gram.crops.resolutions[0].gram_size=60")
+        assert problem.path == "phases.gram.crops.resolutions[0].gram_size"
+        assert (problem.allowed, problem.hint) == ("multiples of patch_size 8", "nearest: 56 or 64")
+        assert only(TINY, "phases.text.image_size=7").hint == "nearest: 8"
+
+    def test_a_node_holds_no_more_processes_than_gpus(self) -> None:
+        problem = only(TINY, "cluster=h100_slurm", "optim.batch_size=64", "phases.gram.resources.processes_per_node=16")
+        assert (problem.path, problem.allowed) == ("phases.gram.resources.processes_per_node", "at most 8")
+
+    def test_koleo_needs_two_images(self) -> None:
+        assert only(TINY, "optim.group_size=1").hint == "or losses.koleo.weight: 0"
+
+
+class TestData:
+    def test_a_missing_folder(self, folder: Path) -> None:
+        problem = only(TINY, "data.path=nowhere")
+        assert (problem.path, problem.message, problem.found) == ("data.path", "no such data folder", "nowhere")
+        assert "data.path=FOLDER" in problem.hint
+
+    def test_a_folder_without_images(self, folder: Path) -> None:
+        (folder / "empty" / "deep").mkdir(parents=True)
+        (folder / "empty" / "deep" / "notes.txt").touch()
+        (folder / "empty" / "deep" / "again").symlink_to(folder / "empty")
+        assert only(TINY, "data.path=empty").message == "no images in the data folder"
+        (folder / "empty" / "deep" / "b.jpeg").touch()
+        Path("job.yaml").write_text(TINY)
+        assert read_job("job.yaml", ["data.path=empty"])
+
+    def test_a_file_is_no_folder(self, folder: Path) -> None:
+        assert only(TINY, "data.path=job.yaml").message == "not a folder"
+
+    def test_images_that_make_data_fetches(self, folder: Path) -> None:
+        problem = only(TINY, "data.path=cache:tuxpaint-stamps")
+        assert "make data" in problem.hint
+        assert "data.path=FOLDER" in problem.hint
+        (folder / "cache/dinoctl/tuxpaint-stamps").mkdir(parents=True)
+        (folder / "cache/dinoctl/tuxpaint-stamps/x.png").touch()
+        Path("job.yaml").write_text(TINY)
+        job = read_job("job.yaml", ["data.path=cache:tuxpaint-stamps"])
+        assert job.phases["text"].data.path == "cache:tuxpaint-stamps"
+
+    def test_a_cluster_sees_other_folders(self, folder: Path) -> None:
+        Path("job.yaml").write_text(TINY)
+        assert read_job("job.yaml", ["cluster=h100_slurm", "data.path=/on/the/cluster"])
+
+
+@pytest.mark.usefixtures("folder")
+class TestOverrides:
+    def test_an_unknown_phase(self) -> None:
+        problem = only(TINY, "phases.gran.steps=5")
+        assert (problem.message, problem.hint) == ("no such phase", "did you mean gram?")
+        assert problem.file == "override phases.gran.steps=5"
+
+    @pytest.mark.parametrize("text", ["steps", "=5", "a..b=1", "a[x]=1", ".a=1", "[0]=1", ""])
+    def test_what_is_no_override(self, text: str) -> None:
+        assert only(TINY, text).message == "not an override"
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("seed.x=1", "a single value is there"),
+            ("name.a.b=1", "a single value is there"),
+            ("crops.resolutions.x=1", "a list is there"),
+            ("crops.resolutions[3].ratio=1", "the list has 1 items"),
+            ("crops[0]=1", "a mapping is there"),
+        ],
+    )
+    def test_a_path_that_does_not_fit_what_is_there(self, text: str, said: str) -> None:
+        assert said in only(TINY, text).message
+
+    def test_a_value_that_is_no_yaml_or_not_plain(self) -> None:
+        assert "not YAML" in only(TINY, "seed=[1").message
+        assert "!!python/none" in only(TINY, "seed=!!python/none x").message
+
+    def test_every_bad_override_at_once(self) -> None:
+        assert len(problems(TINY, "phases.gran.steps=5", "oops", "seed=[1")) == 3
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+    for name in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(SpecError, match="cannot be read"):
+            read_job(str(name))
+    with pytest.raises(SpecError, match="cannot be read"):
+        read_cluster(str(tmp_path / "none.yaml"))
+
+
+# --- nothing gives a traceback ----------------------------------------------------------------------------------------
+
+TREE: dict[str, Any] = yaml.safe_load(TINY)
+
+
+def paths(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    inner: list[Any] = list(value.items()) if isinstance(value, Mapping) else []
+    inner += list(enumerate(value)) if isinstance(value, list) else []
+    return [at, *(path for key, child in inner for path in paths(child, (*at, key)))]
+
+
+anything = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=12),
+    st.sampled_from(
+        ["pretrain@final", "a#b@1", "gram@best(x)", "s3://x", "cache:", "cache:\x00", "pretrain", "~", "."]
+    ),
+    st.lists(st.integers(-2, 3), max_size=3),
+    st.dictionaries(st.sampled_from(["kind", "peak", "every", "path", "x", ""]), st.integers(-1, 3), max_size=3),
+)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz") / "job.yaml"
+
+
+@settings(max_examples=60, deadline=None)
+@given(changes=st.lists(st.tuples(st.sampled_from(paths(TREE)[1:]), anything), min_size=1, max_size=4))
+def test_no_value_anywhere_gives_a_traceback(scratch: Path, changes: list[tuple[tuple[Any, ...], Any]]) -> None:
+    tree = copy.deepcopy(TREE)
+    for path, value in changes:
+        here = tree
+        with contextlib.suppress(KeyError, IndexError, TypeError):  # an earlier change took the place away
+            for part in path[:-1]:
+                here = here[part]
+            here[path[-1]] = value
+    scratch.write_text(yaml.safe_dump(tree))
+    with contextlib.suppress(SpecError):
+        read_job(str(scratch), check_data=False)
+
+
+@settings(max_examples=40, deadline=None)
+@given(text=st.text(max_size=40) | st.sampled_from([f"{'.'.join(map(str, p))}=x" for p in paths(TREE)[1:]]))
+def test_no_override_gives_a_traceback(scratch: Path, text: str) -> None:
+    scratch.write_text(TINY)
+    with contextlib.suppress(SpecError):
+        read_job(str(scratch), [text], check_data=False)
