@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model import config
+from model.data import index, loader
+from model.data.batch import Batch, PairBatch, SslBatch
+from model.data.errors import BadDataError, DataError
+from model.data.loader import Loader
+from model.data.views import PairViews, SslViews, Views
+
+SIZES = config.Resolution(global_size=16, local_size=8, gram_size=24)
+
+
+def phase(root: Path, kind: str = "pretrain", **data: Any) -> config.AnyPhase:
+    values: dict[str, Any] = {
+        "kind": kind,
+        "steps": 100,
+        "data": {"path": str(root), "workers": 0, **data},
+        "optim": {"batch_size": 8, "group_size": 2, "lr": 1e-3},
+        "checkpoints": {"every": 10},
+    }
+    if kind == "text":
+        values |= {"vision_tower": "pretrain@final", "text": {"vocabulary": 300, "context": 12}}
+    else:
+        values["crops"] = {"resolutions": [{"global_size": 16, "local_size": 8}], "local_count": 2}
+    return config.read_phase(values)
+
+
+def gram_views(_: int) -> Views:
+    return SslViews(SIZES, patch_size=4, gram=True)
+
+
+def make(
+    settings: config.AnyPhase,
+    run_dir: Path,
+    clocks: tuple[int, int] = (0, 7),
+    rank: tuple[int, int] = (0, 1),
+    views: Callable[[int], Views] = gram_views,
+) -> Loader:
+    built = index.build_or_read(settings.data, str(run_dir))
+    return Loader(settings, 0, "pretrain", built, str(run_dir), views, *rank, *clocks)
+
+
+def tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in vars(batch).items() if value is not None}
+
+
+def assert_equal(first: list[Batch], second: list[Batch]) -> None:
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert tensors(one).keys() == tensors(other).keys()
+        for name, value in tensors(one).items():
+            assert torch.equal(value, tensors(other)[name]), name
+
+
+def test_shapes(images: Path, tmp_path: Path) -> None:
+    batch = next(iter(make(phase(images), tmp_path)))
+    assert isinstance(batch, SslBatch)
+    shapes = {name: tuple(value.shape) for name, value in tensors(batch).items()}
+    assert shapes == {
+        "positions": (8,),
+        "groups": (4,),
+        "global_crops": (2, 8, 3, 16, 16),
+        "local_crops": (2, 8, 3, 8, 8),
+        "gram_crops": (2, 8, 3, 24, 24),
+        "masks": (2, 8, 16),
+    }
+    assert batch.masks.dtype == torch.bool
+    assert batch.groups.tolist() == [0, 1, 2, 3]
+
+
+def test_the_same_batches_for_any_number_of_workers(images: Path, tmp_path: Path) -> None:
+    inline = list(make(phase(images), tmp_path))
+    assert [batch.positions[0].item() for batch in inline] == [0, 8, 16, 24, 32, 40, 48]
+    assert_equal(inline, list(make(phase(images, workers=3), tmp_path)))
+
+
+def test_ranks_and_micro_batches_are_slices_of_the_global_batch(images: Path, tmp_path: Path) -> None:
+    whole = list(make(phase(images), tmp_path))
+    for rank in range(2):
+        part = list(make(phase(images), tmp_path, rank=(rank, 2)))
+        assert_equal(part, [batch.slice(4 * rank, 4 * rank + 4) for batch in whole])
+        assert part[0].groups.tolist() == [2 * rank, 2 * rank + 1]
+
+
+def test_a_slice_through_a_group_is_refused(images: Path, tmp_path: Path) -> None:
+    batch = next(iter(make(phase(images), tmp_path)))
+    with pytest.raises(ValueError, match="not whole groups of 2"):
+        batch.slice(1, 3)
+    with pytest.raises(ValueError, match="not whole groups of 2"):
+        batch.slice(4, 10)
+
+
+def test_going_on_at_a_clock_is_as_if_never_stopped(images: Path, tmp_path: Path) -> None:
+    whole = list(make(phase(images, workers=2), tmp_path, (0, 9)))
+    assert_equal(whole[4:], list(make(phase(images, workers=2), tmp_path, (4, 9))))
+
+
+def test_world_sizes_that_do_not_fit_are_refused(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="do not divide over 3 processes; take a number of processes that divides 4"):
+        make(phase(images), tmp_path, rank=(0, 3))
+
+
+def test_an_image_that_goes_bad_is_replaced_and_shifts_nothing(images: Path, tmp_path: Path) -> None:
+    settings = phase(images, max_skip_rate=0.2)
+    before = list(make(settings, tmp_path))
+    (images / "a/04.png").write_bytes(b"")
+    (images / "b/05.png").write_bytes((images / "b/05.png").read_bytes()[:60])
+    broken = make(settings, tmp_path)
+    after = list(broken)
+    assert broken.skipped.count == 2
+    assert {one.path for one in broken.skipped.last} == {"a/04.png", "b/05.png"}
+    assert all(one.reason for one in broken.skipped.last)
+    changed = 0
+    for one, other in zip(before, after, strict=True):
+        assert torch.equal(one.positions, other.positions)
+        assert isinstance(one, SslBatch)
+        assert isinstance(other, SslBatch)
+        assert torch.equal(one.masks, other.masks)
+        changed += int((one.global_crops != other.global_crops).flatten(2).any(2).any(0).sum())
+    assert changed in (2, 3, 4)  # 56 images of 40: each of the two comes once or twice
+    assert_equal(after, list(make(phase(images, max_skip_rate=0.2, workers=3), tmp_path)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_unreadable_images_stop_the_run(images: Path, tmp_path: Path, workers: int) -> None:
+    settings = phase(images, workers=workers, max_skip_rate=0.05)
+    made = make(settings, tmp_path, (0, 50))
+    for number in (2, 4, 6, 8):
+        (images / f"a/{number:02d}.png").unlink()
+    with pytest.raises(BadDataError, match=r"3 of 40 images .* more than data\.max_skip_rate \(0\.05\)"):
+        list(made)
+    made.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_in_a_thread_comes_out_at_its_batch(images: Path, tmp_path: Path, workers: int) -> None:
+    def views(clock: int) -> Views:
+        if clock == 3:
+            raise RuntimeError("no views at 3")
+        return gram_views(clock)
+
+    batches = iter(make(phase(images, workers=workers), tmp_path, views=views))
+    assert [next(batches).positions[0].item() for _ in range(3)] == [0, 8, 16]
+    with pytest.raises(RuntimeError, match="no views at 3"):
+        next(batches)
+
+
+def test_threads_end_when_closed_and_few_batches_are_made_ahead(images: Path, tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def views(clock: int) -> Views:
+        asked.append(clock)
+        return gram_views(clock)
+
+    made = make(phase(images, workers=2), tmp_path, (0, 1000), views=views)
+    batches = iter(made)
+    next(batches)
+    made.close()
+    assert max(asked) <= 3
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+def test_views_may_change_from_step_to_step(images: Path, tmp_path: Path) -> None:
+    def views(clock: int) -> Views:
+        return SslViews(config.Resolution(global_size=16 + 8 * (clock % 2), local_size=8), patch_size=4)
+
+    sides = []
+    for batch in make(phase(images), tmp_path, (0, 2), views=views):
+        assert isinstance(batch, SslBatch)
+        assert batch.gram_crops is None
+        sides.append((batch.global_crops.shape[-1], batch.masks.shape[-1]))
+    assert sides == [(16, 16), (24, 36)]
+
+
+def test_decoding_each_time_gives_the_same(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = list(make(phase(images), tmp_path))
+    monkeypatch.setattr(loader, "MEMORY_BUDGET", 0)
+    assert_equal(kept, list(make(phase(images), tmp_path)))
+
+
+def pairs(_: int) -> Views:
+    return PairViews(image_size=16, context=12)
+
+
+def test_pairs(images: Path, tmp_path: Path) -> None:
+    made = make(phase(images, "text", hold_out="test"), tmp_path, views=pairs)
+    whole = list(made)
+    assert made.tokenizer is not None
+    batch = whole[0]
+    assert isinstance(batch, PairBatch)
+    assert batch.images.shape == (8, 3, 16, 16)
+    assert batch.tokens.shape == (8, 12)
+    assert_equal(whole, list(make(phase(images, "text", hold_out="test", workers=3), tmp_path, views=pairs)))
+    part = list(make(phase(images, "text", hold_out="test"), tmp_path, rank=(1, 2), views=pairs))
+    assert_equal(part, [batch.slice(4, 8) for batch in whole])
+
+
+def test_a_text_phase_takes_the_images_with_captions_and_needs_some(images: Path, tmp_path: Path) -> None:
+    for path in sorted(images.rglob("*.txt"))[1:]:
+        path.unlink()
+    with_one = next(iter(make(phase(images, "text"), tmp_path / "one", views=pairs)))
+    assert isinstance(with_one, PairBatch)
+    assert len(with_one.tokens.unique(dim=0)) == 1
+    next(images.rglob("*.txt")).unlink()
+    with pytest.raises(DataError, match=r"no training image .* has a caption"):
+        make(phase(images, "text"), tmp_path / "none", views=pairs)

@@ -1,0 +1,118 @@
+"""On a package of our own making, unpacked as dpkg would; nothing is downloaded."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from model import contract
+from model.data import stamps
+
+SVG = (
+    '<svg xmlns="http://www.w3.org/2000/svg" width="100pt" height="50pt">'
+    '<rect x="10" y="10" width="60" height="20" fill="red"/></svg>'
+)
+
+
+@pytest.fixture
+def unpacked(tmp_path: Path) -> Path:
+    root = tmp_path / "unpacked"
+    birds = root / "usr/share/tuxpaint/stamps/animals/birds"
+    birds.mkdir(parents=True)
+    image = Image.new("RGBA", (400, 300), (0, 0, 0, 0))
+    image.paste((0, 0, 255, 255), (50, 50, 350, 150))
+    for name in ("owl", "wren", "owl_mirror"):
+        image.save(birds / f"{name}.png")
+    Image.new("RGBA", (9, 9)).save(birds / "nothing.png")
+    for name in ("owl", "kite"):
+        (birds / f"{name}.svg").write_text(SVG)
+    (birds / "torn.svg").write_text(SVG[:60])
+    for name in ("owl", "wren", "kite", "torn", "nothing"):
+        (birds / f"{name}.txt").write_text(f"A {name}.\nfr.utf8=Un oiseau\n", encoding="utf-8")
+    notice = root / f"usr/share/doc/{stamps.PACKAGE}/copyright"
+    notice.parent.mkdir(parents=True)
+    notice.write_text("GPL-2")
+    return root
+
+
+def test_prepare(unpacked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "prepared"
+    assert stamps.prepare(unpacked, folder, Console()) == 3
+    birds = folder / "animals/birds"
+    assert sorted(path.name for path in birds.glob("*.png")) == ["kite.png", "owl.png", "wren.png"]
+    assert (birds / "owl.txt").read_text() == "A owl.\n"
+    with Image.open(birds / "owl.png") as owl:  # the PNG, not the SVG; cut to what is opaque and made smaller
+        assert (owl.mode, owl.size) == ("RGBA", (160, 53))
+        assert owl.getpixel((80, 20)) == (0, 0, 255, 255)
+    with Image.open(birds / "kite.png") as kite:
+        assert kite.getpixel((kite.width // 2, kite.height // 2)) == (255, 0, 0, 255)
+        assert kite.width == pytest.approx(3 * kite.height, abs=3)
+    said = capsys.readouterr().out
+    assert "left out torn.svg: " in said
+    assert "left out nothing.png: all of it is transparent" in said
+
+
+def test_what_was_prepared_is_checked(unpacked: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "prepared"
+    assert not stamps.is_complete(folder)
+    stamps.prepare(unpacked, folder, Console(quiet=True))
+    assert stamps.is_complete(folder)
+    (folder / "animals/birds/owl.txt").write_text("Changed.\n")
+    assert not stamps.is_complete(folder)
+    (folder / "animals/birds/owl.txt").unlink()
+    assert not stamps.is_complete(folder)
+
+
+def test_only_known_or_accepted_packages_are_taken(
+    unpacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "stamps_1.deb"
+    package.write_bytes(b"a package")
+    seen = hashlib.sha256(b"a package").hexdigest()
+    with pytest.raises(stamps.StampsError, match=f"sha256 {seen}.\n.*--accept {seen}"):
+        stamps.check(package, unpacked, None)
+    with pytest.raises(stamps.StampsError):
+        stamps.check(package, unpacked, "0" * 64)
+    stamps.check(package, unpacked, seen)
+    monkeypatch.setitem(stamps.KNOWN_CONTENTS, stamps.contents_digest(unpacked), "1")
+    stamps.check(package, unpacked, None)
+
+
+def test_the_digest_is_of_what_is_seen(unpacked: Path) -> None:
+    before = stamps.contents_digest(unpacked)
+    owl = unpacked / "usr/share/tuxpaint/stamps/animals/birds/owl.png"
+    with Image.open(owl) as image:
+        image.load()
+    image.save(owl, optimize=True, compress_level=1)
+    assert stamps.contents_digest(unpacked) == before
+    image.putpixel((100, 100), (1, 2, 3, 255))
+    image.save(owl)
+    assert stamps.contents_digest(unpacked) != before
+
+
+def test_without_apt_it_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["stamps"])
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert stamps.main() == 2
+    said = capsys.readouterr().err
+    assert "apt is not here" in said
+    assert "dinoctl submit jobs/demo.yaml data.path=FOLDER" in said
+
+
+def test_a_second_run_finds_it_done(
+    unpacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["stamps"])
+    stamps.prepare(unpacked, contract.cache_dir() / stamps.NAME, Console(quiet=True))
+    assert stamps.main() == 0
+    assert "The stamps are there already, 7 files" in capsys.readouterr().out
