@@ -144,7 +144,7 @@ class PretendLauncher:
 
     def cancel(self, query: Query, *, hard: bool) -> None:
         job = self.find(query.launch_name)
-        if job is not None and job.running:
+        if job is not None and job.running and self.clock() >= job.visible_at:
             job.asked.append("hard" if hard else "soft")
             job.running = job.running and not hard
 

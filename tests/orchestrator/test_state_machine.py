@@ -7,6 +7,7 @@ publish and any call of the launcher, act between two steps of each other, lose 
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -42,6 +43,7 @@ class RunMachine(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp())
         self.patch = pytest.MonkeyPatch()
         tiny_code(self.folder, self.patch)
+        self.patch.setattr(os, "fsync", lambda descriptor: None)  # no power is cut here, and it is most of the time
         self.run = str(self.folder / "demo")
         self.now = 1000.0
         self.dead: set[str] = set()
@@ -212,6 +214,6 @@ class RunMachine(RuleBasedStateMachine):
 
 
 RunMachine.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=50, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestRun = RunMachine.TestCase

@@ -1,0 +1,556 @@
+"""The controller on real run directories with a stand-in launcher: to the end, crashes, forks, amendments."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model import storage
+from model.contract import EVALUATE, Cause, CheckpointRef, closed_file, manifest_file
+from orchestrator import attempts, code, control, store
+from orchestrator.control import ControlError, SpecChangedError
+from orchestrator.decide import AskToStop, Rest, Wait
+from orchestrator.events import AttemptIntended, AttemptLaunched
+from orchestrator.handoff import HandoffError
+from orchestrator.state import State
+from tests.orchestrator.pretend import PretendLauncher, job_spec, phase, request, tiny_code
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+class Bench:
+    """A runs folder, a stand-in cluster and a clock that is moved by hand."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.now = 1000.0
+        self.launcher = PretendLauncher(clock=lambda: self.now)
+
+    def dir(self, run: str = "demo") -> str:
+        return str(self.folder / run)
+
+    def submit(self, spec: dict[str, Any] | None = None, run: str = "demo", **options: Any) -> control.Submitted:
+        return control.submit(self.dir(run), request(spec, run), by="test", **options)
+
+    def controller(self, run: str = "demo") -> control.Controller:
+        return control.controller(self.dir(run), self.launcher, command="test", settle_seconds=5.0)
+
+    def tick(self, this: control.Controller | None = None, seconds: float = 1.0) -> control.TickResult:
+        self.now += seconds
+        return control.tick(this or self.controller(), self.now)
+
+    def drive(self, run: str = "demo", until: str | None = None, ticks: int = 100) -> State:
+        """Ticks, with every job trained to its end, until the run rests or stage `until` is under way."""
+        this = self.controller(run)
+        for _ in range(ticks):
+            state = self.tick(this, 10.0).state
+            if state.status != "running" or (until and state.live and state.live.phase == until):
+                return state
+            for job in self.launcher.jobs:
+                if job.running and not job.ended:
+                    job.train(10)
+                    job.end(Cause.DONE)
+        raise AssertionError("the run does not come to rest")
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    tiny_code(tmp_path, monkeypatch)
+    bench = Bench(tmp_path / "runs")
+    monkeypatch.setattr(control, "now", lambda: bench.now)
+    return bench
+
+
+# --- the way of a run -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_driven_to_its_end_and_each_stage_gets_its_inputs(bench: Bench) -> None:
+    assert bench.submit().what == "created"
+    assert bench.drive().status == "done"
+    run = bench.dir()
+    told = [job.attempt for job in bench.launcher.jobs]
+    assert [attempt.phase for attempt in told] == ["pretrain", "gram", "text", EVALUATE]
+    assert told[1].inputs == {
+        "init": CheckpointRef(run=run, phase="pretrain", attempt=1, step=4),
+        "gram_teacher": CheckpointRef(run=run, phase="pretrain", attempt=1, step=2),
+    }
+    assert told[3].inputs == {
+        "backbone": CheckpointRef(run=run, phase="gram", attempt=2, step=4),
+        "text": CheckpointRef(run=run, phase="text", attempt=3, step=4),
+    }
+    assert (told[0].keep_steps, told[3].keep_steps, told[3].processes_per_node) == ([2, 4], [], 1)
+    assert told[0].code_dir == code.code_dir(run, told[0].code_digest)
+    assert told[0].on_end == [sys.executable, "-P", "-m", "orchestrator.cli", "tick", run]
+    assert isinstance(bench.tick().action, Rest)
+
+
+def test_the_launch_name_is_cut_at_the_run_alone(bench: Bench) -> None:
+    run_id = "0123456789abcdef" * 2
+    assert attempts.launch_name("demo", run_id, "gram", 12) == "demo-01234567-gram-12"
+    name = attempts.launch_name("a-very-long-name-" * 6, run_id, "gram", 12)
+    assert len(name) <= 63
+    assert name.endswith("-01234567-gram-12")
+    with pytest.raises(HandoffError, match="too long"):
+        attempts.launch_name("demo", run_id, "p" * 60, 1)
+
+
+def test_a_preempted_attempt_goes_on_from_its_last_checkpoint(bench: Bench) -> None:
+    bench.submit()
+    bench.tick()
+    bench.launcher.job.train(3)
+    bench.launcher.job.end(Cause.STOPPED)
+    state = bench.tick().state
+    assert state.accepted() == {"pretrain": [(1, 2)]}
+    bench.tick(seconds=10.0)
+    assert [ref.step for ref in bench.launcher.job.attempt.resume] == [2]
+    assert bench.drive().status == "done"
+
+
+def test_what_is_sealed_after_the_close_does_not_count(bench: Bench) -> None:
+    bench.submit()
+    bench.tick()
+    job = bench.launcher.job
+    job.train(2)
+    job.running = False
+    this = bench.controller()
+    assert isinstance(bench.tick(this).action, Wait)
+    bench.tick(this, 6.0)
+    job.seal(3)  # a zombie that did not look
+    assert control.load(bench.dir()).accepted() == {"pretrain": [(1, 2)]}
+    bench.tick(this, 10.0)
+    assert bench.launcher.job.attempt.resume[0].step == 2
+
+
+def test_a_stop_is_sent_once_and_a_resume_goes_on(bench: Bench) -> None:
+    bench.submit()
+    bench.tick()
+    assert control.request_stop(bench.dir(), by="test").status == "running"
+    assert isinstance(bench.tick().action, AskToStop)
+    for _ in range(3):
+        assert isinstance(bench.tick(bench.controller()).action, Wait)
+    assert bench.launcher.job.asked == ["soft"]
+    bench.launcher.job.train(2)
+    bench.launcher.job.end(Cause.STOPPED)
+    assert bench.tick().state.status == "stopped"
+    assert control.request_stop(bench.dir(), by="again").status == "stopped"
+    assert bench.submit().what == "resumed"
+    assert bench.drive().status == "done"
+
+
+def test_a_second_stop_ends_it_at_once(bench: Bench) -> None:
+    bench.submit()
+    bench.tick()
+    control.request_stop(bench.dir(), by="test")
+    bench.tick()
+    control.request_stop(bench.dir(), by="test", hard=True)
+    this = bench.controller()
+    bench.tick(this)
+    assert bench.launcher.job.asked == ["soft", "hard"]
+    bench.tick(this)
+    state = bench.tick(this, 6.0).state
+    assert state.attempts[0].end is not None
+    assert state.attempts[0].end.cause is Cause.UNSEALED
+    assert state.status == "stopped"
+
+
+def test_cancel_and_resume(bench: Bench) -> None:
+    bench.submit()
+    bench.tick()
+    control.cancel(bench.dir(), by="test")
+    bench.tick()
+    bench.launcher.job.end(Cause.STOPPED)
+    assert bench.tick().state.status == "cancelled"
+    assert control.cancel(bench.dir(), by="again").status == "cancelled"
+    assert control.resume(bench.dir(), by="test").status == "running"
+    assert bench.drive().status == "done"
+    with pytest.raises(ControlError, match="nothing to cancel"):
+        control.cancel(bench.dir(), by="test")
+    with pytest.raises(ControlError, match="nothing to resume"):
+        control.resume(bench.dir(), by="test")
+
+
+def test_a_failure_without_hope_ends_the_run_with_advice(bench: Bench) -> None:
+    bench.submit()
+    bench.tick()
+    bench.launcher.job.train(2)
+    bench.launcher.job.end(Cause.DISK_FULL)
+    bench.tick()
+    state = bench.tick().state
+    assert state.status == "failed"
+    assert state.failed is not None
+    assert "make room and resume" in state.failed.message
+    assert bench.submit().what == "resumed"
+    assert bench.drive().status == "done"
+
+
+def test_a_launcher_that_refuses_spends_its_budget(bench: Bench) -> None:
+    bench.submit()
+    bench.launcher.refuses = True
+    state = bench.drive()
+    assert state.failed is not None
+    assert state.failed.cause is Cause.NOT_LAUNCHED
+    assert "no such partition" in state.failed.message
+    assert len(state.attempts) == 6
+
+
+def test_a_changed_copy_of_the_code_fails_the_run(bench: Bench) -> None:
+    state = bench.submit().state
+    file = Path(code.code_dir(bench.dir(), state.code_digest)) / "model" / "train.py"
+    file.chmod(0o644)
+    file.write_text("STEPS = 0\n")
+    assert bench.tick().state.status == "failed"
+    control.resume(bench.dir(), by="test", new_code=False)
+    assert bench.tick().state.status == "failed"
+
+
+def test_new_code_is_an_event(bench: Bench, tmp_path: Path) -> None:
+    old = bench.submit().state.code_digest
+    bench.tick()
+    (tmp_path / "tiny" / "train.py").write_text("STEPS = 5\n")
+    with pytest.raises(ControlError, match="stop the run first"):
+        control.resume(bench.dir(), by="test", new_code=True)
+    bench.launcher.job.end(Cause.STOPPED)
+    bench.tick()
+    assert control.resume(bench.dir(), by="test", new_code=True).code_digest != old
+    bench.tick(seconds=10.0)
+    assert bench.launcher.job.attempt.code_digest == control.load(bench.dir()).code_digest
+
+
+# --- controllers that die, and two at once ----------------------------------------------------------------------------
+
+
+class Died(BaseException):
+    """A controller was killed."""
+
+
+def kill_in_submit(bench: Bench, monkeypatch: pytest.MonkeyPatch, *, before: bool) -> None:
+    submit = PretendLauncher.submit
+
+    def die(launcher: PretendLauncher, *args: Any) -> dict[str, Any]:
+        if not before:
+            submit(launcher, *args)
+        raise Died
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PretendLauncher, "submit", die)
+        with pytest.raises(Died):
+            bench.tick()
+
+
+def test_a_crash_between_intent_and_launch_is_looked_up_twice(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.submit()
+    kill_in_submit(bench, monkeypatch, before=True)
+    this = bench.controller()
+    assert isinstance(bench.tick(this).action, Wait), "its lease still runs"
+    assert isinstance(bench.tick(this, 61.0).action, Wait), "first look"
+    state = bench.tick(this, 6.0).state
+    assert state.attempts[0].end is not None
+    assert state.attempts[0].end.cause is Cause.NOT_LAUNCHED
+    assert not bench.launcher.jobs
+    assert bench.drive().status == "done"
+
+
+def test_a_dead_owners_lease_is_not_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.submit()
+    kill_in_submit(bench, monkeypatch, before=True)
+    monkeypatch.setattr(store, "process_is_there", lambda *of: False)
+    this = bench.controller()
+    bench.tick(this)
+    assert bench.tick(this, 6.0).state.attempts[0].end is not None
+
+
+def test_a_crash_after_the_launch_is_adopted(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.submit()
+    bench.launcher.lag = 4.0
+    kill_in_submit(bench, monkeypatch, before=False)
+    monkeypatch.setattr(store, "process_is_there", lambda *of: False)
+    this = bench.controller()
+    assert isinstance(bench.tick(this, 1.0).action, Wait), "not in sight yet"
+    state = bench.tick(this, 5.0).state
+    assert state.live is not None
+    assert state.live.status == "launched"
+    assert len(bench.launcher.jobs) == 1
+    assert bench.drive().status == "done"
+
+
+def test_a_number_whose_yaml_is_of_an_older_spec_is_skipped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.submit()
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "append", lambda *of: (_ for _ in ()).throw(Died))
+        with pytest.raises(Died):
+            bench.tick()
+    spec = job_spec()
+    spec["phases"]["pretrain"]["health"]["stall_seconds"] = 5.0
+    assert bench.submit(spec, amending=True).what == "amended"
+    bench.tick()
+    assert bench.launcher.job.attempt.attempt == 2
+    assert bench.launcher.job.attempt.settings["health"]["stall_seconds"] == 5.0
+
+
+def test_a_close_whose_controller_died_decides_what_counts(bench: Bench) -> None:
+    bench.submit()
+    bench.tick()
+    bench.launcher.job.train(2)
+    storage.publish(f"{bench.dir()}/{closed_file(1)}", b'{"steps":[2],"nonce":"x"}')
+    bench.launcher.job.seal(4)
+    state = bench.tick().state
+    assert state.accepted() == {"pretrain": [(1, 2)]}
+    assert not bench.launcher.jobs[0].running
+
+
+DRIVER = """
+import os, sys, time
+from orchestrator import code, control
+from orchestrator.launchers.base import LaunchState, Observation
+from model import storage
+from model.contract import Cause, Outcome, encode, manifest_file, outcome_file
+from pathlib import Path
+
+run_dir, jobs = sys.argv[1], Path(sys.argv[2])
+
+class FinishesAtOnce:
+    '''A stand-in whose jobs are over when they are submitted; each submission leaves a file.'''
+    def submit(self, attempt, digest):
+        (jobs / f"{attempt.launch_name}.{os.getpid()}").touch(exist_ok=False)
+        if attempt.phase != "evaluate":
+            for step in range((attempt.resume[0].step if attempt.resume else 0) + 1, attempt.settings["steps"] + 1):
+                storage.publish(f"{run_dir}/{manifest_file(attempt.phase, attempt.attempt, step)}", b"{}")
+        outcome = Outcome(cause=Cause.DONE, message="", step=None)
+        storage.publish(f"{run_dir}/{outcome_file(attempt.attempt)}", encode(outcome))
+        return {}
+    def observe(self, queries):
+        found = [list(jobs.glob(f"{query.launch_name}.*")) for query in queries]
+        return [Observation(LaunchState.ENDED if there else LaunchState.ABSENT) for there in found]
+    def cancel(self, query, *, hard):
+        pass
+
+this = control.controller(run_dir, lambda cluster: FinishesAtOnce(), command="test")
+end = time.time() + 50
+while (result := control.tick(this, time.time())).state.status == "running" and time.time() < end:
+    time.sleep(min(result.pause, 0.05))
+print(result.state.status)
+"""
+
+
+def test_two_controllers_on_one_run_launch_each_stage_once(bench: Bench, tmp_path: Path) -> None:
+    spec = job_spec()
+    spec["phases"] |= {f"more{number}": phase("text", 2, vision_tower="gram@final") for number in range(6)}
+    bench.submit(spec)
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "driver.py").write_text(textwrap.dedent(DRIVER))
+    command = [sys.executable, "-P", str(tmp_path / "driver.py"), bench.dir(), str(tmp_path / "jobs")]
+    drivers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) for _ in range(2)]
+    assert [driver.communicate(timeout=60)[0].strip() for driver in drivers] == ["done", "done"]
+    state = control.load(bench.dir())
+    assert [attempt.phase for attempt in state.attempts] == [*spec["phases"], EVALUATE]
+    submitted = sorted(file.name.rsplit(".", 1)[0] for file in (tmp_path / "jobs").iterdir())
+    assert submitted == sorted(attempt.intent.launch_name for attempt in state.attempts)
+
+
+def test_every_tick_leaves_a_heartbeat(bench: Bench) -> None:
+    bench.submit()
+    bench.tick()
+    (watcher,) = store.watchers(bench.dir())
+    assert (watcher.seen_at, watcher.command) == (bench.now, "test")
+
+
+def test_follow_leaves_once_the_attempt_is_under_way(bench: Bench) -> None:
+    bench.submit()
+    this = control.controller(bench.dir(), bench.launcher, command="tick", every=0.0)
+    state = control.follow(this, clock=lambda: bench.now, sleep=lambda seconds: None)
+    assert state.live is not None
+    assert state.live.status == "launched"
+
+
+def test_follow_waits_out_a_pause_unless_somebody_watches(bench: Bench) -> None:
+    bench.submit()
+    bench.tick()
+    bench.launcher.job.end(Cause.CRASHED)
+    this = control.controller(bench.dir(), bench.launcher, command="tick", every=0.0)
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        bench.now += seconds
+
+    state = control.follow(this, clock=lambda: bench.now, sleep=sleep)
+    assert (len(bench.launcher.jobs), state.live and state.live.number) == (2, 2)
+    assert sum(slept) == pytest.approx(1.0)
+
+
+def test_events_are_in_the_order_that_survives_a_crash(bench: Bench) -> None:
+    bench.submit()
+    bench.launcher.on_submit = lambda attempt: kinds.extend(type(event) for event in store.read(bench.dir())[1:])
+    kinds: list[type] = []
+    bench.tick()
+    assert kinds == [AttemptIntended]
+    assert isinstance(store.read(bench.dir())[-1], AttemptLaunched)
+
+
+# --- submitting again, amending, forking ------------------------------------------------------------------------------
+
+
+def test_the_same_spec_attaches(bench: Bench) -> None:
+    bench.submit()
+    bench.tick()
+    assert bench.submit().what == "attached"
+    assert len(store.read(bench.dir())) == 3
+
+
+def test_a_changed_spec_is_refused_with_its_differences(bench: Bench) -> None:
+    bench.submit()
+    spec = job_spec()
+    spec["phases"]["gram"]["steps"] = 8
+    spec["tracking"]["enabled"] = True
+    with pytest.raises(SpecChangedError) as caught:
+        bench.submit(spec)
+    assert "phases.gram.steps: 4 -> 8" in str(caught.value)
+    assert "tracking.enabled: False -> True" in str(caught.value)
+    assert "--amend" in str(caught.value)
+    assert len(store.read(bench.dir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        (("phases", "pretrain", "health", "stall_seconds"), True),
+        (("phases", "pretrain", "resources", "processes_per_node"), True),
+        (("phases", "pretrain", "checkpoints", "every"), True),
+        (("phases", "pretrain", "data", "workers"), True),
+        (("phases", "pretrain", "data", "path"), False),
+        (("phases", "pretrain", "optim", "lr"), False),
+        (("phases", "pretrain", "steps"), False),
+        (("phases", "gram", "optim", "lr"), True),
+        (("phases", "gram", "steps"), True),
+        (("evaluate", "split"), True),
+        (("tracking", "enabled"), True),
+        (("cluster",), True),
+        (("seed",), False),
+        (("model", "backbone", "dim"), False),
+    ],
+)
+def test_an_amendment_takes_up_what_is_operational_or_has_not_begun(
+    bench: Bench, path: tuple[str, ...], allowed: bool
+) -> None:
+    bench.submit()
+    bench.tick()
+    spec = job_spec()
+    section = spec
+    for key in path[:-1]:
+        section = section[key]
+    section[path[-1]] = 3
+    if not allowed:
+        with pytest.raises(SpecChangedError, match=r"fixed once their phase has begun"):
+            bench.submit(spec, amending=True)
+        return
+    submitted = bench.submit(spec, amending=True)
+    assert submitted.what == "amended"
+    assert [change.path for change in submitted.changes] == [path]
+    assert submitted.state.spec == spec
+
+
+def test_a_changed_cluster_profile_is_a_change_too(bench: Bench) -> None:
+    bench.submit()
+    with pytest.raises(SpecChangedError, match=r"cluster.sustained_tflops: \(not there\) -> 3"):
+        control.submit(bench.dir(), request(sustained_tflops=3), by="test")
+
+
+def test_an_amendment_cannot_name_a_checkpoint_that_was_not_kept(bench: Bench) -> None:
+    bench.submit()
+    bench.drive(until="gram")
+    spec = job_spec()
+    spec["phases"]["text"]["vision_tower"] = "pretrain@1"
+    with pytest.raises(HandoffError, match="sealed steps: 2, 4"):
+        bench.submit(spec, amending=True)
+
+
+def test_a_fork_takes_over_what_came_before_and_pins_it(bench: Bench) -> None:
+    bench.submit()
+    bench.drive(until="text")
+    spec = job_spec()
+    spec["phases"]["gram"]["optim"]["lr"] = 0.01
+    assert bench.submit(spec, run="new", fork="demo#gram@2").what == "created"
+    assert bench.submit(spec, run="new", fork="demo#gram@2").what == "attached"
+    with pytest.raises(ControlError, match="was not forked from"):
+        bench.submit(spec, run="new", fork="demo#gram@4")
+    assert bench.drive("new").status == "done"
+    old, new = bench.dir(), bench.dir("new")
+    gram, text, evaluation = [job.attempt for job in bench.launcher.jobs if job.attempt.run == "new"]
+    assert gram.resume == [CheckpointRef(run=old, phase="gram", attempt=2, step=2)]
+    assert gram.inputs["init"] == CheckpointRef(run=old, phase="pretrain", attempt=1, step=4)
+    assert text.inputs["vision_tower"] == CheckpointRef(run=new, phase="gram", attempt=1, step=4)
+    assert evaluation.inputs["backbone"].run == new
+    pins = {name.rsplit("-", 2)[0] + name[-10:] for name in storage.names(f"{old}/pins")}
+    assert len(storage.names(f"{old}/pins")) == 3, pins
+    pin = json.loads(storage.read(f"{old}/pins/pretrain-1-2-{gram.run_id}-gram_teacher.json"))
+    assert pin == {"run": new, "run_id": gram.run_id, "parts": ["teacher_backbone"]}
+
+
+def test_a_fork_of_a_fork_finds_the_first_run(bench: Bench) -> None:
+    bench.submit()
+    bench.drive()
+    bench.submit(run="second", fork="demo#gram@4")
+    bench.drive("second")
+    bench.submit(run="third", fork="second#gram@4")
+    assert bench.drive("third").status == "done"
+    text = next(job.attempt for job in bench.launcher.jobs if job.attempt.run == "third")
+    assert text.inputs["vision_tower"] == CheckpointRef(run=bench.dir(), phase="gram", attempt=2, step=4)
+
+
+@pytest.mark.parametrize(
+    ("fork", "error", "why"),
+    [
+        ("gram@2", HandoffError, "name the run too"),
+        ("nobody#gram@2", HandoffError, "there is no run at"),
+        ("demo#what@2", HandoffError, "has the phases"),
+        ("demo#pretrain@3", HandoffError, "no such checkpoint"),
+        ("demo#pretrain@best(loss)", HandoffError, "by a metric"),
+        ("demo@2", HandoffError, "name the run too"),
+    ],
+)
+def test_a_fork_from_nowhere_is_refused(bench: Bench, fork: str, error: type[Exception], why: str) -> None:
+    bench.submit()
+    bench.drive(until="text")
+    with pytest.raises(error, match=why):
+        bench.submit(run="new", fork=fork)
+    assert store.read(bench.dir("new")) == []
+
+
+def test_a_fork_needs_the_same_networks(bench: Bench) -> None:
+    bench.submit()
+    bench.drive(until="text")
+    spec = job_spec()
+    spec["model"]["backbone"]["dim"] = 128
+    with pytest.raises(ControlError, match=r"model.backbone.dim: 64 -> 128"):
+        bench.submit(spec, run="new", fork="demo#gram@2")
+
+
+def test_a_live_runs_sealed_checkpoint_can_be_taken(bench: Bench) -> None:
+    bench.submit()
+    bench.tick()
+    bench.launcher.job.train(2)
+    spec = job_spec()
+    spec["phases"]["pretrain"]["weights"] = "demo#pretrain@2"
+    bench.submit(spec, run="new")
+    bench.tick(bench.controller("new"))
+    assert bench.launcher.job.attempt.inputs["weights"].step == 2
+    storage.remove(f"{bench.dir()}/{manifest_file('pretrain', 1, 2)}")
+    with pytest.raises(HandoffError, match="no such checkpoint"):
+        bench.submit(spec, run="newer")
+
+
+def test_there_is_no_run_to_load(bench: Bench) -> None:
+    with pytest.raises(ControlError, match="no run at"):
+        control.load(bench.dir())
+
+
+def test_the_controller_imports_no_pydantic_and_no_torch() -> None:
+    check = "import sys, orchestrator.control; print({'torch', 'pydantic', 'mlflow', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-P", "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
