@@ -241,13 +241,17 @@ def _publish(attempt: Attempt, outcome: Outcome) -> None:
 
 def _last_act(attempt: Attempt) -> None:
     """Start `on_end`, detached and in the agent's own environment, so that somebody takes in the outcome."""
-    if attempt.on_end:
-        no_input = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
-        try:
-            os.posix_spawnp(attempt.on_end[0], attempt.on_end, os.environ, file_actions=[no_input], setsid=True)
-        except OSError as error:  # the next tick of anybody finds the outcome
-            say(f"on_end could not be started: {shlex.join(attempt.on_end)}: {error}")
-    storage.remove_tree(str(contract.scratch_dir(attempt.launch_name)))
+    try:
+        storage.remove_tree(str(contract.scratch_dir(attempt.launch_name)))
+    except storage.StoreError as error:
+        say(str(error))
+    if not attempt.on_end:
+        return
+    no_input = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
+    try:
+        os.posix_spawnp(attempt.on_end[0], attempt.on_end, os.environ, file_actions=[no_input], setsid=True)
+    except OSError as error:  # the next tick of anybody finds the outcome
+        say(f"on_end could not be started: {shlex.join(attempt.on_end)}: {error}")
 
 
 if __name__ == "__main__":

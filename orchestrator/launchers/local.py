@@ -180,7 +180,9 @@ def _row(process: psutil.Process) -> Row | None:
 
 def _kill(rows: Sequence[Row]) -> None:
     """SIGKILL to these and all below them, agents first, until none is left. Raises LaunchError if some do not die."""
-    doomed = [process for row in sorted(rows, key=lambda row: not row.is_agent) for process in _family(row.process)]
+    agents_first = sorted(rows, key=lambda row: not row.is_agent)
+    family = [process for row in agents_first for process in _family(row.process)]
+    doomed = [process for process in family if process.pid != os.getpid()]  # an agent's `on_end` may be who kills
     for process in doomed:
         with suppress(psutil.NoSuchProcess):
             process.kill()
