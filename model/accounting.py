@@ -105,10 +105,13 @@ def checkpoint_bytes(model: Model, phase: AnyPhase) -> dict[str, int]:
 
 
 def frozen_parts(phase: AnyPhase) -> tuple[str, ...]:
-    """Parts that the phase's checkpoints have in common. A refreshed Gram teacher is stored once a refresh."""
+    """Parts that are stored once for all checkpoints of the phase. A Gram teacher that is refreshed is not."""
     if isinstance(phase, TextPhase):
         return ("teacher_backbone",)
-    return ("gram_teacher",) if isinstance(phase, GramPhase | HighresPhase) else ()
+    if isinstance(phase, GramPhase | HighresPhase):
+        gram = phase.losses.gram
+        return () if gram.refresh_every and gram.refresh_most else ("gram_teacher",)
+    return ()
 
 
 # --- FLOPs ------------------------------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ class Backbone(Section):
     def _fill(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
-        return {**ARCHITECTURES.get(values.get("arch", ""), {}), **values}
+        return {**ARCHITECTURES.get(str(values.get("arch")), {}), **values}
 
     @model_validator(mode="after")
     def _fits(self) -> Backbone:

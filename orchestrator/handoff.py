@@ -25,7 +25,7 @@ TAKES: dict[str, tuple[str, ...]] = {
 """What a phase of each kind may take. `init` and `weights` exclude each other."""
 
 PARTS_TAKEN: dict[str, tuple[str, ...]] = {
-    "init": PARTS,
+    "init": tuple(part for part in PARTS if part != "gram_teacher"),  # which a Gram phase always names by itself
     "weights": ("teacher_backbone", "teacher_heads"),
     "gram_teacher": ("teacher_backbone",),
     "vision_tower": ("teacher_backbone",),

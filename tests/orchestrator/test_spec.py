@@ -1,0 +1,203 @@
+"""The job spec: how defaults, phases and overrides come together, the job files that ship, schema and digest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from orchestrator.cluster import launchable, profiles, read_cluster
+from orchestrator.problems import SpecError
+from orchestrator.schema import job_schema
+from orchestrator.spec import Job, digest, not_there_yet, read_job, resolved
+from orchestrator.yaml_reader import dump, read_yaml
+
+ROOT = Path(__file__).parents[2]
+JOBS = [*sorted((ROOT / "jobs").glob("*.yaml")), ROOT / "tests/jobs/tiny.yaml"]
+TINY = str(ROOT / "tests/jobs/tiny.yaml")
+V3_7B = str(ROOT / "jobs/v3_7b.yaml")
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def job(file: str = TINY, *overrides: str) -> Job:
+    return read_job(file, overrides, check_data=False)
+
+
+def phase(name: str, *overrides: str) -> dict[str, Any]:
+    settings: dict[str, Any] = resolved(job(TINY, *overrides))["phases"][name]
+    return settings
+
+
+@pytest.mark.parametrize("file", JOBS, ids=lambda file: file.stem)
+def test_every_job_file_is_right(file: Path) -> None:
+    assert job(str(file)).phases
+
+
+@pytest.mark.parametrize("name", profiles())
+def test_every_cluster_profile_is_right_and_only_local_can_launch(name: str) -> None:
+    profile = read_cluster(name)
+    assert profile.name == name
+    problem = launchable(profile)
+    if name == "local":
+        assert problem is None
+    else:
+        assert problem is not None
+        assert f"the {profile.launcher} launcher is not there yet" in str(problem)
+
+
+# --- merging ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_phase_overrides_a_section_at_the_top_field_by_field() -> None:
+    optim = phase("gram", "phases.gram.optim.beta2=0.9")["optim"]
+    assert (optim["beta2"], optim["batch_size"], optim["group_size"]) == (0.9, 16, 4)
+    assert phase("pretrain", "phases.gram.optim.beta2=0.9")["optim"]["beta2"] == 0.999
+
+
+def test_a_schedule_is_merged_field_by_field_and_a_number_replaces_it_whole() -> None:
+    assert phase("gram", "phases.gram.optim.lr.peak=0.5")["optim"]["lr"]["start"] == 0.0
+    lr = phase("gram", "phases.gram.optim.lr=0.5")["optim"]["lr"]
+    assert (lr["start"], lr["peak"], lr["warmup_steps"]) == (None, 0.5, 0)
+
+
+def test_a_list_replaces_a_list_and_null_is_a_value() -> None:
+    assert phase("gram")["crops"]["resolutions"] == [
+        {"global_size": 32, "local_size": 16, "gram_size": 64, "ratio": 1.0}
+    ]
+    assert phase("gram", "phases.gram.optim.clip=null")["optim"]["clip"] is None
+
+
+def test_a_phase_gets_only_the_sections_that_its_kind_has() -> None:
+    assert "crops" not in phase("text")
+    assert phase("text")["checkpoints"] == phase("pretrain")["checkpoints"]
+
+
+def test_the_evaluation_takes_the_data_but_its_own_resources() -> None:
+    spec = resolved(job())
+    assert spec["evaluate"]["data"] == spec["phases"]["text"]["data"]
+    assert spec["evaluate"]["resources"]["processes_per_node"] == 1
+
+
+def test_phases_stay_in_the_order_of_the_file() -> None:
+    assert list(resolved(job())["phases"]) == ["pretrain", "gram", "highres", "text"]
+
+
+# --- overrides --------------------------------------------------------------------------------------------------------
+
+
+def test_overrides_are_yaml_and_the_last_one_wins() -> None:
+    assert phase("gram", "phases.gram.steps=20", "phases.gram.steps=30")["steps"] == 30
+    assert phase("gram", "optim.lr={peak: 5e-5}")["optim"]["lr"]["peak"] == 5e-5
+    assert phase("gram", "phases.gram.crops.resolutions[0].gram_size=48")["crops"]["resolutions"][0]["gram_size"] == 48
+
+
+def test_an_override_may_make_a_section_or_a_phase_anew() -> None:
+    assert phase("pretrain", "augment.hue=0.2")["augment"]["hue"] == 0.2
+    more = "phases.more={kind: pretrain, steps: 8, init: gram@final}"
+    assert list(job(TINY, more).phases)[-1] == "more"
+
+
+# --- what comes of it -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", JOBS, ids=lambda file: file.stem)
+def test_the_resolved_job_is_a_job_and_the_same_one(file: Path, tmp_path: Path) -> None:
+    spec = resolved(job(str(file)))
+    again = tmp_path / "resolved.yaml"
+    again.write_text(dump(spec))
+    assert resolved(job(str(again))) == spec
+    assert yaml.safe_load(dump(spec)) == spec, "readers of YAML 1.1 see the same"
+
+
+def test_the_digest_tells_every_change_and_no_formatting(tmp_path: Path) -> None:
+    first = digest(resolved(job()))
+    assert digest(resolved(job(TINY, "seed=4"))) != first
+    reordered = yaml.safe_load(Path(TINY).read_text())
+    reordered["phases"]["pretrain"]["optim"] = reordered["optim"]  # says again what it inherits
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(reordered, sort_keys=False))
+    assert digest(resolved(job(str(tmp_path / "job.yaml")))) == first
+
+
+def test_the_digest_tells_the_order_of_phases() -> None:
+    spec = resolved(job())
+    turned = {**spec, "phases": dict(reversed(spec["phases"].items()))}
+    assert digest(turned) != digest(spec)
+
+
+def test_a_relative_data_folder_is_pinned_to_where_dinoctl_was_called(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert job().phases["gram"].data.path == str(tmp_path / "images")
+    assert job(TINY, "data.path=cache:x").phases["gram"].data.path == "cache:x"
+    assert job(TINY, "data.path=s3://b/x").phases["gram"].data.path == "s3://b/x"
+
+
+# --- what is not there yet --------------------------------------------------------------------------------------------
+
+
+def test_the_7b_is_accepted_and_submit_learns_what_is_missing() -> None:
+    spec = job(V3_7B)
+    missing = " ".join(problem.message for problem in not_there_yet(spec, read_cluster(spec.cluster)))
+    for feature in ("fsdp", "fp8 blocks", "compile", "data on a bucket", "runs on a bucket"):
+        assert feature in missing
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("phases.gram.resources.nodes=2", "more than one node with the local launcher"),
+        ("phases.gram.data.path=/data/shard.tar", "data in tar shards"),
+        ("parallel.shard=fsdp", "parallel.shard fsdp"),
+        ("parallel.compile=true", "parallel.compile"),
+        ("precision.fp8=blocks", "precision.fp8 blocks"),
+    ],
+)
+def test_each_feature_is_named_once_with_the_phases_that_ask_for_it(override: str, message: str) -> None:
+    problems = not_there_yet(job(TINY, override), read_cluster("local"))
+    assert [problem.message for problem in problems] == [f"not there yet: {message}"]
+    assert "phases.gram." in problems[0].found
+
+
+def test_the_tiny_job_needs_nothing_that_is_not_there() -> None:
+    assert not_there_yet(job(), read_cluster("local")) == []
+
+
+# --- the schema -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", JOBS, ids=lambda file: file.stem)
+def test_the_schema_takes_the_job_files_as_they_are_written(file: Path) -> None:
+    schema = job_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(read_yaml(str(file)).values, schema)
+    jsonschema.validate(resolved(job(str(file))), schema)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sede": 1},
+        {"optim": {"batchsize": 3}},
+        {"optim": {"lr": "fast"}},
+        {"phases": {"a": {"steps": 3}}},
+        {"phases": {"a": {"kind": "gramm"}}},
+        {"phases": {"Bad Name": {"kind": "pretrain"}}},
+        {"phases": {"a": {"kind": "text", "crops": {}}}},
+        {"crops": {"resolutions": [{"global_size": 32}]}},
+        {"model": {"backbone": {"arch": "custom"}}},
+    ],
+    ids=str,
+)
+def test_the_schema_refuses_what_validate_refuses(change: dict[str, Any], tmp_path: Path) -> None:
+    values = {**read_yaml(TINY).values, **change}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(values, job_schema())
+    (tmp_path / "job.yaml").write_text(dump(values))
+    with pytest.raises(SpecError):
+        job(str(tmp_path / "job.yaml"))
