@@ -2,6 +2,7 @@
 
     build_or_read(data, run_dir) -> Index           every rank and the evaluation read the same one
     training_entries(index, data) -> list[Entry]    in index order; the order of training is drawn over these
+    entries_of(index, split) -> list[Entry]
 
 The index of a run is never made again: images that come later are not seen, those that go missing count as unreadable.
 So the order of the data, and with it a resumed run, does not depend on what happens to the folder meanwhile.
@@ -100,6 +101,11 @@ def training_entries(index: Index, data: config.Data) -> list[Entry]:
             "left to train on; give more images, or hold_out: none"
         )
     return entries
+
+
+def entries_of(index: Index, split: Split) -> list[Entry]:
+    """The images of one split, in index order."""
+    return [entry for entry in index.entries if entry.split == split]
 
 
 def check_skip_rate(index: Index, found_later: list[Skipped], most: float) -> None:
