@@ -32,9 +32,10 @@ NAME_LENGTH = 63
 """Longest launch name: a Kubernetes label's, the narrowest of the schedulers'."""
 
 
-def build(state: State, run_dir: str, number: int, phase: str) -> Attempt:
+def build(state: State, run_dir: str, number: int, phase: str, *, dry: bool = False) -> Attempt:
     """Attempt `number` of `phase`. The same state gives the same attempt, byte for byte, on one machine.
 
+    dry: only to be shown: nothing is pinned, and the run's copy of the code need not be there.
     Raises HandoffError for an input that is not there, CodeError if the run's copy of the code is not what it was.
     """
     settings = state.settings(phase)
@@ -51,13 +52,13 @@ def build(state: State, run_dir: str, number: int, phase: str) -> Attempt:
         seed=int(state.spec["seed"]),
         model=state.spec["model"],
         settings=settings,
-        inputs=resolve_inputs(state, run_dir, phase),
+        inputs=resolve_inputs(state, run_dir, phase, dry=dry),
         resume=[] if evaluation else state.resume_points(phase, run_dir),
         keep_steps=[] if evaluation else handoff.keep_steps(state.spec, phase),
         nodes=1 if evaluation else int(resources["nodes"]),
         processes_per_node=1 if evaluation else int(resources["processes_per_node"]),
         threads=int(resources["threads"]),
-        code_dir=code.verify(run_dir, state.code_digest),
+        code_dir=code.code_dir(run_dir, state.code_digest) if dry else code.verify(run_dir, state.code_digest),
         on_end=[sys.executable, "-P", "-m", "orchestrator.cli", "tick", run_dir],
         spec_digest=state.spec_digest,
         code_digest=state.code_digest,
@@ -88,7 +89,7 @@ def sealed_steps(run_dir: str, phase: str, attempt: int) -> list[int]:
     return [step for step in steps if storage.exists(f"{run_dir}/{manifest_file(phase, attempt, step)}")]
 
 
-def resolve_inputs(state: State, run_dir: str, phase: str) -> dict[str, CheckpointRef]:
+def resolve_inputs(state: State, run_dir: str, phase: str, *, dry: bool = False) -> dict[str, CheckpointRef]:
     """The checkpoint behind each input of `phase`; those of other runs are pinned there. Raises HandoffError."""
     names: dict[Reference, list[str]] = {}
     for name, written in handoff.references(state.spec, phase).items():
@@ -98,7 +99,9 @@ def resolve_inputs(state: State, run_dir: str, phase: str) -> dict[str, Checkpoi
         phase,
         state.accepted(),
         run=run_dir,
-        other=lambda reference: take(state.created.run_id, run_dir, reference, names[reference]),
+        other=lambda reference: (
+            find(reference, run_dir) if dry else take(state.created.run_id, run_dir, reference, names[reference])
+        ),
         refer=lambda reference: inherit(state, reference),
     )
 

@@ -1,0 +1,168 @@
+"""`dinoctl`: parse, call `orchestrator.commands`, turn a user's mistake into a message and an exit code.
+
+Imports nothing heavy: `dinoctl --help` and `dinoctl status` answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+DONE, FAILED, WRONG_INPUT, DISK_FULL, INTERRUPTED = 0, 1, 2, 3, 130
+
+EXIT_CODES = f"""\
+exit codes:
+  {DONE}    done
+  {FAILED}    the run failed; `dinoctl status RUN` names a page in runbooks/
+  {WRONG_INPUT}    the input is wrong: a spec, an option, a run that is not there
+  {DISK_FULL}    the run stopped because the disk is full; its last checkpoint is whole
+  {INTERRUPTED}  interrupted (Ctrl-C, SIGTERM, cancel); `dinoctl resume RUN` goes on
+
+RUN is a name in the folder of runs (--runs, else DINOCTL_RUNS, else ./runs) or a path.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    from orchestrator import commands
+
+    try:
+        return int(getattr(commands, options.command)(options))
+    except KeyboardInterrupt:
+        print("dinoctl: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever reads our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except Exception as error:
+        from orchestrator.mistakes import explain
+
+        explained = explain(error)
+        if explained is None:  # a bug of ours: its traceback is the report
+            raise
+        print(f"dinoctl: {explained.message}", file=sys.stderr)
+        return explained.exit_code
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options. Overrides may stand anywhere among them, which argparse alone does not allow. Exits 2."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    takes_overrides = hasattr(options, "overrides")
+    unknown = [word for word in rest if word.startswith("-") or not takes_overrides]
+    if unknown:
+        parser.error(f"{options.command} does not know {' '.join(unknown)}; see dinoctl {options.command} --help")
+    if takes_overrides:
+        options.overrides += rest
+    return options
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"dinoctl {version('dinoctl')}")
+        parser.exit()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dinoctl",
+        description="One YAML turns a folder of unlabelled images into a DINOv3 vision foundation model.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_job_commands(commands)
+    _add_run_commands(commands)
+    return parser
+
+
+def _add(commands: Commands, name: str, help_: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name, help=help_, description=help_, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+# --- commands on a job file -------------------------------------------------------------------------------------------
+
+
+def _add_job_commands(commands: Commands) -> None:
+    validate = _add(commands, "validate", "check a job file: every mistake at once, each with its YAML path")
+    _add_job(validate)
+    validate.add_argument("--resolved", action="store_true", help="print the job with every default filled in")
+    _add_json(validate)
+
+    plan = _add(commands, "plan", "say what would be launched, in order, with which inputs; starts nothing")
+    _add_job(plan)
+    _add_json(plan)
+
+    submit = _add(commands, "submit", "run a job, or go on with it; a run that is under way is shown")
+    _add_job(submit)
+    submit.add_argument("--run", metavar="NAME", help="name of the run; the job's own name if absent")
+    submit.add_argument("--detach", action="store_true", help="return at once; a process in the background watches")
+    submit.add_argument("--dry-run", action="store_true", help="print exactly what would be sent first; starts nothing")
+    submit.add_argument("--amend", action="store_true", help="take up the differences to the run that is there")
+    submit.add_argument("--fork", metavar="RUN#PHASE@STEP", help="begin a new run with what another has trained")
+    _add_runs(submit)
+
+    _add(commands, "schema", "print the JSON Schema of a job file, for editors")
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="the job, YAML")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="a.b.c=value", help="laid over the file")
+    parser.add_argument("--cluster", metavar="NAME_OR_FILE", help="a profile in clusters/, or a file")
+
+
+# --- commands on a run ------------------------------------------------------------------------------------------------
+
+
+def _add_run_commands(commands: Commands) -> None:
+    status = _add(commands, "status", "all runs, or one in full: why it stands, who watches it")
+    status.add_argument("run", nargs="?", metavar="RUN")
+    _add_runs(status)
+    _add_json(status)
+
+    logs = _add_run(commands, "logs", "print the log of an attempt")
+    logs.add_argument("--attempt", type=int, metavar="N", help="the newest if absent")
+    logs.add_argument("--rank", type=int, metavar="R", help="of one process; the agent's log if absent")
+    logs.add_argument("--follow", action="store_true", help="go on printing until the attempt ends")
+
+    _add_run(commands, "cancel", "give a run up: seal, stop, and do not go on")
+
+    resume = _add_run(commands, "resume", "go on with a run that was stopped, cancelled or failed")
+    resume.add_argument("--code", choices=["new"], help="go on with the installed code; no longer bit for bit")
+    resume.add_argument("--detach", action="store_true", help="return at once; a process in the background watches")
+
+    _add_run(commands, "watch", "(internal) keep a run going until it is over; what --detach starts")
+    _add_run(commands, "tick", "(internal) look once and do what is due; what an agent runs as its last act")
+
+
+def _add_run(commands: Commands, name: str, help_: str) -> argparse.ArgumentParser:
+    parser = _add(commands, name, help_)
+    parser.add_argument("run", metavar="RUN")
+    _add_runs(parser)
+    return parser
+
+
+def _add_runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--runs", metavar="DIR", default=os.environ.get("DINOCTL_RUNS"), help="the folder of runs")
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

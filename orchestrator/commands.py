@@ -1,0 +1,269 @@
+"""What each command does, one function a command, by its name; the exit code is what it returns.
+
+Everything that is slow to import (pydantic, rich, psutil) is imported where it is needed: `status` with many runs needs
+none of pydantic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from model import contract, storage
+from orchestrator import status as statuses
+from orchestrator.problems import SpecError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from orchestrator.cluster import ClusterProfile
+    from orchestrator.spec import Job
+
+DEFAULT_RUNS = "runs"
+FOLLOW_SECONDS = 0.5
+
+Options = argparse.Namespace
+
+
+# --- on a job file ----------------------------------------------------------------------------------------------------
+
+
+def validate(options: Options) -> int:
+    try:
+        job, _ = _read(options)
+    except SpecError as error:
+        if not options.json:
+            raise
+        _print_json({"valid": False, "problems": [_problem(problem) for problem in error.problems]})
+        return 2
+    from orchestrator import spec
+
+    resolved = spec.resolved(job)
+    if options.json:
+        _print_json({"valid": True, "problems": [], "job": resolved})
+    elif options.resolved:
+        print(msgspec.yaml.encode(resolved).decode(), end="")
+    else:
+        phases = ", ".join(f"{name} ({phase.steps} steps)" for name, phase in job.phases.items())
+        print(f"{options.file}: valid. Phases: {phases}")
+    return 0
+
+
+def schema(options: Options) -> int:
+    from orchestrator.schema import job_schema
+
+    _print_json(job_schema())
+    return 0
+
+
+def plan(options: Options) -> int:
+    from orchestrator import plan as plans
+
+    job, cluster = _read(options)
+    planned = plans.make_plan(job, cluster)
+    if options.json:
+        _print_json(planned.as_mapping())
+    else:
+        print(plans.as_text(planned))
+    return 0
+
+
+def submit(options: Options) -> int:
+    from orchestrator import control, spec
+    from orchestrator.cluster import launchable
+
+    job, cluster = _read(options)
+    not_there = launchable(cluster)
+    problems = [*([not_there] if not_there else []), *spec.not_there_yet(job, cluster)]
+    if problems:
+        raise SpecError(problems)
+    resolved = spec.resolved(job)
+    name = options.run or job.name
+    request = control.Request(name, resolved, cluster.model_dump(mode="json"), spec.digest(resolved))
+    run_dir = control.absolute(f"{options.runs or job.runs}/{name}")
+    if options.dry_run:
+        from orchestrator import dry_run
+
+        print(dry_run.show(run_dir, request, fork=options.fork))
+        return 0
+    done = control.submit(run_dir, request, by=_me(), fork=options.fork, amending=options.amend)
+    for change in done.changes:
+        print(f"amended: {change}")
+    print({"attached": f"run {name} is there already: showing it"}.get(done.what, f"run {name} {done.what}"), run_dir)
+    return _go_on(run_dir, options)
+
+
+def _read(options: Options) -> tuple[Job, ClusterProfile]:
+    """The job and its cluster's profile. Raises SpecError with every mistake in both."""
+    from orchestrator.cluster import read_cluster
+    from orchestrator.spec import read_job
+
+    overrides = [*options.overrides, *([f"cluster={options.cluster}"] if options.cluster else [])]
+    job = read_job(options.file, overrides)
+    return job, read_cluster(job.cluster)
+
+
+def _problem(problem: Any) -> dict[str, Any]:
+    return {
+        "message": problem.message,
+        "path": problem.path,
+        "file": problem.file,
+        "line": problem.line,
+        "found": problem.found,
+        "allowed": problem.allowed,
+        "hint": problem.hint,
+    }
+
+
+# --- keeping a run going ----------------------------------------------------------------------------------------------
+
+
+def _go_on(run_dir: str, options: Options) -> int:
+    """Stay with the run, or leave it to a process in the background."""
+    from orchestrator import watch as watching
+
+    if options.detach:
+        pid = watching.detach(run_dir)
+        print(f"watched by process {pid} (log: {watching.log_file(run_dir)}); dinoctl status {run_dir}")
+        return 0
+    return _stay(run_dir, options.command)
+
+
+def _stay(run_dir: str, command: str) -> int:
+    from orchestrator import watch as watching
+
+    console = _console()
+    end = watching.stay(run_dir, console, command)
+    return watching.conclude(run_dir, end, console)
+
+
+def resume(options: Options) -> int:
+    from orchestrator import control
+
+    run_dir = _find(options)
+    control.resume(run_dir, by=_me(), new_code=options.code == "new")
+    return _go_on(run_dir, options)
+
+
+def watch(options: Options) -> int:
+    return _stay(_find(options), "watch")
+
+
+def tick(options: Options) -> int:
+    from orchestrator import control, launchers
+
+    control.follow(control.controller(_find(options), launchers.launcher_for, command="tick", every=0.0))
+    return 0
+
+
+def cancel(options: Options) -> int:
+    """Give up and see to it that the attempt stops, whoever else watches."""
+    from orchestrator import control, launchers
+
+    run_dir = _find(options)
+    control.cancel(run_dir, by=_me())
+    print("asked to seal and stop")
+    this = control.controller(run_dir, launchers.launcher_for, command="cancel")
+    while (result := control.tick(this, contract.now())).state.status == "running":
+        time.sleep(min(result.pause, FOLLOW_SECONDS))
+    print(f"run {result.state.created.run} is {result.state.status}; dinoctl resume {run_dir} goes on after all")
+    return 0
+
+
+# --- looking at runs --------------------------------------------------------------------------------------------------
+
+
+def status(options: Options) -> int:
+    now = contract.now()
+    if options.run is None:
+        folder = _runs(options)
+        summaries = [statuses.summary(str(os.path.abspath(f"{folder}/{n}")), now) for n in statuses.names(folder)]
+        if options.json:
+            _print_json(summaries)
+        elif not summaries:
+            print(f"no runs in {folder} (another folder: --runs or DINOCTL_RUNS)")
+        else:
+            from orchestrator import render
+
+            _console().print(render.runs(summaries, now))
+        return 0
+    view = statuses.detail(_find(options), now)
+    if options.json:
+        _print_json(view)
+    else:
+        from orchestrator import render
+
+        _console().print(render.detail(view, now))
+    return 0
+
+
+def logs(options: Options) -> int:
+    run_dir = _find(options)
+    run = statuses.load(run_dir)
+    numbers = [attempt.number for attempt in run.attempts]
+    if not numbers:
+        raise statuses.RunNotFoundError(f"run {run.created.run} has no attempts yet")
+    attempt = options.attempt or numbers[-1]
+    if attempt not in numbers:
+        raise statuses.RunNotFoundError(
+            f"no attempt {attempt}; run {run.created.run} has {numbers[0]} to {numbers[-1]}"
+        )
+    file = contract.agent_log(attempt) if options.rank is None else contract.rank_log(attempt, options.rank)
+    path = f"{run_dir}/{file}"
+    if not storage.exists(path) and not options.follow:
+        there = ", ".join(storage.names(f"{run_dir}/{contract.log_dir(attempt)}")) or "none"
+        raise statuses.RunNotFoundError(f"no such log: {path}; there are: {there}")
+    _print_log(run_dir, path, attempt, follow=options.follow)
+    return 0
+
+
+def _print_log(run_dir: str, path: str, attempt: int, *, follow: bool) -> None:
+    """Print the file and, to follow it, what is added until the attempt ends."""
+    offset, decoder = 0, codecs.getincrementaldecoder("utf-8")("replace")
+    while True:
+        ended = _is_over(run_dir, attempt) if follow else True  # before the read: what it wrote last is not missed
+        data = storage.read(path, offset) if storage.exists(path) else b""
+        offset += len(data)
+        sys.stdout.write(decoder.decode(data, final=ended))
+        sys.stdout.flush()
+        if ended:
+            return
+        time.sleep(FOLLOW_SECONDS)
+
+
+def _is_over(run_dir: str, attempt: int) -> bool:
+    return storage.exists(f"{run_dir}/{contract.outcome_file(attempt)}") or any(
+        one.number == attempt and one.end for one in statuses.load(run_dir).attempts
+    )
+
+
+# --- small things -----------------------------------------------------------------------------------------------------
+
+
+def _runs(options: Options) -> str:
+    return str(options.runs or DEFAULT_RUNS)
+
+
+def _find(options: Options) -> str:
+    return statuses.find(options.run, _runs(options))
+
+
+def _me() -> str:
+    return f"{os.environ.get('USER', 'somebody')} on {contract.hostname()}"
+
+
+def _console() -> Console:
+    """A pipe is as wide as it needs to be: rich would fold at 80 columns."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 200)
+
+
+def _print_json(value: Any) -> None:
+    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())

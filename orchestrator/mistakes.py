@@ -1,0 +1,66 @@
+"""The one place that knows which exceptions are a user's or the world's doing, and what dinoctl exits with for them.
+
+    SpecError          2   a job file, a profile, an override
+    RunNotFoundError   2   no run of that name
+    ControlError       2   what was asked of a run cannot be done
+    HandoffError       2   a reference to a checkpoint that cannot be met
+    ContractError      2   a run directory that another version wrote, or a torn file in it
+    LogError           2   a log that cannot be read, a store that is not fit for one
+    CodeError          2   the run's copy of the code is not what it was
+    DiskFullError      3   no space left
+    StoreError         1   a file system that does not do what it is asked
+    LaunchError        1   the launcher refused
+
+Anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.contract import ContractError
+from model.storage import DiskFullError, StoreError
+from orchestrator.code import CodeError
+from orchestrator.handoff import HandoffError
+from orchestrator.launchers.base import LaunchError
+from orchestrator.perform import ControlError
+from orchestrator.problems import SpecError
+from orchestrator.status import RunNotFoundError
+from orchestrator.store import LogError
+
+EXIT_CODES: dict[type[Exception], int] = {
+    SpecError: 2,
+    RunNotFoundError: 2,
+    ControlError: 2,
+    HandoffError: 2,
+    ContractError: 2,
+    LogError: 2,
+    CodeError: 2,
+    DiskFullError: 3,
+    StoreError: 1,
+    LaunchError: 1,
+}
+"""The first that fits counts: a full disk is a StoreError too."""
+
+
+@dataclass(frozen=True)
+class Explained:
+    message: str
+    exit_code: int
+
+
+def explain(error: Exception) -> Explained | None:
+    """What to say and to exit with; None for what nobody but us can have caused."""
+    for kind, code in EXIT_CODES.items():
+        if isinstance(error, kind):
+            return Explained(_message(error), code)
+    return None
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, SpecError):
+        count = len(error.problems)
+        return f"{count} mistake{'s' if count > 1 else ''}\n{error}"
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return str(error)

@@ -1,0 +1,178 @@
+"""Draws what `orchestrator.status` gathered: the table of runs, one run in full. Pure: no files, no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from model.contract import Cause
+from orchestrator import report
+from orchestrator.status import AttemptView, Detail, StageView, Summary, Watch
+
+STYLES = {
+    "done": "green",
+    "running": "cyan",
+    "stopped": "yellow",
+    "cancelled": "yellow",
+    "failed": "red",
+    "inherited": "dim",
+    "waiting": "dim",
+}
+ATTEMPTS_SHOWN = 20
+
+
+def runs(summaries: Sequence[Summary], now: float) -> RenderableType:
+    """One row a run."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("run", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    table.add_column("phase", no_wrap=True)
+    table.add_column("step", justify="right", no_wrap=True)
+    table.add_column("attempt", justify="right")
+    table.add_column("watched by")
+    table.add_column("note")
+    for run in summaries:
+        table.add_row(
+            run.run,
+            _styled(run.status),
+            f"{run.stage} ({run.number} of {run.stages})",
+            steps(run.step, run.steps),
+            str(run.attempt or ""),
+            watched(run.watch, now),
+            _note(run),
+        )
+    return table
+
+
+def _styled(status: str) -> Text:
+    return Text(status, style=STYLES.get(status, ""))
+
+
+def steps(step: int | None, of: int | None) -> str:
+    """`120/500`; empty for the evaluation, which has none."""
+    return "" if of is None else f"{step or 0}/{of}"
+
+
+def watched(watch: Watch | None, now: float) -> Text:
+    """Who keeps a run going and since when; nobody is said in colour, as the run stands still."""
+    if watch is None:
+        return Text("")
+    if watch.pid is None:
+        since = f" for {duration(now - watch.since)}" if watch.since else ""
+        return Text(f"nobody{since}", style="yellow")
+    return Text(f"{watch.host}/{watch.pid} for {duration(now - (watch.since or now))}")
+
+
+def duration(seconds: float) -> str:
+    """`12 s`, `3 min`, `2 h 05 min`, `3 d 4 h`."""
+    whole = max(0, int(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    minutes = whole // 60
+    if minutes < 60:
+        return f"{minutes} min"
+    hours = minutes // 60
+    if hours < 48:
+        return f"{hours} h {minutes % 60:02d} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def _note(run: Summary) -> str:
+    """Why it stands, in a word, and the command that goes on; `status RUN` has the whole story."""
+    why = run.cause.value if run.cause and run.status != "done" else ""
+    return ": ".join(part for part in (why, run.advice) if part)
+
+
+# --- one run ----------------------------------------------------------------------------------------------------------
+
+
+def detail(view: Detail, now: float) -> RenderableType:
+    """Everything about one run, what matters most last, where a terminal leaves the eye."""
+    parts: list[RenderableType] = [*_head(view, now), _stages(view.stages), Text("")]
+    if view.attempts:
+        parts += [_attempts(view.attempts, now), Text("")]
+    if view.tail:
+        parts += [Text(f"end of the log of attempt {view.attempts[-1].attempt}:", style="bold")]
+        parts += [Text(f"  {line}") for line in view.tail] + [Text("")]
+    if view.report:
+        parts += [report.render(view.report)]
+        parts += [Text(f"picture: {view.summary.path}/{name}") for name in view.report.pictures]
+    parts += _next(view)
+    return Group(*parts)
+
+
+def _head(view: Detail, now: float) -> list[Text]:
+    run = view.summary
+    lines = [Text.assemble((run.run, "bold"), ": ", _styled(run.status)), Text(f"directory: {run.path}", style="dim")]
+    ids = f"run id {view.run_id}, spec {view.spec_digest[:12]}, code {view.code_digest[:12]}"
+    lines.append(Text(ids, style="dim"))
+    if view.forked_from:
+        lines.append(Text(f"forked from {view.forked_from}"))
+    if run.watch:
+        lines.append(Text.assemble("watched by ", watched(run.watch, now)))
+    return [*lines, Text("")]
+
+
+def _stages(stages: Sequence[StageView]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("phase", "status"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("step", justify="right", no_wrap=True)
+    table.add_column("attempts")
+    table.add_column("checkpoints that count")
+    for stage in stages:
+        shown = steps(stage.step, stage.steps) if stage.step is not None else ""
+        numbers = [str(number) for number in stage.attempts]
+        sealed = [str(step) for step in stage.sealed]
+        table.add_row(stage.name, _styled(stage.status), shown, _short(numbers), _short(sealed))
+    return table
+
+
+def _short(items: Sequence[str], most: int = 12) -> str:
+    """The first ones and the last ones, where there are many."""
+    if len(items) <= most:
+        return ", ".join(items)
+    return ", ".join([*items[: most // 2], "...", *items[-most // 2 :]])
+
+
+def _attempts(attempts: Sequence[AttemptView], now: float) -> Table:
+    left_out = len(attempts) - ATTEMPTS_SHOWN
+    title = f"the last {ATTEMPTS_SHOWN} attempts; {left_out} before are in --json" if left_out > 0 else None
+    table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
+    table.add_column("attempt", justify="right")
+    table.add_column("phase", no_wrap=True)
+    table.add_column("took", justify="right", no_wrap=True)
+    table.add_column("reached", justify="right")
+    table.add_column("how it ended")
+    for attempt in attempts[-ATTEMPTS_SHOWN:]:
+        table.add_row(
+            str(attempt.attempt),
+            attempt.phase,
+            duration((attempt.ended or now) - attempt.begun),
+            "" if attempt.reached is None else str(attempt.reached),
+            _end(attempt),
+        )
+    return table
+
+
+def _end(attempt: AttemptView) -> Text:
+    if attempt.cause is None:
+        return Text("under way" if attempt.status == "launched" else "being launched", style="cyan")
+    style = "green" if attempt.cause is Cause.DONE else "yellow" if attempt.cause is Cause.STOPPED else "red"
+    message = f": {attempt.message}" if attempt.message else ""
+    return Text.assemble((attempt.cause.value, style), message)
+
+
+def _next(view: Detail) -> list[Text]:
+    run = view.summary
+    lines = []
+    if run.cause and run.status != "done":
+        lines.append(Text.assemble((run.cause.value, "bold"), f": {run.message}"))
+    if view.runbook and view.runbook not in run.message:
+        lines.append(Text(f"what to do: {view.runbook}"))
+    if run.advice:
+        lines.append(Text.assemble("to go on: ", (run.advice, "bold")))
+    return lines

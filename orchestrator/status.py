@@ -1,0 +1,254 @@
+"""What `status` says of runs, gathered from their directories: records that render.py draws and `--json` prints.
+
+On the path of `dinoctl status` with many runs: reads a run's log, its heartbeats and its newest progress chunk, and
+imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from model import contract, storage
+from model.contract import Cause, Outcome
+from orchestrator import failures, progress, report, state, store
+from orchestrator.report import Report
+from orchestrator.state import AttemptState, Stage, State
+
+TAIL_LINES = 30
+
+
+class RunNotFoundError(LookupError):
+    """There is no run of that name; the message says which there are."""
+
+
+class Watch(msgspec.Struct, frozen=True, kw_only=True):
+    """Who keeps a run going. Nobody: `host` and `pid` are None and `since` is when somebody last looked, if ever."""
+
+    host: str | None
+    pid: int | None
+    since: float | None
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """A run in one row. `number` of `stages`: where it is; `advice`: the command that goes on, if one is needed."""
+
+    run: str
+    path: str
+    status: str
+    stage: str
+    number: int
+    stages: int
+    attempt: int
+    step: int | None
+    steps: int | None
+    watch: Watch | None  # None: the run is over, nobody needs to watch
+    cause: Cause | None
+    message: str
+    advice: str
+
+
+class StageView(msgspec.Struct, frozen=True, kw_only=True):
+    """A phase or the evaluation: waiting, running, done or inherited. `sealed`: steps of the checkpoints that count."""
+
+    name: str
+    status: str
+    step: int | None
+    steps: int | None
+    attempts: list[int]
+    sealed: list[int]
+
+
+class AttemptView(msgspec.Struct, frozen=True, kw_only=True):
+    attempt: int
+    phase: str
+    status: str
+    begun: float
+    ended: float | None
+    cause: Cause | None
+    message: str
+    reached: int | None
+    sealed: list[int]
+
+
+class Detail(msgspec.Struct, frozen=True, kw_only=True):
+    """A run in full. `tail`: of the log of the attempt that failed last, if the run did not go on from there."""
+
+    summary: Summary
+    run_id: str
+    spec_digest: str
+    code_digest: str
+    forked_from: str | None
+    stages: list[StageView]
+    attempts: list[AttemptView]
+    tail: list[str]
+    runbook: str | None
+    report: Report | None
+
+
+# --- finding runs -----------------------------------------------------------------------------------------------------
+
+
+def names(runs: str) -> list[str]:
+    """The runs in a folder."""
+    return [name for name in storage.names(runs) if storage.names(f"{runs}/{name}/{contract.EVENTS_DIR}")]
+
+
+def find(run: str, runs: str) -> str:
+    """The directory of a run, given by name or by path, absolute. Raises RunNotFoundError saying which runs exist."""
+    for path in (f"{runs}/{run}", run):
+        if not storage.is_uri(path) and storage.names(f"{path}/{contract.EVENTS_DIR}"):
+            return str(Path(path).absolute())
+    known = names(runs)
+    there = f"runs in {runs}: {', '.join(known)}" if known else f"there are no runs in {runs}"
+    raise RunNotFoundError(f"no run {run!r}; {there} (another folder: --runs or DINOCTL_RUNS)")
+
+
+def load(run_dir: str) -> State:
+    """The state of a run that is there."""
+    run = state.fold(store.read(run_dir))
+    assert run is not None, f"{run_dir} was found by its events"
+    return run
+
+
+# --- gathering --------------------------------------------------------------------------------------------------------
+
+
+def summary(run_dir: str, now: float) -> Summary:
+    return _summary(run_dir, load(run_dir), now)
+
+
+def _summary(run_dir: str, run: State, now: float) -> Summary:
+    stages = run.stages
+    current = run.next_stage or stages[-1]
+    last = run.attempts[-1] if run.attempts else None
+    watch = _watch(run_dir, now) if run.status == "running" else None
+    cause, message = _why(run)
+    return Summary(
+        run=run.created.run,
+        path=run_dir,
+        status=run.status,
+        stage=current.name,
+        number=stages.index(current) + 1,
+        stages=len(stages),
+        attempt=last.number if last else 0,
+        step=reached(run_dir, run, current),
+        steps=current.last,
+        watch=watch,
+        cause=cause,
+        message=message,
+        advice=_advice(run, watch, run_dir),
+    )
+
+
+def _watch(run_dir: str, now: float) -> Watch:
+    watchers = store.watchers(run_dir)
+    for watcher in watchers:
+        if store.is_alive(watcher, now):
+            return Watch(host=watcher.host, pid=watcher.pid, since=watcher.started)
+    return Watch(host=None, pid=None, since=watchers[0].seen_at if watchers else None)
+
+
+def _why(run: State) -> tuple[Cause | None, str]:
+    """Why the run is not going on, or why its last attempt ended while the next one is due."""
+    if run.failed:
+        return run.failed.cause, run.failed.message
+    last = run.attempts[-1].end if run.attempts else None
+    if last is None or last.cause is Cause.DONE:
+        return None, ""
+    return last.cause, last.message
+
+
+def _advice(run: State, watch: Watch | None, run_dir: str) -> str:
+    nobody = watch is not None and watch.pid is None
+    if nobody or run.status in ("stopped", "failed", "cancelled"):
+        return f"dinoctl resume {run_dir}"
+    return ""
+
+
+def reached(run_dir: str, run: State, stage: Stage) -> int | None:
+    """Updates of the stage so far: what the newest attempt recorded, or what it resumed from while it is starting. The
+    evaluation has no updates: None."""
+    if stage.last is None:
+        return None
+    if run.is_over(stage):
+        return stage.last
+    sealed = max((ref.step for ref in run.resume_points(stage.name, run_dir)), default=0)
+    mine = [attempt.number for attempt in run.attempts if attempt.phase == stage.name]
+    newest = progress.latest(run_dir, mine[-1]) if mine and run.attempts[-1].phase == stage.name else None
+    return newest.step if newest else sealed
+
+
+def detail(run_dir: str, now: float) -> Detail:
+    run = load(run_dir)
+    failed = _last_failure(run)
+    fork = run.created.forked_from
+    return Detail(
+        summary=_summary(run_dir, run, now),
+        run_id=run.created.run_id,
+        spec_digest=run.spec_digest,
+        code_digest=run.code_digest,
+        forked_from=f"{fork.run}#{fork.phase}@{fork.step}" if fork else None,
+        stages=[_stage(run_dir, run, stage) for stage in run.stages],
+        attempts=[_attempt(attempt) for attempt in run.attempts],
+        tail=_tail(run_dir, failed.number) if failed else [],
+        runbook=failures.runbook(failed.end.cause) if failed and failed.end else None,
+        report=report.read(run_dir),
+    )
+
+
+def _stage(run_dir: str, run: State, stage: Stage) -> StageView:
+    attempts = [attempt.number for attempt in run.attempts if attempt.phase == stage.name]
+    if run.is_inherited(stage.name):
+        status = "inherited"
+    elif run.is_over(stage):
+        status = "done"
+    elif run.live and run.live.phase == stage.name:
+        status = "running"
+    else:
+        status = "begun" if attempts else "waiting"
+    sealed = sorted({step for _, step in run.accepted().get(stage.name, [])})
+    step = reached(run_dir, run, stage) if attempts or status == "inherited" else None
+    return StageView(
+        name=stage.name, status=status, step=step, steps=stage.last, attempts=attempts, sealed=sealed
+    )  # fmt: skip
+
+
+def _attempt(attempt: AttemptState) -> AttemptView:
+    end = attempt.end
+    return AttemptView(
+        attempt=attempt.number,
+        phase=attempt.phase,
+        status=attempt.status,
+        begun=attempt.intent.at,
+        ended=end.at if end else None,
+        cause=end.cause if end else None,
+        message=end.message if end else "",
+        reached=end.reached if end else None,
+        sealed=end.steps if end else [],
+    )
+
+
+def _last_failure(run: State) -> AttemptState | None:
+    """The newest attempt, if it ended in another way than done or a stop."""
+    last = run.attempts[-1] if run.attempts else None
+    quiet = (Cause.DONE, Cause.STOPPED)
+    return last if last and last.end and last.end.cause not in quiet else None
+
+
+def _tail(run_dir: str, attempt: int) -> list[str]:
+    """What the agent kept of the failure (a traceback, stacks), or the end of its log."""
+    path = f"{run_dir}/{contract.outcome_file(attempt)}"
+    try:
+        text = contract.decode(storage.read(path), Outcome, path).detail
+    except FileNotFoundError:
+        text = ""
+    return (text.splitlines() or _log_lines(run_dir, attempt))[-TAIL_LINES:]
+
+
+def _log_lines(run_dir: str, attempt: int) -> list[str]:
+    try:
+        return storage.read(f"{run_dir}/{contract.agent_log(attempt)}").decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []

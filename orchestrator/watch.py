@@ -1,0 +1,185 @@
+"""Staying with a run: tick, show, stop on Ctrl-C, until it is over. What `submit` and `resume` do in the foreground,
+and `dinoctl watch` (started by `--detach`) without a screen to look at."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+
+from rich.console import Console
+
+from model import contract, storage
+from orchestrator import control, launchers, render, report, status, tracking
+from orchestrator.control import Controller
+from orchestrator.screen import Follower, Screen, screen
+from orchestrator.state import State
+
+TICK_SECONDS = 1.0
+OUT_OF_REACH_SECONDS = 600.0  # a store that does not answer for this long ends the watch, not the run
+DISK_FULL_SECONDS = 30.0
+SHIPPER_SECONDS = 20.0  # how long a finished run waits for MLflow before it says where it stands
+
+
+@dataclass
+class Signals:
+    """How often this process was asked to stop, and by what. `asked` wakes whoever waits."""
+
+    names: list[str] = field(default_factory=list)
+    asked: threading.Event = field(default_factory=threading.Event)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        self.names.append(signal.Signals(number).name)
+        self.asked.set()
+
+
+@contextmanager
+def _signals() -> Iterator[Signals]:
+    """SIGINT and SIGTERM are requests while this lasts."""
+    signals = Signals()
+    before = {number: signal.signal(number, signals.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stay(run_dir: str, console: Console, command: str) -> State:
+    """Keep the run going and show it until it is over; the state it ends in.
+
+    The first SIGINT or SIGTERM asks for a stop with a sealed checkpoint, the second for one at once, the third leaves.
+    Raises storage.StoreError if the run directory stays out of reach, KeyboardInterrupt on the third signal.
+    """
+    this = control.controller(run_dir, launchers.launcher_for, command=command, every=TICK_SECONDS)
+    run = control.load(run_dir)
+    follower = Follower(run_dir)
+    follower.begin(run)
+    shipper = tracking.start(run_dir) if run.spec["tracking"]["enabled"] else None
+    with _signals() as signals, screen(console) as shown:
+        end = _loop(this, follower, shown, signals)
+    if shipper is not None:
+        _wait_for_mlflow(run_dir, end, shipper, console)
+    return end
+
+
+def _loop(this: Controller, follower: Follower, shown: Screen, signals: Signals) -> State:
+    said, failing_since, heeded = "", None, 0
+    while True:
+        signals.asked.clear()  # before the look at them: one that comes after it ends the wait below
+        try:
+            heeded = _heed(this.run_dir, signals, heeded, shown)
+            result = control.tick(this, contract.now())
+            for note in follower.look(result.state):
+                shown.note(note)
+        except storage.StoreError as error:
+            failing_since = failing_since or time.monotonic()
+            said = _out_of_reach(error, failing_since, shown, said)
+            signals.asked.wait(2 * TICK_SECONDS)
+            continue
+        failing_since, said = None, ""
+        if follower.view is not None:
+            shown.show(follower.view, time.monotonic())
+        if result.state.status != "running":
+            return result.state
+        signals.asked.wait(min(result.pause, TICK_SECONDS))
+
+
+def _out_of_reach(error: storage.StoreError, since: float, shown: Screen, said: str) -> str:
+    """Say it once, and give up after a while: the attempt goes on without this process."""
+    patience = DISK_FULL_SECONDS if isinstance(error, storage.DiskFullError) else OUT_OF_REACH_SECONDS
+    if time.monotonic() - since > patience:
+        raise error
+    if str(error) != said:
+        shown.note(f"{error}; trying again", "yellow")
+    return str(error)
+
+
+def _heed(run_dir: str, signals: Signals, heeded: int, shown: Screen) -> int:
+    """Turn the signals that came into requests; returns how many have been heeded."""
+    for number, name in enumerate(signals.names[heeded:], start=heeded + 1):
+        by = f"{name} on {contract.hostname()}/{os.getpid()}"
+        if number == 1:
+            shown.note(f"{name}: sealing a checkpoint and stopping; once more to stop at once", "yellow")
+            control.request_stop(run_dir, by=by)
+        elif number == 2:
+            shown.note(f"{name} again: stopping at once; steps since the last seal are lost", "yellow")
+            control.request_stop(run_dir, by=by, hard=True)
+        else:
+            raise KeyboardInterrupt
+        heeded = number
+    return heeded
+
+
+def _wait_for_mlflow(run_dir: str, end: State, shipper: subprocess.Popen[bytes], console: Console) -> None:
+    """A bounded wait: MLflow must not hold up whoever waits for the run."""
+    try:
+        shipper.wait(timeout=SHIPPER_SECONDS)
+    except subprocess.TimeoutExpired:
+        shipper.returncode = 0  # it goes on by itself, and is nobody's child to wait for
+        arrived = False
+    else:
+        arrived = shipper.returncode == 0
+    if not arrived:
+        uri = tracking.target(run_dir, end.spec).uri
+        console.print(
+            f"MLflow ({uri}) has not got everything yet; {tracking.log_file(run_dir)} says why", style="yellow"
+        )
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+
+def conclude(run_dir: str, end: State, console: Console) -> int:
+    """Say how it ended, where everything is and how to go on; the exit code."""
+    view = status.detail(run_dir, contract.now())
+    if end.status == "done":
+        _done(view, end, console)
+        return 0
+    console.print(render.detail(view, contract.now()))
+    if end.status in ("stopped", "cancelled"):
+        return 130
+    full = end.failed is not None and end.failed.cause is contract.Cause.DISK_FULL
+    return 3 if full else 1
+
+
+def _done(view: status.Detail, end: State, console: Console) -> None:
+    if view.report:
+        console.print(report.render(view.report))
+        for picture in view.report.pictures:
+            _say(console, f"picture: {view.summary.path}/{picture}")
+    if end.spec["tracking"]["enabled"]:
+        uri = tracking.target(view.summary.path, end.spec).uri
+        _say(console, f"MLflow: {uri} (mlflow ui --backend-store-uri {uri})" if "://" in uri else f"MLflow: {uri}")
+    _say(console, f"run {view.summary.run} is done: {view.summary.path}")
+
+
+def _say(console: Console, text: str) -> None:
+    """Paths stay whole: no folding, no colours."""
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+# --- in the background ------------------------------------------------------------------------------------------------
+
+
+def log_file(run_dir: str) -> str:
+    return f"{run_dir}/watch.log"
+
+
+def detach(run_dir: str) -> int:
+    """Start `dinoctl watch` on the run in a session of its own; its pid."""
+    with storage.local(log_file(run_dir)).open("ab") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "orchestrator.cli", "watch", run_dir],
+            stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
+        )  # fmt: skip
+    pid = process.pid
+    process.returncode = 0  # it outlives this process, which will not wait for it
+    return pid
