@@ -33,7 +33,7 @@ class Draft:
 
 
 def all_problems(draft: Draft, *, check_data: bool) -> list[Problem]:
-    problems = [*references(draft), *layouts(draft), *sizes(draft), *ranges(draft)]
+    problems = [*references(draft), *layouts(draft), *sizes(draft), *ranges(draft), *towers(draft), *held_out(draft)]
     return [*problems, *data(draft)] if check_data else problems
 
 
@@ -217,6 +217,27 @@ def ranges(draft: Draft) -> Iterator[Problem]:
                           found=str(phase.optim.group_size), hint="or losses.koleo.weight: 0")  # fmt: skip
 
 
+SMALLEST_VOCABULARY = 259
+"""256 bytes and three marks (`model.data.text`)."""
+
+
+def towers(draft: Draft) -> Iterator[Problem]:
+    """Text towers that cannot be built: better said now than when the phases before have been trained."""
+    for name, phase in draft.phases.items():
+        if not isinstance(phase, TextPhase):
+            continue
+        at, tower = ("phases", name), phase.text
+        if tower.dim % tower.heads:
+            yield Problem("does not divide among the heads", (*at, "text", "dim"), found=str(tower.dim),
+                          allowed=f"multiples of heads {tower.heads}")  # fmt: skip
+        if tower.vocabulary < SMALLEST_VOCABULARY:
+            yield Problem("too small a vocabulary", (*at, "text", "vocabulary"), found=str(tower.vocabulary),
+                          allowed=f"{SMALLEST_VOCABULARY} or more: 256 bytes and three marks")  # fmt: skip
+        if phase.embed_dim % 2:
+            yield Problem("half of it is the CLS's, half the patches'", (*at, "embed_dim"), found=str(phase.embed_dim),
+                          allowed="even numbers")  # fmt: skip
+
+
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +256,22 @@ def data(draft: Draft) -> Iterator[Problem]:
             yield Problem(problem.message, at, found=problem.found, allowed=problem.allowed, hint=problem.hint)
 
 
+HIDES = {"none": (), "test": ("test",), "validation": ("validation", "test")}
+"""`data.hold_out` -> the splits that training does not see."""
+
+
+def held_out(draft: Draft) -> Iterator[Problem]:
+    """Phases that train on what the evaluation is about to hold against them."""
+    if draft.evaluate is None:
+        return
+    split, folder = draft.evaluate.split, draft.evaluate.data.path
+    for name, phase in draft.phases.items():
+        if phase.data.path == folder and split not in HIDES[phase.data.hold_out]:
+            allowed = " or ".join(hold_out for hold_out, hidden in HIDES.items() if split in hidden)
+            yield Problem(f"training would see the {split} split, which the evaluation scores on",
+                          ("phases", name, "data", "hold_out"), found=phase.data.hold_out, allowed=allowed)  # fmt: skip
+
+
 def _folder(path: str) -> Problem | None:
     folder = contract.data_folder(path)
     found = path if str(folder) == path else f"{path} ({folder})"
@@ -250,12 +287,10 @@ def _folder(path: str) -> Problem | None:
 
 
 def _has_image(folder: FilePath) -> bool:
-    """Stops at the first image, so a folder of millions is no slower than one of ten."""
-    seen: set[str] = set()
-    for here, folders, names in os.walk(folder, followlinks=True):
-        if any(os.path.splitext(name)[1].lower() in contract.IMAGE_SUFFIXES for name in names):
+    """Looks as the index of the images will, and stops at the first one: a folder of millions takes no longer."""
+    for _, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        shown_names = (name for name in names if not name.startswith("."))
+        if any(os.path.splitext(name)[1].lower() in contract.IMAGE_SUFFIXES for name in shown_names):
             return True
-        inside = {name: os.path.realpath(os.path.join(here, name)) for name in folders}
-        folders[:] = [name for name in sorted(folders) if inside[name] not in seen]  # links may go round in circles
-        seen.update(inside.values())
     return False

@@ -13,6 +13,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.data import index, text
+from orchestrator import checks
 from orchestrator.cluster import read_cluster
 from orchestrator.problems import Problem, SpecError
 from orchestrator.spec import read_job
@@ -31,21 +33,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def problems(text: str = TINY, *overrides: str) -> list[Problem]:
-    Path("job.yaml").write_text(text)
+def problems(job: str = TINY, *overrides: str) -> list[Problem]:
+    Path("job.yaml").write_text(job)
     with pytest.raises(SpecError) as caught:
         read_job("job.yaml", overrides)
     return caught.value.problems
 
 
-def only(text: str = TINY, *overrides: str) -> Problem:
-    found = problems(text, *overrides)
+def only(job: str = TINY, *overrides: str) -> Problem:
+    found = problems(job, *overrides)
     assert len(found) == 1, "\n".join(str(problem) for problem in found)
     return found[0]
 
 
-def line_of(text: str, start: str) -> int:
-    return next(n for n, line in enumerate(text.splitlines(), 1) if line.strip().startswith(start))
+def line_of(job: str, start: str) -> int:
+    return next(n for n, line in enumerate(job.splitlines(), 1) if line.strip().startswith(start))
 
 
 @pytest.mark.usefixtures("folder")
@@ -223,11 +225,21 @@ class TestLayout:
         problem = only(TINY, "cluster=h100_slurm", "optim.batch_size=64", "phases.gram.resources.processes_per_node=16")
         assert (problem.path, problem.allowed) == ("phases.gram.resources.processes_per_node", "at most 8")
 
+    def test_a_text_tower_that_cannot_be_built(self) -> None:
+        assert only(TINY, "phases.text.text.heads=3").allowed == "multiples of heads 3"
+        assert "259 or more" in only(TINY, "phases.text.text.vocabulary=258").allowed
+        assert only(TINY, "phases.text.embed_dim=31").allowed == "even numbers"
+
     def test_koleo_needs_two_images(self) -> None:
         assert only(TINY, "optim.group_size=1").hint == "or losses.koleo.weight: 0"
 
 
 class TestData:
+    def test_the_evaluation_scores_on_what_training_did_not_see(self, folder: Path) -> None:
+        problem = only(TINY, "data.hold_out=none")
+        assert (problem.path, problem.found, problem.allowed) == ("data.hold_out", "none", "test or validation")
+        assert only(TINY, "evaluate.split=validation").allowed == "validation"
+
     def test_a_missing_folder(self, folder: Path) -> None:
         problem = only(TINY, "data.path=nowhere")
         assert (problem.path, problem.message, problem.found) == ("data.path", "no such data folder", "nowhere")
@@ -236,7 +248,7 @@ class TestData:
     def test_a_folder_without_images(self, folder: Path) -> None:
         (folder / "empty" / "deep").mkdir(parents=True)
         (folder / "empty" / "deep" / "notes.txt").touch()
-        (folder / "empty" / "deep" / "again").symlink_to(folder / "empty")
+        (folder / "empty" / ".hidden.png").touch()
         assert only(TINY, "data.path=empty").message == "no images in the data folder"
         (folder / "empty" / "deep" / "b.jpeg").touch()
         Path("job.yaml").write_text(TINY)
@@ -290,6 +302,11 @@ class TestOverrides:
 
     def test_every_bad_override_at_once(self) -> None:
         assert len(problems(TINY, "phases.gran.steps=5", "oops", "seed=[1")) == 3
+
+
+def test_what_the_checks_know_of_the_data_plane_is_true() -> None:
+    assert checks.SMALLEST_VOCABULARY == text.SMALLEST
+    assert checks.HIDES == index.HIDDEN
 
 
 def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
