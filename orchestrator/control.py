@@ -118,10 +118,8 @@ def submit(run_dir: str, request: Request, *, by: str, fork: str | None = None, 
             return Submitted("created", _create(run_dir, request, fork))
         except store.Conflict:  # somebody submitted it at this very moment
             state = load(run_dir)
-    if fork is not None and str(state.created.forked_from) != str(attempts.find(handoff.parse(fork), run_dir)):
-        raise ControlError(
-            f"run {request.run} is there already and was not forked from {fork}; choose another --run NAME"
-        )
+    if fork is not None and not _is_fork_of(state, attempts.find(handoff.parse(fork), run_dir)):
+        raise ControlError(f"run {request.run} is there already and was not forked from {fork}; choose another --run")
     changes = _changes(state, request)
     if changes:
         try:
@@ -187,20 +185,21 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _create(run_dir: str, request: Request, fork: str | None) -> State:
-    store.prove(run_dir)
+    """The first event, once all that can be checked is; only then the code is copied. Raises Conflict."""
     run_id = os.urandom(16).hex()
     event = RunCreated(
         at=now(), nonce=new_nonce(), format=FORMAT, run=request.run, run_id=run_id, spec=request.spec,
-        cluster=request.cluster, spec_digest=request.spec_digest, code_digest=code.pin(run_dir),
-        version=version("dinoctl"), forked_from=_fork(run_dir, request, fork, run_id) if fork else None,
+        cluster=request.cluster, spec_digest=request.spec_digest, code_digest="", version=version("dinoctl"),
+        forked_from=_fork(run_dir, request, fork, run_id) if fork else None,
     )  # fmt: skip
     try:
-        state = apply(None, event)
+        _check_references(apply(None, event), run_dir)
     except IllegalEvent as error:
-        raise ControlError(str(error)) from error
-    _check_references(state, run_dir)
+        raise ControlError(f"run {request.run}: {error}") from error
+    store.prove(run_dir)
+    event = msgspec.structs.replace(event, code_digest=code.pin(run_dir))
     store.append(run_dir, 1, event)
-    return state
+    return apply(None, event)
 
 
 def _fork(run_dir: str, request: Request, fork: str, run_id: str) -> CheckpointRef:
@@ -222,6 +221,11 @@ def _fork(run_dir: str, request: Request, fork: str, run_id: str) -> CheckpointR
         )
         raise ControlError(f"--fork {fork}: a fork goes on with the same networks and kind of phase:\n{what}")
     return attempts.take(run_id, run_dir, reference, [])
+
+
+def _is_fork_of(state: State, found: CheckpointRef) -> bool:
+    fork = state.created.forked_from
+    return fork is not None and (fork.run, fork.phase, fork.step) == (found.run, found.phase, found.step)
 
 
 def _changes(state: State, request: Request) -> list[amend.Change]:

@@ -138,12 +138,6 @@ def watchers(run_dir: str) -> list[Watcher]:
     return sorted((watcher for _, watcher in _watchers(run_dir)), key=lambda watcher: -watcher.seen_at)
 
 
-def leave(run_dir: str, watcher: Watcher) -> None:
-    """Remove the heartbeat of a watcher that ends in good order, unless it is the newest and so dates the last look."""
-    if any(other.seen_at > watcher.seen_at for other in watchers(run_dir)):
-        storage.remove(f"{run_dir}/{WATCHERS_DIR}/{_watcher_name(watcher)}")
-
-
 def is_alive(watcher: Watcher, now: float) -> bool:
     """Whether it still watches: it looked lately and, on this machine, its process is there. `every` 0: looked once."""
     if watcher.every <= 0 or now - watcher.seen_at > max(3 * watcher.every, 10.0):

@@ -31,6 +31,7 @@ STAGES = [*job_spec()["phases"], EVALUATE]
 ENDS = [Cause.STOPPED, Cause.CRASHED, Cause.KILLED, Cause.HUNG, Cause.SUPERSEDED, Cause.DISK_FULL]
 WHICH = st.integers(0, 1)
 POINTS = st.integers(0, 9)
+PAUSES = st.sampled_from([0.0, 1.0, 6.0, 61.0])
 
 
 class Died(BaseException):
@@ -68,27 +69,29 @@ class RunMachine(RuleBasedStateMachine):
         """Jobs whose ranks are there: an agent that has published its outcome has none left."""
         return [job for job in self.launcher.jobs if job.running and not job.ended]
 
-    # --- what controllers do, and how they die
+    # --- what controllers do, and how they die (few rules with many cases, so that hypothesis leaves none out for long)
 
-    @rule(which=WHICH)
-    def tick(self, which: int) -> None:
+    @rule(which=WHICH, seconds=PAUSES)
+    def tick(self, which: int, seconds: float) -> None:
+        self.now += seconds
         control.tick(self.controllers[which], self.now)
 
-    @rule(which=WHICH, point=POINTS)
-    def tick_and_die(self, which: int, point: int) -> None:
+    @rule(which=WHICH, point=POINTS, seconds=PAUSES)
+    def tick_and_die(self, which: int, point: int, seconds: float) -> None:
         def die() -> None:
             raise Died
 
+        self.now += seconds
         try:
             self.tick_with(which, point, die)
         except Died:
             self.dead.add(self.controllers[which].owner)
             self.controllers[which] = self.controller()
 
-    @rule(which=WHICH, point=POINTS, waited=st.sampled_from([0.0, 3.0]))
-    def tick_within_a_tick(self, which: int, point: int, waited: float) -> None:
+    @rule(which=WHICH, point=POINTS, seconds=PAUSES)
+    def tick_within_a_tick(self, which: int, point: int, seconds: float) -> None:
         def other() -> None:
-            self.now += waited
+            self.now += seconds
             control.tick(self.controllers[1 - which], self.now)
 
         self.tick_with(which, point, other)
@@ -116,52 +119,37 @@ class RunMachine(RuleBasedStateMachine):
 
     # --- what the world does
 
-    @rule(seconds=st.sampled_from([0.5, 3.0, 6.0, 61.0]))
-    def time_passes(self, seconds: float) -> None:
-        self.now += seconds
-
     @precondition(lambda self: self.training)
     @rule(updates=st.integers(1, 5))
     def a_job_trains(self, updates: int) -> None:
         self.training[0].train(updates)
 
     @precondition(lambda self: self.training)
-    @rule(cause=st.sampled_from(ENDS))
-    def a_job_ends(self, cause: Cause) -> None:
+    @rule(what=st.sampled_from([*ENDS, None]))
+    def a_job_ends(self, what: Cause | None) -> None:
+        """With an outcome, or killed without a word."""
         job = self.training[0]
-        job.end(Cause.DONE if job.finished() else cause)
+        if what is None:
+            job.running = False
+        else:
+            job.end(Cause.DONE if job.finished() else what)
 
-    @precondition(lambda self: self.launcher.jobs and self.launcher.job.running)
-    @rule()
-    def a_job_is_killed(self) -> None:
-        self.launcher.job.running = False
+    @rule(what=st.sampled_from(["fine", "fine", "fine", "late", "later", "blind", "refuses"]))
+    def the_cluster(self, what: str) -> None:
+        """Takes jobs and shows them, shows them late, does not answer, or takes none."""
+        self.launcher.blind, self.launcher.refuses = what == "blind", what == "refuses"
+        self.launcher.lag = {"late": 1.0, "later": SETTLE - 0.5}.get(what, 0.0)
 
-    @rule(blind=st.booleans())
-    def the_cluster_answers_or_not(self, blind: bool) -> None:
-        self.launcher.blind = blind
-
-    @rule(lag=st.sampled_from([0.0, 1.0, SETTLE - 0.5]))
-    def jobs_show_up_late(self, lag: float) -> None:
-        self.launcher.lag = lag
-
-    @rule(refuses=st.booleans())
-    def the_cluster_refuses(self, refuses: bool) -> None:
-        self.launcher.refuses = refuses
-
-    # --- what users do
-
-    @rule(hard=st.booleans())
-    def stop(self, hard: bool) -> None:
-        control.request_stop(self.run, by="test", hard=hard)
-
-    @rule()
-    def cancel(self) -> None:
-        if control.load(self.run).status != "done":
+    @precondition(lambda self: self.training or control.load(self.run).status != "running")
+    @rule(what=st.sampled_from(["stop", "stop now", "cancel"]))
+    def a_user(self, what: str) -> None:
+        """Goes on with a run that rests, and asks a running one to stop."""
+        if control.load(self.run).status != "running":
+            control.submit(self.run, request(), by="test")
+        elif what == "cancel":
             control.cancel(self.run, by="test")
-
-    @rule()
-    def submit_again(self) -> None:
-        control.submit(self.run, request(), by="test")
+        else:
+            control.request_stop(self.run, by="test", hard=what == "stop now")
 
     # --- what must hold
 
@@ -214,6 +202,6 @@ class RunMachine(RuleBasedStateMachine):
 
 
 RunMachine.TestCase.settings = settings(
-    max_examples=50, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestRun = RunMachine.TestCase

@@ -129,16 +129,6 @@ def test_a_heartbeat_replaces_those_of_the_gone(tmp_path: Path) -> None:
     assert [(w.host, w.seen_at) for w in store.watchers(run)] == [(hostname(), 100.0), ("elsewhere", 99.0)]
 
 
-def test_the_newest_heartbeat_stays_to_date_the_last_look(tmp_path: Path) -> None:
-    run = str(tmp_path)
-    store.heartbeat(run, watcher(99.0, host="elsewhere"))
-    store.heartbeat(run, watcher(100.0))
-    store.leave(run, watcher(99.0, host="elsewhere"))
-    assert len(store.watchers(run)) == 1
-    store.leave(run, watcher(100.0))
-    assert [w.seen_at for w in store.watchers(run)] == [100.0]
-
-
 def test_reading_a_log_imports_neither_torch_nor_pydantic() -> None:
     code = (
         "import sys, orchestrator.store; print({'torch', 'pydantic', 'mlflow', 'numpy', 'psutil'} & set(sys.modules))"
