@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from model.config import PHASES
-from orchestrator.problems import Path, Problem, SpecError, did_you_mean, listed
+from orchestrator.problems import Path, Problem, SpecError, did_you_mean, listed, shown
 from orchestrator.yaml_reader import Document, parse_value
 
 SHARED = (
@@ -80,34 +80,38 @@ class Source:
 # --- overrides --------------------------------------------------------------------------------------------------------
 
 
-def override(document: Document, file: str, texts: Iterable[str]) -> tuple[dict[str, Any], Source]:
-    """The document's values with `a.b[0].c=value` laid over them. Raises SpecError naming every bad override."""
+def override(document: Document, file: str, texts: Iterable[str]) -> tuple[dict[str, Any], Source, list[Problem]]:
+    """The document's values with each `a.b[0].c=value` laid over them, and the problems of those that cannot be."""
     values, source = copy.deepcopy(document.values), Source(file, dict(document.lines))
-    problems = []
+    problems: list[Problem] = []
     for text in texts:
+        trial = copy.deepcopy(values)
         try:
-            _override(values, source, text)
+            written = _override(trial, text)
         except SpecError as error:
             problems += error.problems
-    if problems:
-        raise SpecError(problems)
-    return values, source
+        else:
+            values = trial
+            source.overrides.update(dict.fromkeys(written, text))
+    return values, source, problems
 
 
-def _override(values: dict[str, Any], source: Source, text: str) -> None:
+def _override(values: dict[str, Any], text: str) -> list[Path]:
+    """Sets the value; the paths that were not there before, and the value's own."""
     path = override_path(text)
     value = parse_value(text.partition("=")[2], f"override {text}")
     here: Any = values
+    written: list[Path] = []
     for depth, part in enumerate(path[:-1], start=1):
-        if isinstance(here, dict) and here.get(str(part)) is None:
+        if isinstance(here, dict) and isinstance(part, str) and here.get(part) is None:
             _may_create(values, path, depth, text)
             here[part] = {}
-            source.overrides[path[:depth]] = text
+            written.append(path[:depth])
         here = _child(here, part, path, depth, text)
     if not (isinstance(here, dict) and isinstance(path[-1], str)):
         _child(here, path[-1], path, len(path), text)
     here[path[-1]] = value
-    source.overrides[path] = text
+    return [*written, path]
 
 
 def override_path(text: str) -> Path:
@@ -137,8 +141,10 @@ def _child(here: Any, part: str | int, path: Path, depth: int, text: str) -> Any
         if part < len(here):
             return here[part]
         raise SpecError([_cannot(text, path[:depth], f"the list has {len(here)} items, counted from 0", "")])
-    there = "a list" if isinstance(here, list) else "a mapping" if isinstance(here, dict) else "a single value"
-    raise SpecError([_cannot(text, path[: depth - 1], f"{there} is there", "set it whole, or write [0] for an item")])
+    if isinstance(here, list):
+        raise SpecError([_cannot(text, path[: depth - 1], "a list is there", "write [0] for its first item")])
+    there = "a mapping is there" if isinstance(here, dict) else f"it is {shown(here)} in the file"
+    raise SpecError([_cannot(text, path[: depth - 1], there, "set it whole")])
 
 
 def _cannot(text: str, at: Path, why: str, hint: str) -> Problem:

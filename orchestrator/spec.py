@@ -63,8 +63,8 @@ def read_job(file: str, overrides: Iterable[str] = (), *, check_data: bool = Tru
 
     check_data: look whether the data folders are there. Raises SpecError with every problem at once.
     """
-    values, source = layers.override(read_yaml(file), file, overrides)
-    problems = _unknown_keys(values)
+    values, source, problems = layers.override(read_yaml(file), file, overrides)
+    problems += _unknown_keys(values)
     merged, unused = layers.merge({k: v for k, v in values.items() if k in TOP_KEYS}, source)
     draft, mistakes = _draft(merged)
     problems += [*unused, *mistakes, *checks.all_problems(draft, check_data=check_data)]

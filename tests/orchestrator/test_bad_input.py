@@ -286,8 +286,9 @@ class TestOverrides:
     @pytest.mark.parametrize(
         ("text", "said"),
         [
-            ("seed.x=1", "a single value is there"),
-            ("name.a.b=1", "a single value is there"),
+            ("seed.x=1", "it is 3 in the file"),
+            ("name.a.b=1", "it is 'tiny' in the file"),
+            ("augment[0].hue=1", "a mapping is there"),
             ("crops.resolutions.x=1", "a list is there"),
             ("crops.resolutions[3].ratio=1", "the list has 1 items"),
             ("crops[0]=1", "a mapping is there"),
@@ -301,7 +302,8 @@ class TestOverrides:
         assert "!!python/none" in only(TINY, "seed=!!python/none x").message
 
     def test_every_bad_override_at_once(self) -> None:
-        assert len(problems(TINY, "phases.gran.steps=5", "oops", "seed=[1")) == 3
+        found = problems(TINY.replace("seed: 3", "sede: 3"), "phases.gran.steps=5", "oops", "name=[1", "optim.lr=fast")
+        assert len(found) == 5
 
 
 def test_what_the_checks_know_of_the_data_plane_is_true() -> None:
