@@ -112,6 +112,8 @@ def _compose(text: str, file: str) -> _Node | None:
     composer = _Composer(file)
     try:
         root = composer.document(yaml.parse(text, Loader=yaml.SafeLoader))
+    except SpecError:
+        raise
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         what = "; ".join(part for part in (error.context, error.problem) if part)
