@@ -69,7 +69,7 @@ def all_gather(tensor: Tensor, dim: int = 0) -> Tensor:
 
 def gather_text(text: str) -> list[str]:
     """Every rank's `text`, in rank order. As bytes: torch's own gather of objects would unpickle what it receives."""
-    own = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    own = torch.tensor(list(text.encode()), dtype=torch.uint8)
     lengths = all_gather(torch.tensor([len(own)])).tolist()
     padded = torch.zeros(max(lengths), dtype=torch.uint8)
     padded[: len(own)] = own

@@ -14,6 +14,8 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -188,11 +190,12 @@ def begin(attempt: Attempt, stop: Stop, device: torch.device) -> Job:
     """The job as its attempt says: from the first checkpoint of `resume` that loads whole on every rank, or at step 0
     with what the phase takes of others.
 
-    Raises ValueError (also pydantic's) if the attempt asks for something impossible, CheckpointError if no checkpoint
-    could be read.
+    Raises UserError or DataError if the attempt asks for something impossible, CheckpointError if no checkpoint could
+    be read.
     """
-    settings = config.read_phase(attempt.settings)
-    check_layout(settings, parallel.world())
+    with _user_errors():
+        settings = config.read_phase(attempt.settings)
+        check_layout(settings, parallel.world())
     progress = Progress(attempt, settings.steps)
     make = partial(_make, attempt, settings, device, stop, progress)
     failures = []
@@ -206,6 +209,15 @@ def begin(attempt: Attempt, stop: Stop, device: torch.device) -> Job:
     if failures:
         raise CheckpointError(f"none of the checkpoints to resume from could be read: {'; '.join(failures)}")
     return _hand_over(make, attempt)
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Around what refuses, with a ValueError (pydantic's is one), settings or checkpoints that do not fit together."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def check_layout(settings: config.AnyPhase, world: int) -> None:
@@ -233,8 +245,9 @@ def _make(
     attempt: Attempt, settings: config.AnyPhase, device: torch.device, stop: Stop, progress: Progress, loop: Loop
 ) -> Job:
     """The job at `loop`, with networks and optimizer fresh."""
-    model = config.read(config.Model, attempt.model)
-    objective = base.build(settings, model, attempt.seed, loop.origin)
+    with _user_errors():
+        model = config.read(config.Model, attempt.model)
+        objective = base.build(settings, model, attempt.seed, loop.origin)
     networks = objective.networks()
     for network in (*networks.trained.values(), *networks.frozen.values()):
         network.to(device)
@@ -265,9 +278,10 @@ def _loader(attempt: Attempt, settings: config.AnyPhase, objective: Objective[An
 def _resume(make: partial[Job], ref: CheckpointRef) -> Job:
     manifest = checkpoint.read_manifest(ref)
     job = make(Loop(**manifest.loop))
-    for part in job.objective.state():
-        job.objective.load(part, checkpoint.load_files(ref, manifest, part))
-    optim.load(job.optimizer, checkpoint.load_files(ref, manifest, "optimizer"))
+    with _user_errors():
+        for part in job.objective.state():
+            job.objective.load(part, checkpoint.load_files(ref, manifest, part))
+        optim.load(job.optimizer, checkpoint.load_files(ref, manifest, "optimizer"))
     job.stored = {part: manifest.parts[part] for part in job.objective.frozen_parts()}
     return job
 
@@ -292,9 +306,10 @@ def _hand_over(make: partial[Job], attempt: Attempt) -> Job:
     job = make(loop)
     for name, manifest in manifests.items():
         read = partial(checkpoint.load_files, attempt.inputs[name], manifest)
-        job.objective.take(name, read)
-        if name == "init":
-            optim.load(job.optimizer, read("optimizer"))
+        with _user_errors():
+            job.objective.take(name, read)
+            if name == "init":
+                optim.load(job.optimizer, read("optimizer"))
         job.progress.note(f"takes {name} from {attempt.inputs[name]}")
     in_this_run = [
         file
@@ -320,10 +335,7 @@ def run(attempt: Attempt) -> RankEnd:
         store = parallel.join("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
         stop = Stop(store, contract.stop_file(attempt.launch_name))
         stop.file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            job = begin(attempt, stop, device)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        job = begin(attempt, stop, device)
         cause = train(job)
         job.progress.flush()
         parallel.leave()

@@ -27,7 +27,8 @@ assert parallel.all_gather(own).tolist() == [[1.0, 2.0], [2.0, 4.0]]
 assert parallel.all_gather(own, dim=1).tolist() == [[1.0, 2.0, 2.0, 4.0]]
 flags = parallel.all_gather(torch.tensor([rank == 0]))
 assert flags.tolist() == [True, False]
-assert parallel.gather_text("é" * (1 + 3 * rank)) == ["é", "éééé"]
+assert parallel.gather_text("é" * 3 * rank) == ["", "ééé"]
+assert parallel.gather_text("") == ["", ""]
 
 both, first, none = (nn.Parameter(torch.ones(3, 2)) for _ in range(3))
 half = nn.Parameter(torch.ones(2, dtype=torch.float64))
