@@ -12,25 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
-from model import contract, storage
-from model.contract import Cause, Step
-from orchestrator import events, shipper, store, tracking
+from model import storage
+from model.contract import Cause
+from orchestrator import events, shipper, tracking
+from tests.orchestrator.written import SPEC, Run, row
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's own
-
-SPEC: dict[str, Any] = {
-    "name": "tiny",
-    "seed": 0,
-    "phases": {
-        "pretrain": {"kind": "pretrain", "steps": 6, "optim": {"lr": {"peak": 0.001}}},
-        "gram": {"kind": "gram", "steps": 4},
-    },
-    "evaluate": {"split": "test"},
-    "tracking": {"uri": None, "experiment": "tests"},
-}
 
 
 @pytest.fixture(autouse=True)
@@ -39,58 +28,13 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-class Run:
-    """A run directory, written as the controller and the trainers write it."""
-
-    def __init__(self, folder: Path, **tracking: Any) -> None:
-        self.path = str(folder)
-        self.count = 0
-        spec = {**SPEC, "tracking": {**SPEC["tracking"], **tracking}}
-        self.add(
-            events.RunCreated, format=contract.FORMAT, run="tiny", run_id="ab" * 16, spec=spec, cluster={},
-            spec_digest="d" * 64, code_digest="c" * 64, version="0",
-        )  # fmt: skip
-
-    def add(self, kind: Any, **fields: Any) -> None:
-        self.count += 1
-        store.append(self.path, self.count, kind(at=1000.0, nonce=contract.new_nonce(), **fields))
-
-    def launch(self, attempt: int, phase: str) -> None:
-        self.add(
-            events.AttemptIntended, attempt=attempt, phase=phase, launch_name="n", digest="", owner="me", lease_until=0
-        )
-        self.add(events.AttemptLaunched, attempt=attempt, handle={})
-
-    def end(self, attempt: int, cause: Cause, steps: list[int]) -> None:
-        self.add(events.AttemptEnded, attempt=attempt, cause=cause, message="", steps=steps, reached=None)
-
-    def record(self, attempt: int, chunk: int, steps: dict[int, float]) -> None:
-        data = b"".join(
-            contract.encode(
-                Step(
-                    step=n, steps=6, time=1e9 + 100 * attempt + n, images_per_second=attempt, metrics={"loss/total": v}
-                )
-            )
-            + b"\n"
-            for n, v in steps.items()
-        )
-        storage.publish(f"{self.path}/{contract.progress_chunk(attempt, chunk)}", data)
-
-    def report(self) -> None:
-        score = {"unit": "%", "trained": 3.0, "untrained": 2.0, "difference": 1.0, "interval": [0.5, 1.5]}
-        row = {"score": "recall@1", "trained_interval": [2, 4], "untrained_interval": [1, 3], "baselines": {}, **score}
-        report = {"split": "test", "seed": 0, "n_images": 5, "n_groups": 4, "rows": [{**row, "beats_untrained": True}]}
-        storage.publish(f"{self.path}/{contract.REPORT_FILE}", msgspec.json.encode(report))
-        storage.publish(f"{self.path}/report/pca.png", b"a picture")
-
-
 def client(uri: str) -> Any:
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
 
 
-def points(mlflow: Any, run: str, key: str = "loss/total") -> list[tuple[int, float]]:
+def points(mlflow: Any, run: str, key: str = "loss") -> list[tuple[int, float]]:
     return sorted((point.step, point.value) for point in mlflow.get_metric_history(run, key))
 
 
@@ -117,7 +61,7 @@ def test_one_parent_one_child_a_phase_and_nothing_twice(tmp_path: Path) -> None:
     run.end(2, Cause.DONE, [4, 6])
     run.launch(3, "gram")
     run.record(3, 0, {1: 9.0})
-    run.report()
+    run.report(row("recall@1", trained=3.0))
     assert tracking.ship(run.path).sent == 5
     assert tracking.ship(run.path).sent == 0
     storage.remove(f"{run.path}/tracking/ledger.json")
@@ -157,7 +101,7 @@ def test_a_step_that_came_out_differently_is_sent_again_and_counts(tmp_path: Pat
     mlflow = client(f"sqlite:///{tmp_path}/runs/mlflow.db")
     pretrain = shipped(mlflow)["pretrain"]
     assert points(mlflow, pretrain.info.run_id) == [(1, 6.0), (2, 4.5), (2, 5.0)]
-    assert pretrain.data.metrics["loss/total"] == 4.5
+    assert pretrain.data.metrics["loss"] == 4.5
 
 
 def test_an_amended_spec_is_an_artifact_of_its_own(tmp_path: Path) -> None:

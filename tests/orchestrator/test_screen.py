@@ -1,0 +1,87 @@
+"""What a person who watches a run sees of it."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from rich.console import Console
+
+from model.contract import Cause
+from orchestrator import control
+from orchestrator.screen import SAME_LINE_SECONDS, Bars, Follower, Lines, View, line, screen
+from tests.orchestrator.written import Run
+
+
+def look(follower: Follower, run: Run) -> list[str]:
+    return follower.look(control.load(run.path))
+
+
+def test_it_follows_a_run_from_phase_to_phase(tmp_path: Path) -> None:
+    run = Run(tmp_path / "tiny")
+    follower = Follower(run.path)
+    follower.begin(control.load(run.path))
+    assert look(follower, run) == []
+    assert follower.view == View("pretrain", 1, 3, step=0, steps=6)
+
+    run.launch(1, "pretrain")
+    run.record(1, 0, {1: 6.0, 2: 5.0}, note="sealed 2")
+    assert look(follower, run) == ["pretrain: sealed 2"]
+    assert follower.view == View("pretrain", 1, 3, 1, 2, 6, loss=5.0, images_per_second=21.0, eta=4.0)
+    assert look(follower, run) == []
+
+    run.end(1, Cause.KILLED, [2], "rank 1 was killed")
+    assert look(follower, run) == ["attempt 1 of pretrain ended: killed: rank 1 was killed"]
+    run.launch(2, "pretrain")
+    run.record(2, 0, {3: 4.0})
+    look(follower, run)
+    assert follower.view == View("pretrain", 1, 3, 2, 3, 6, loss=4.0, images_per_second=22.0, eta=None)
+
+    run.record(2, 1, {6: 1.0}, note="skipped 1 image: a/b.png")
+    run.end(2, Cause.DONE, [4, 6])
+    assert look(follower, run) == ["pretrain: skipped 1 image: a/b.png"]
+    assert follower.view == View("gram", 2, 3, step=0, steps=4)
+
+
+def test_who_comes_back_is_not_told_what_was(tmp_path: Path) -> None:
+    run = Run(tmp_path / "tiny")
+    run.launch(1, "pretrain")
+    run.record(1, 0, {2: 5.0}, note="sealed 2")
+    run.end(1, Cause.STOPPED, [2], "asked")
+    follower = Follower(run.path)
+    follower.begin(control.load(run.path))
+    assert look(follower, run) == []
+    assert follower.view == View("pretrain", 1, 3, step=2, steps=6)
+
+
+def test_a_line_says_where_the_run_is() -> None:
+    view = View("gram", 2, 5, 3, 120, 500, loss=1.23456, images_per_second=81.26, eta=200.0)
+    assert line(view) == "phase gram (2 of 5), step 120/500, loss 1.2346, 81.3 images/s, ETA 3 min, attempt 3"
+    assert line(View("gram", 2, 5, steps=500)) == "phase gram (2 of 5), step 0/500"
+
+
+def test_lines_are_plain_and_not_too_many() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=20)
+    with screen(console) as shown:
+        assert isinstance(shown, Lines)
+        shown.show(View("pretrain", 1, 5, step=1, steps=500), 0.0)
+        shown.show(View("pretrain", 1, 5, step=2, steps=500), 1.0)
+        shown.note("sealed [2]")
+        shown.show(View("pretrain", 1, 5, step=3, steps=500), 6.0)
+        shown.show(View("pretrain", 1, 5, step=3, steps=500), 12.0)
+        shown.show(View("pretrain", 1, 5, step=3, steps=500), 6.0 + SAME_LINE_SECONDS)
+    third = "phase pretrain (1 of 5), step 3/500"
+    assert out.getvalue().splitlines() == ["phase pretrain (1 of 5), step 1/500", "sealed [2]", third, third]
+
+
+def test_a_terminal_has_a_bar_a_phase() -> None:
+    out = io.StringIO()
+    with screen(Console(file=out, force_terminal=True, width=120)) as shown:
+        assert isinstance(shown, Bars)
+        shown.show(View("pretrain", 1, 5, 1, 6, 6, loss=2.0, images_per_second=80.0, eta=0.0), 0.0)
+        shown.show(View("gram", 2, 5, 2, 1, 4), 1.0)
+        shown.note("sealed [2]")
+    text = out.getvalue()
+    for must in ("pretrain (1 of 5)", "gram (2 of 5)", "6/6", "loss 2.000", "80 images/s", "sealed [2]", "attempt 2"):
+        assert must in text

@@ -1,0 +1,105 @@
+"""What `status` says of runs in every situation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from model.contract import Cause
+from orchestrator import events, status
+from tests.orchestrator.written import Run
+
+NOW = 1005.0
+
+
+def test_a_run_that_has_not_begun(tmp_path: Path) -> None:
+    run = Run(tmp_path / "tiny")
+    summary = status.summary(run.path, NOW)
+    assert (summary.run, summary.status, summary.stage, summary.number, summary.stages) == (
+        "tiny", "running", "pretrain", 1, 3,
+    )  # fmt: skip
+    assert (summary.step, summary.steps, summary.attempt) == (0, 6, 0)
+    assert summary.watch == status.Watch(host=None, pid=None, since=None)
+    assert summary.advice == f"dinoctl resume {run.path}"
+
+
+def test_a_live_run_that_somebody_watches(tmp_path: Path) -> None:
+    run = Run(tmp_path / "tiny")
+    run.launch(1, "pretrain")
+    run.record(1, 0, {1: 6.0, 2: 5.0})
+    run.watched()
+    summary = status.summary(run.path, NOW)
+    assert (summary.step, summary.attempt, summary.cause, summary.advice) == (2, 1, None, "")
+    assert summary.watch == status.Watch(host="elsewhere", pid=7, since=900.0)
+
+
+def test_nobody_watches_any_more(tmp_path: Path) -> None:
+    run = Run(tmp_path / "tiny")
+    run.launch(1, "pretrain")
+    run.watched()
+    summary = status.summary(run.path, NOW + 3600)
+    assert summary.watch == status.Watch(host=None, pid=None, since=1000.0)
+    assert summary.advice == f"dinoctl resume {run.path}"
+
+
+def test_a_phase_that_is_resumed_is_where_it_was_sealed(tmp_path: Path) -> None:
+    run = Run(tmp_path / "tiny")
+    run.launch(1, "pretrain")
+    run.record(1, 0, {1: 6.0, 2: 5.0, 3: 4.0})
+    run.end(1, Cause.KILLED, [2], "rank 0 was killed")
+    assert status.summary(run.path, NOW).cause is Cause.KILLED
+    run.launch(2, "pretrain")
+    assert status.summary(run.path, NOW).step == 2
+
+
+def test_a_run_that_failed_shows_why_and_what_to_read(tmp_path: Path) -> None:
+    run = Run(tmp_path / "tiny")
+    run.launch(1, "pretrain")
+    run.end(1, Cause.DIVERGED, [2], "loss/dino is not finite", detail="\n".join(f"line {n}" for n in range(100)))
+    run.add(events.RunFailed, cause=Cause.DIVERGED, message="loss/dino is not finite. See runbooks/diverged.md")
+    view = status.detail(run.path, NOW)
+    assert view.summary.status == "failed"
+    assert view.runbook == "runbooks/diverged.md"
+    assert len(view.tail) == status.TAIL_LINES
+    assert view.tail[-1] == "line 99"
+    assert [stage.status for stage in view.stages] == ["begun", "waiting", "waiting"]
+    assert view.stages[0].sealed == [2]
+
+
+def test_without_a_word_of_the_agent_its_log_is_shown(tmp_path: Path) -> None:
+    run = Run(tmp_path / "tiny")
+    run.launch(1, "pretrain")
+    run.log(1, "the last line\n")
+    run.end(1, Cause.VANISHED, [], "gone")
+    assert status.detail(run.path, NOW).tail == ["the last line"]
+
+
+def test_a_run_that_is_done(tmp_path: Path) -> None:
+    run = Run(tmp_path / "tiny")
+    run.done()
+    run.report()
+    view = status.detail(run.path, NOW)
+    assert view.summary.status == "done"
+    assert (view.summary.watch, view.summary.advice, view.tail, view.runbook) == (None, "", [], None)
+    assert [stage.status for stage in view.stages] == ["done", "done", "done"]
+    assert [attempt.cause for attempt in view.attempts] == [Cause.DONE] * 3
+    assert view.report is not None
+
+
+def test_runs_are_found_by_name_and_by_path(tmp_path: Path) -> None:
+    run = Run(tmp_path / "runs" / "tiny")
+    (tmp_path / "runs" / "no-run").mkdir()
+    runs = str(tmp_path / "runs")
+    assert status.names(runs) == ["tiny"]
+    assert status.find("tiny", runs) == run.path
+    assert status.find(run.path, "elsewhere") == run.path
+
+
+def test_an_unknown_run_is_answered_with_those_that_exist(tmp_path: Path) -> None:
+    Run(tmp_path / "one")
+    Run(tmp_path / "two")
+    with pytest.raises(status.RunNotFoundError, match=r"no run 'three'; runs in .*: one, two"):
+        status.find("three", str(tmp_path))
+    with pytest.raises(status.RunNotFoundError, match="there are no runs in"):
+        status.find("three", str(tmp_path / "nowhere"))
