@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from model import config
+from model.data.images import colour, letterbox
 from model.data.views import SslViews
 from model.draws import generator
 
@@ -124,8 +125,8 @@ def _cut_local(recipe: Recipe, image: Image.Image, position: int, side: int, num
 
 
 def whole_views(images: Sequence[Image.Image], side: int, data: config.Data) -> Pixels:
-    """The whole of each RGB image as a square, normalised, [n, 3, side, side]: what text phases look at."""
-    return normalise(pixels([resize(image, side) for image in images]), data)
+    """The whole of each RGB image in a square, normalised, [n, 3, side, side]: what text phases look at."""
+    return normalise(pixels([letterbox(image, side, colour(data.background)) for image in images]), data)
 
 
 # --- where to look ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance
 
 from model import draws
 from model.config import Rgb
-from model.data.images import load_with_alpha
+from model.data.images import colour, letterbox, load_with_alpha
 from model.data.index import Entry
 from model.evaluate.baselines import Images
 
@@ -35,18 +35,9 @@ def squares(entries: Sequence[Entry], root: str, side: int, background: Rgb) -> 
     rgb, opacity = [], []
     for entry in entries:
         image, alpha = load_with_alpha(Path(root) / entry.path, background)
-        rgb.append(np.asarray(_letterbox(image, side, tuple(round(255 * value) for value in background))))
-        opacity.append(None if alpha is None else np.asarray(_letterbox(Image.fromarray(alpha), side, 0.0)))
+        rgb.append(np.asarray(letterbox(image, side, colour(background))))
+        opacity.append(None if alpha is None else np.asarray(letterbox(Image.fromarray(alpha), side, 0.0)))
     return Squares(np.stack(rgb), opacity)
-
-
-def _letterbox(image: Image.Image, side: int, fill: tuple[int, ...] | float) -> Image.Image:
-    scale = side / max(image.size)
-    width, height = (max(1, round(scale * length)) for length in image.size)
-    canvas = Image.new(image.mode, (side, side), fill)
-    resized = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=None)
-    canvas.paste(resized, ((side - width) // 2, (side - height) // 2))
-    return canvas
 
 
 def foreground(opacity: NDArray[np.float32], patch: int) -> NDArray[np.bool_]:
