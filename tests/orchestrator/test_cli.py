@@ -1,0 +1,272 @@
+"""The command line: help, exit codes, JSON, and what `status` must not import."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from model.contract import Cause, ContractError
+from model.storage import DiskFullError, StoreError
+from orchestrator import cli, commands, mistakes
+from tests.orchestrator.written import Run
+
+ROOT = Path(__file__).parents[2]
+DEMO = str(ROOT / "jobs" / "demo.yaml")
+COMMANDS = ["validate", "plan", "submit", "schema", "status", "logs", "cancel", "resume", "watch", "tick"]
+HEAVY = ["torch", "mlflow", "pydantic", "numpy", "fsspec", "yaml", "sqlalchemy", "requests"]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DINOCTL_RUNS", raising=False)
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.png")
+
+
+def job(*words: str) -> list[str]:
+    """A command's arguments on the demo, with a data folder that is there."""
+    return [words[0], DEMO, "data.path=images", *words[1:]]
+
+
+def parsed(capsys: pytest.CaptureFixture[str]) -> Any:
+    return json.loads(capsys.readouterr().out)
+
+
+# --- help and options -------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_commands_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for word in [*COMMANDS, "exit codes:", "130", "DINOCTL_RUNS"]:
+        assert word in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_and_a_function(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, "--help"])
+    assert end.value.code == 0
+    assert "exit codes:" in capsys.readouterr().out
+    assert callable(getattr(commands, command))
+
+
+@pytest.mark.parametrize("words", [[], ["nonsense"], ["status", "--nonsense"], ["status", "a", "b"], ["logs"]])
+def test_what_cannot_be_parsed_exits_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(words)
+    assert end.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_overrides_may_stand_anywhere() -> None:
+    options = cli.parse(["submit", "job.yaml", "a=1", "--run", "x", "b.c=2", "--detach", "d=3"])
+    assert options.overrides == ["a=1", "b.c=2", "d=3"]
+    assert (options.file, options.run, options.detach) == ("job.yaml", "x", True)
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("dinoctl ")
+
+
+# --- on a job file ----------------------------------------------------------------------------------------------------
+
+
+def test_validate(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(job("validate")) == 0
+    assert "valid. Phases: pretrain" in capsys.readouterr().out
+
+
+def test_validate_resolved_can_be_submitted_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(job("validate", "--resolved")) == 0
+    (tmp_path / "resolved.yaml").write_text(capsys.readouterr().out)
+    assert cli.main(["validate", "resolved.yaml", "--json"]) == 0
+    again = parsed(capsys)["job"]
+    assert cli.main(job("validate", "--json")) == 0
+    assert parsed(capsys)["job"] == again
+
+
+def test_validate_tells_every_mistake_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(job("validate", "sed=1", "optim.batch_size=no")) == 2
+    said = capsys.readouterr().err
+    assert "2 mistakes" in said
+    assert "did you mean seed?" in said
+    assert "optim.batch_size" in said
+    assert "Traceback" not in said
+
+
+def test_validate_as_json_when_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(job("validate", "sed=1", "--json")) == 2
+    answer = parsed(capsys)
+    assert answer["valid"] is False
+    assert [problem["path"] for problem in answer["problems"]] == ["sed"]
+
+
+def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(job("plan")) == 0
+    assert "gram_teacher" in capsys.readouterr().out
+    assert cli.main(job("plan", "--json")) == 0
+    assert [phase["name"] for phase in parsed(capsys)["phases"]] == ["pretrain", "gram", "highres", "text"]
+
+
+def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["schema"]) == 0
+    assert "phases" in parsed(capsys)["properties"]
+
+
+def test_a_dry_run_shows_what_would_be_sent_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(job("submit", "--dry-run", "--run", "x")) == 0
+    text = capsys.readouterr().out
+    assert "phase: pretrain" in text
+    assert f"model.agent {tmp_path}/runs/x/attempts/1/attempt.yaml" in text
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_launcher_that_is_not_there_yet_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(job("submit", "--cluster", "h100_slurm")) == 2
+    assert "the slurm launcher is not there yet" in capsys.readouterr().err
+
+
+# --- on a run ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["status", "logs", "cancel", "resume", "watch", "tick"])
+def test_an_unknown_run(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Run(tmp_path / "runs" / "known")
+    assert cli.main([command, "unknown"]) == 2
+    assert "no run 'unknown'; runs in runs: known" in capsys.readouterr().err
+
+
+def test_status_of_all_and_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "two"):
+        Run(tmp_path / "elsewhere" / name).launch(1, "pretrain")
+    assert cli.main(["status"]) == 0
+    assert "no runs in runs" in capsys.readouterr().out
+    assert cli.main(["status", "--runs", "elsewhere"]) == 0
+    assert "one" in capsys.readouterr().out
+    assert cli.main(["status", "--runs", "elsewhere", "--json"]) == 0
+    assert [run["run"] for run in parsed(capsys)] == ["one", "two"]
+    assert cli.main(["status", "elsewhere/one", "--json"]) == 0
+    view = parsed(capsys)
+    assert view["summary"]["stage"] == "pretrain"
+    assert view["attempts"][0]["status"] == "launched"
+    assert cli.main(["status", "two", "--runs", "elsewhere"]) == 0
+    assert "two: running" in capsys.readouterr().out
+
+
+def test_the_folder_of_runs_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Run(tmp_path / "elsewhere" / "one")
+    monkeypatch.setenv("DINOCTL_RUNS", str(tmp_path / "elsewhere"))
+    assert cli.main(["status", "one"]) == 0
+
+
+def test_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(tmp_path / "runs" / "tiny")
+    assert cli.main(["logs", "tiny"]) == 2
+    assert "has no attempts yet" in capsys.readouterr().err
+    run.launch(1, "pretrain")
+    run.log(1, "first\n")
+    run.end(1, Cause.KILLED, [])
+    run.launch(2, "pretrain")
+    run.log(2, "zweiter: ä\n")
+    assert cli.main(["logs", "tiny"]) == 0
+    assert capsys.readouterr().out == "zweiter: ä\n"
+    assert cli.main(["logs", "tiny", "--attempt", "1", "--follow"]) == 0
+    assert capsys.readouterr().out == "first\n"
+    assert cli.main(["logs", "tiny", "--attempt", "7"]) == 2
+    assert "no attempt 7" in capsys.readouterr().err
+    assert cli.main(["logs", "tiny", "--rank", "3"]) == 2
+    assert "there are: agent.log" in capsys.readouterr().err
+
+
+def test_a_run_of_a_newer_version_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(tmp_path / "runs" / "tiny")
+    first = next(Path(run.path).glob("events/*.json"))
+    newer = first.read_text().replace('"format":1', '"format":999')
+    first.unlink()
+    first.write_text(newer)
+    assert cli.main(["status", "tiny"]) == 2
+    said = capsys.readouterr().err
+    assert "format 999" in said
+    assert "Traceback" not in said
+
+
+def test_nothing_to_resume_or_cancel_when_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Run(tmp_path / "runs" / "tiny").done()
+    assert cli.main(["resume", "tiny"]) == 2
+    assert "is done" in capsys.readouterr().err
+    assert cli.main(["cancel", "tiny"]) == 2
+    assert "is done" in capsys.readouterr().err
+
+
+def test_cancel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Run(tmp_path / "runs" / "tiny")
+    assert cli.main(["cancel", "tiny"]) == 0
+    assert "run tiny is cancelled" in capsys.readouterr().out
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (DiskFullError(28, "writing x: No space left on device"), 3),
+        (StoreError(5, "reading x: Input/output error"), 1),
+        (ContractError("x.json: torn"), 2),
+    ],
+)
+def test_known_exceptions_are_a_message_and_a_code(
+    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(commands, "status", fails)
+    assert cli.main(["status"]) == code
+    assert "x" in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "status", lambda _: {}["missing"])
+    with pytest.raises(KeyError):
+        cli.main(["status"])
+
+
+def test_every_exit_code_is_documented() -> None:
+    for code in {*mistakes.EXIT_CODES.values(), 0, 130}:
+        assert f"  {code} " in cli.EXIT_CODES
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", ["--help", "status", "status tiny", "logs tiny"])
+def test_answers_that_must_come_at_once_import_nothing_heavy(tmp_path: Path, words: str) -> None:
+    run = Run(tmp_path / "runs" / "tiny")
+    run.launch(1, "pretrain")
+    run.log(1, "hello")
+    run.watched()
+    script = (
+        "import sys; from orchestrator import cli\n"
+        f"try: cli.main({words.split()!r})\n"
+        "except SystemExit: pass\n"
+        f"print(sorted(set({HEAVY!r}) & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"

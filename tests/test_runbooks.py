@@ -1,0 +1,35 @@
+"""Every way to end has a page, and every page is of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from model.contract import Cause
+from orchestrator import failures
+
+ROOT = Path(__file__).parents[1]
+CAUSES = [cause for cause in Cause if cause is not Cause.DONE]
+
+
+def test_pages_and_causes_are_the_same() -> None:
+    assert {page.stem for page in (ROOT / "runbooks").glob("*.md")} == {cause.value for cause in CAUSES}
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_a_page_says_what_it_looks_like_what_dinoctl_does_and_what_to_do(cause: Cause) -> None:
+    text = (ROOT / failures.runbook(cause)).read_text()
+    assert text.startswith(f"# {cause.value}: ")
+    for part in ("**What it looks like.**", "**What dinoctl does.**", "**What you do.**"):
+        assert part in text
+
+
+def test_the_readme_names_every_exit_code_and_command() -> None:
+    from orchestrator import cli
+
+    readme = (ROOT / "README.md").read_text()
+    for code in (cli.DONE, cli.FAILED, cli.WRONG_INPUT, cli.DISK_FULL, cli.INTERRUPTED):
+        assert f"| {code} |" in readme
+    for command in ("validate", "plan", "submit", "status", "logs", "cancel", "resume", "schema"):
+        assert f"| `{command}" in readme
