@@ -279,6 +279,27 @@ def test_a_crash_after_the_launch_is_adopted(bench: Bench, monkeypatch: pytest.M
     assert bench.drive().status == "done"
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_launch_that_another_controller_saw_first(bench: Bench, closed: bool) -> None:
+    """Adopted before its launcher could say so, and even given up by then."""
+    bench.submit()
+    other = bench.controller()
+    submit = bench.launcher.submit
+
+    def slow(*args: Any) -> dict[str, Any]:
+        handle = submit(*args)
+        bench.tick(other)
+        if closed:
+            bench.launcher.job.end(Cause.STOPPED)
+            bench.tick(other)
+        return handle
+
+    bench.launcher.submit = slow  # type: ignore[method-assign]
+    state = bench.tick().state
+    assert [attempt.status for attempt in state.attempts] == ["ended" if closed else "launched"]
+    assert bench.launcher.job.running is not closed
+
+
 def test_a_number_whose_yaml_is_of_an_older_spec_is_skipped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.submit()
     with monkeypatch.context() as patch:

@@ -27,7 +27,10 @@ from orchestrator.state import fold
 from tests.orchestrator.pretend import Job, PretendLauncher, job_spec, request, tiny_code
 
 SETTLE = 5.0
-STAGES = [*job_spec()["phases"], EVALUATE]
+SPEC = job_spec()
+for settings_of_a_phase in SPEC["phases"].values():
+    settings_of_a_phase["checkpoints"]["every"] = 1
+STAGES = [*SPEC["phases"], EVALUATE]
 ENDS = [Cause.STOPPED, Cause.CRASHED, Cause.KILLED, Cause.HUNG, Cause.SUPERSEDED, Cause.DISK_FULL]
 WHICH = st.integers(0, 1)
 POINTS = st.integers(0, 9)
@@ -52,7 +55,7 @@ class RunMachine(RuleBasedStateMachine):
         self.patch.setattr(control, "_owner_gone", lambda owner: owner in self.dead)
         self.patch.setattr(control, "now", lambda: self.now)
         self.controllers = [self.controller(), self.controller()]
-        control.submit(self.run, request(), by="test")
+        control.submit(self.run, request(SPEC), by="test")
 
     def teardown(self) -> None:
         try:
@@ -120,7 +123,7 @@ class RunMachine(RuleBasedStateMachine):
     # --- what the world does
 
     @precondition(lambda self: self.training)
-    @rule(updates=st.integers(1, 5))
+    @rule(updates=st.integers(1, 3))
     def a_job_trains(self, updates: int) -> None:
         self.training[0].train(updates)
 
@@ -145,7 +148,7 @@ class RunMachine(RuleBasedStateMachine):
     def a_user(self, what: str) -> None:
         """Goes on with a run that rests, and asks a running one to stop."""
         if control.load(self.run).status != "running":
-            control.submit(self.run, request(), by="test")
+            control.submit(self.run, request(SPEC), by="test")
         elif what == "cancel":
             control.cancel(self.run, by="test")
         else:
@@ -184,7 +187,7 @@ class RunMachine(RuleBasedStateMachine):
         self.launcher.blind = self.launcher.refuses = False
         self.launcher.lag = 0.0
         for _ in range(200):
-            state = control.submit(self.run, request(), by="test").state
+            state = control.submit(self.run, request(SPEC), by="test").state
             if state.status == "done":
                 break
             for job in self.training[:1]:
