@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class Progress:
-    """What rank 0 tells of the steps; on the other ranks every method does nothing.
+    """What rank 0 tells of the steps; the other ranks write nothing but their logs.
 
     A line that has not been published when the process dies is lost: at most `watch_seconds` of them, and none that
     came before a sealed checkpoint.
@@ -31,8 +31,8 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Something for a person to read, said with the next step."""
+        log.info(text)
         if self._writes:
-            log.info(text)
             self._notes.append(text)
 
     def step(self, step: int, images_per_second: float, metrics: Mapping[str, float]) -> None:

@@ -1,6 +1,6 @@
 """The training of one attempt: `python -P -m model.rank model.train ATTEMPT_YAML` under torchrun, in every process.
 
-    main -> run -> begin (networks, optimizer, and where to go on from) -> train (the loop)
+    main -> run -> job.begin (networks, optimizer, and where to go on from) -> train (the loop)
 
 The loop is the same for every kind of phase and asks no objective which it is. How this process ended is published as
 `attempts/<n>/ranks/<rank>.json`, and its exit code is the contract's.
@@ -14,33 +14,23 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from model import checkpoint, config, contract, health, optim, parallel, storage
+from model import checkpoint, contract, health, optim, parallel, storage
 from model.checkpoint import CheckpointError
-from model.contract import Attempt, Cause, CheckpointRef, File, Manifest, RankEnd
+from model.contract import Attempt, Cause, RankEnd
 from model.data.batch import Batch
 from model.data.errors import BadDataError, DataError
-from model.data.index import build_or_read
-from model.data.loader import Loader
+from model.job import Job, UserError, begin
 from model.objectives import base
-from model.objectives.base import Moment, Objective
-from model.progress import Progress
+from model.objectives.base import Moment
 from model.stopping import Stop, TooLateError
 
 log = logging.getLogger(__name__)
-
-
-class UserError(Exception):
-    """The attempt asks for something impossible."""
 
 
 class DivergedError(Exception):
@@ -60,43 +50,6 @@ CAUSES: tuple[tuple[type[Exception], Cause], ...] = (
     (storage.StoreError, Cause.STORE_LOST),
 )
 """What an exception that ends the training is to the controller; any other is a crash."""
-
-
-@dataclass(frozen=True)
-class Loop:
-    """Where a phase stands: all that a resumed run needs and that is no tensor."""
-
-    step: int  # updates of this phase
-    origin: str  # the phase in which the chain of `init` hand-offs began; it names the streams of draws
-    clock: int  # updates since the origin
-    position: int  # images consumed since the origin
-    non_finite: int = 0  # steps in a row, up to now, that changed nothing
-
-    def after_step(self, images: int, finite: bool) -> Loop:
-        return replace(
-            self,
-            step=self.step + 1,
-            clock=self.clock + 1,
-            position=self.position + images,
-            non_finite=0 if finite else self.non_finite + 1,
-        )
-
-
-@dataclass
-class Job:
-    """A phase in training."""
-
-    attempt: Attempt
-    settings: config.AnyPhase
-    device: torch.device
-    stop: Stop
-    progress: Progress
-    objective: Objective[Any, Any]
-    optimizer: torch.optim.Optimizer
-    loader: Loader
-    loop: Loop
-    stored: dict[str, list[File]] = field(default_factory=dict)  # files of frozen parts, once they are in the run
-    sealed: dict[int, Manifest] = field(default_factory=dict)  # by this attempt, and not yet removed
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -128,6 +81,7 @@ def train(job: Job) -> Cause:
         if job.loop.step % settings.health.every == 0:
             metrics |= health.measure(objective, targets)
 
+        _tell_skipped(job)
         job.progress.step(job.loop.step, settings.optim.batch_size / (time.monotonic() - began), metrics)
         pulse.touch()
         if not finite:
@@ -159,6 +113,14 @@ def _summed(terms: dict[str, Tensor]) -> dict[str, float]:
     return {"loss" if name == "total" else f"loss/{name}": value for name, value in zip(terms, values, strict=True)}
 
 
+def _tell_skipped(job: Job) -> None:
+    skipped = job.loader.skipped
+    if skipped.count > job.skips_told:
+        job.skips_told = skipped.count
+        last = ", ".join(f"{image.path} ({image.reason})" for image in skipped.last)
+        job.progress.note(f"{skipped.count} unreadable images replaced so far, last: {last}")
+
+
 def _changed_nothing(job: Job, metrics: dict[str, float]) -> None:
     names = ", ".join(name for name, value in metrics.items() if not math.isfinite(value))
     job.progress.note(f"step {job.loop.step} changed nothing: not finite: {names}")
@@ -181,147 +143,6 @@ def seal(job: Job) -> None:
     if parallel.rank() == 0:
         job.sealed[job.loop.step] = manifest
         job.sealed = checkpoint.prune(job.attempt, job.settings.checkpoints, job.sealed)
-
-
-# --- where to go on from ----------------------------------------------------------------------------------------------
-
-
-def begin(attempt: Attempt, stop: Stop, device: torch.device) -> Job:
-    """The job as its attempt says: from the first checkpoint of `resume` that loads whole on every rank, or at step 0
-    with what the phase takes of others.
-
-    Raises UserError or DataError if the attempt asks for something impossible, CheckpointError if no checkpoint could
-    be read.
-    """
-    with _user_errors():
-        settings = config.read_phase(attempt.settings)
-        check_layout(settings, parallel.world())
-    progress = Progress(attempt, settings.steps)
-    make = partial(_make, attempt, settings, device, stop, progress)
-    failures = []
-    for ref in attempt.resume:
-        job, failure = _on_every_rank(partial(_resume, make, ref))
-        if job is not None:
-            progress.note(f"goes on from {ref}")
-            return job
-        progress.note(f"cannot resume from {ref}: {failure}")
-        failures.append(f"{ref}: {failure}")
-    if failures:
-        raise CheckpointError(f"none of the checkpoints to resume from could be read: {'; '.join(failures)}")
-    return _hand_over(make, attempt)
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """Around what refuses, with a ValueError (pydantic's is one), settings or checkpoints that do not fit together."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def check_layout(settings: config.AnyPhase, world: int) -> None:
-    """Raises ValueError unless every rank's micro-batch is made of whole groups and the settings are ones that this
-    loop can honour."""
-    optim_settings, ways = settings.optim, settings.parallel
-    unit = optim_settings.group_size * optim_settings.accumulate
-    if optim_settings.batch_size % (world * unit):
-        fitting = [n for n in range(1, optim_settings.batch_size + 1) if optim_settings.batch_size % (n * unit) == 0]
-        raise ValueError(
-            f"{world} processes cannot share batch_size {optim_settings.batch_size} in whole groups of "
-            f"{optim_settings.group_size} and {optim_settings.accumulate} micro-batches; these can: {fitting}"
-        )
-    asked = {
-        "parallel.shard": ways.shard != "none",
-        "parallel.activation_checkpointing": ways.activation_checkpointing,
-        "parallel.compile": ways.compile,
-        "precision.fp8": settings.precision.fp8 != "none",
-    }
-    if missing := [name for name, wanted in asked.items() if wanted]:
-        raise ValueError(f"{', '.join(missing)}: this version of the trainer cannot do that yet; leave it out")
-
-
-def _make(
-    attempt: Attempt, settings: config.AnyPhase, device: torch.device, stop: Stop, progress: Progress, loop: Loop
-) -> Job:
-    """The job at `loop`, with networks and optimizer fresh."""
-    with _user_errors():
-        model = config.read(config.Model, attempt.model)
-        objective = base.build(settings, model, attempt.seed, loop.origin)
-    networks = objective.networks()
-    for network in (*networks.trained.values(), *networks.frozen.values()):
-        network.to(device)
-    optimizer = optim.build(networks.trained, settings.optim)
-    loader = _loader(attempt, settings, objective, loop)
-    return Job(attempt, settings, device, stop, progress, objective, optimizer, loader, loop)
-
-
-def _loader(attempt: Attempt, settings: config.AnyPhase, objective: Objective[Any, Any], loop: Loop) -> Loader:
-    """The loader from `loop` to the phase's end. Rank 0 makes the run's index, if it is the first to need it."""
-    if parallel.rank() == 0:
-        build_or_read(settings.data, attempt.run_dir)
-    parallel.gather_text("the index is there")
-    return Loader(
-        settings,
-        attempt.seed,
-        loop.origin,
-        build_or_read(settings.data, attempt.run_dir),
-        attempt.run_dir,
-        objective.views,
-        parallel.rank(),
-        parallel.world(),
-        start_clock=loop.clock,
-        stop_clock=loop.clock + settings.steps - loop.step,
-    )
-
-
-def _resume(make: partial[Job], ref: CheckpointRef) -> Job:
-    manifest = checkpoint.read_manifest(ref)
-    job = make(Loop(**manifest.loop))
-    with _user_errors():
-        for part in job.objective.state():
-            job.objective.load(part, checkpoint.load_files(ref, manifest, part))
-        optim.load(job.optimizer, checkpoint.load_files(ref, manifest, "optimizer"))
-    job.stored = {part: manifest.parts[part] for part in job.objective.frozen_parts()}
-    return job
-
-
-def _on_every_rank(attempt_it: partial[Job]) -> tuple[Job | None, str]:
-    """The job if every rank has it, else none and why the first rank that failed did."""
-    job, failure = None, ""
-    try:
-        job = attempt_it()
-    except (CheckpointError, storage.StoreError) as error:
-        failure = str(error)
-    first = next((text for text in parallel.gather_text(failure) if text), "")
-    return (None, first) if first else (job, "")
-
-
-def _hand_over(make: partial[Job], attempt: Attempt) -> Job:
-    """Step 0: fresh networks that take what the phase names. With `init` the clock goes on too."""
-    manifests = {name: checkpoint.read_manifest(ref) for name, ref in attempt.inputs.items()}
-    loop = Loop(step=0, origin=attempt.phase, clock=0, position=0)
-    if "init" in manifests:
-        loop = replace(Loop(**manifests["init"].loop), step=0, non_finite=0)
-    job = make(loop)
-    for name, manifest in manifests.items():
-        read = partial(checkpoint.load_files, attempt.inputs[name], manifest)
-        with _user_errors():
-            job.objective.take(name, read)
-            if name == "init":
-                optim.load(job.optimizer, read("optimizer"))
-        job.progress.note(f"takes {name} from {attempt.inputs[name]}")
-    in_this_run = [
-        file
-        for name, manifest in manifests.items()
-        if attempt.inputs[name].run == attempt.run_dir
-        for files in manifest.parts.values()
-        for file in files
-    ]
-    state = job.objective.state()
-    found = {part: checkpoint.find_stored(state[part], in_this_run) for part in job.objective.frozen_parts()}
-    job.stored = {part: files for part, files in found.items() if files is not None}
-    return job
 
 
 # --- the process ------------------------------------------------------------------------------------------------------

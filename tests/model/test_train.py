@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model import checkpoint, config, contract, storage
+from model import checkpoint, contract, storage
 from model.contract import Attempt, Cause, CheckpointRef, RankEnd
-from model.train import Loop, check_layout
+from model.job import Loop
 from orchestrator import progress
 from tests.model.test_checkpoint import make_attempt
 
@@ -172,6 +172,7 @@ def test_a_run_left_alone(alone: Ran) -> None:
     assert alone.sealed() == [8, 12]  # keep_last
     recorded = progress.steps(alone.attempt.run_dir, 1)
     assert {"loss", "loss/dino_global", "loss/ibot", "lr", "grad_norm/backbone"} <= recorded[-1].metrics.keys()
+    assert {"health/effective_rank", "health/entropy", "health/prototypes_used"} <= recorded[4].metrics.keys()
     assert recorded[EVERY].note == f"sealed {EVERY}"
     manifest = checkpoint.read_manifest(ref(alone, STEPS))
     assert Loop(**manifest.loop) == Loop(step=12, origin="pretrain", clock=12, position=12 * 16)
@@ -270,21 +271,3 @@ def test_a_loss_that_stays_non_finite_ends_the_attempt(tmp_path: Path, images: P
     diverged = train(describe(tmp_path, images, settings=settings), 1)
     assert diverged.end().cause is Cause.DIVERGED, diverged.log()
     assert diverged.end().step == 3
-
-
-def test_layouts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    settings = config.read_phase(phase_settings(tmp_path))
-    check_layout(settings, 2)
-    with pytest.raises(ValueError, match=r"3 processes .* these can: \[1, 2\]"):
-        check_layout(settings, 3)
-    fp8 = config.read_phase(phase_settings(tmp_path, precision={"fp8": "blocks"}, parallel={"compile": True}))
-    with pytest.raises(ValueError, match=r"parallel.compile, precision.fp8: this version"):
-        check_layout(fp8, 2)
-
-
-def test_the_loop_counts_what_changed_nothing() -> None:
-    loop = Loop(step=3, origin="pretrain", clock=10, position=80)
-    bad = loop.after_step(8, finite=False)
-    assert bad == Loop(step=4, origin="pretrain", clock=11, position=88, non_finite=1)
-    assert bad.after_step(8, finite=False).non_finite == 2
-    assert bad.after_step(8, finite=True).non_finite == 0

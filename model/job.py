@@ -1,0 +1,212 @@
+"""A phase in training: what it is made of, where it stands, and where an attempt goes on from.
+
+begin(attempt, ...) -> Job      from a checkpoint of its own, or at step 0 with what it takes of other phases
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from model import checkpoint, config, optim, parallel, storage
+from model.checkpoint import CheckpointError
+from model.contract import Attempt, CheckpointRef, File, Manifest
+from model.data.index import Index, build_or_read
+from model.data.loader import Loader
+from model.objectives import base
+from model.objectives.base import Objective
+from model.progress import Progress
+from model.stopping import Stop
+
+
+class UserError(Exception):
+    """The attempt asks for something impossible."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Where a phase stands: all that a resumed run needs and that is no tensor."""
+
+    step: int  # updates of this phase
+    origin: str  # the phase in which the chain of `init` hand-offs began; it names the streams of draws
+    clock: int  # updates since the origin
+    position: int  # images consumed since the origin
+    non_finite: int = 0  # steps in a row, up to now, that changed nothing
+
+    def after_step(self, images: int, finite: bool) -> Loop:
+        return replace(
+            self,
+            step=self.step + 1,
+            clock=self.clock + 1,
+            position=self.position + images,
+            non_finite=0 if finite else self.non_finite + 1,
+        )
+
+
+@dataclass
+class Job:
+    """A phase in training."""
+
+    attempt: Attempt
+    settings: config.AnyPhase
+    device: torch.device
+    stop: Stop
+    progress: Progress
+    objective: Objective[Any, Any]
+    optimizer: torch.optim.Optimizer
+    loader: Loader
+    loop: Loop
+    stored: dict[str, list[File]] = field(default_factory=dict)  # files of frozen parts, once they are in the run
+    sealed: dict[int, Manifest] = field(default_factory=dict)  # by this attempt, and not yet removed
+    skips_told: int = 0  # unreadable images that somebody was told of
+
+
+def begin(attempt: Attempt, stop: Stop, device: torch.device) -> Job:
+    """The job as its attempt says: from the first checkpoint of `resume` that loads whole on every rank, or at step 0
+    with what the phase takes of others.
+
+    Raises UserError or DataError if the attempt asks for something impossible, CheckpointError if no checkpoint could
+    be read.
+    """
+    with _user_errors():
+        settings = config.read_phase(attempt.settings)
+        check_layout(settings, parallel.world())
+    progress = Progress(attempt, settings.steps)
+    # Outside of what is tried again below: there a rank may fail alone, so nothing there may wait for another rank.
+    index = _index(settings, attempt.run_dir)
+    make = partial(_make, attempt, settings, index, device, stop, progress)
+    failures = []
+    for ref in attempt.resume:
+        job, failure = _on_every_rank(partial(_resume, make, ref))
+        if job is not None:
+            progress.note(f"goes on from {ref}")
+            return job
+        progress.note(f"cannot resume from {ref}: {failure}")
+        failures.append(f"{ref}: {failure}")
+    if failures:
+        raise CheckpointError(f"none of the checkpoints to resume from could be read: {'; '.join(failures)}")
+    return _hand_over(make, attempt)
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Around what refuses, with a ValueError (pydantic's is one), settings or checkpoints that do not fit together."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def check_layout(settings: config.AnyPhase, world: int) -> None:
+    """Raises ValueError unless every rank's micro-batch is made of whole groups and the settings are ones that this
+    loop can honour."""
+    optim_settings, ways = settings.optim, settings.parallel
+    unit = optim_settings.group_size * optim_settings.accumulate
+    if optim_settings.batch_size % (world * unit):
+        fitting = [n for n in range(1, optim_settings.batch_size + 1) if optim_settings.batch_size % (n * unit) == 0]
+        raise ValueError(
+            f"{world} processes cannot share batch_size {optim_settings.batch_size} in whole groups of "
+            f"{optim_settings.group_size} and {optim_settings.accumulate} micro-batches; these can: {fitting}"
+        )
+    asked = {
+        "parallel.shard": ways.shard != "none",
+        "parallel.activation_checkpointing": ways.activation_checkpointing,
+        "parallel.compile": ways.compile,
+        "precision.fp8": settings.precision.fp8 != "none",
+    }
+    if missing := [name for name, wanted in asked.items() if wanted]:
+        raise ValueError(f"{', '.join(missing)}: this version of the trainer cannot do that yet; leave it out")
+
+
+def _index(settings: config.AnyPhase, run_dir: str) -> Index:
+    """The run's index; rank 0 makes it, if this attempt is the first to need it, and the others wait."""
+    if parallel.rank() == 0:
+        build_or_read(settings.data, run_dir)
+    parallel.gather_text("the index is there")
+    return build_or_read(settings.data, run_dir)
+
+
+def _make(
+    attempt: Attempt,
+    settings: config.AnyPhase,
+    index: Index,
+    device: torch.device,
+    stop: Stop,
+    progress: Progress,
+    loop: Loop,
+) -> Job:
+    """The job at `loop`, with networks and optimizer fresh."""
+    with _user_errors():
+        model = config.read(config.Model, attempt.model)
+        objective = base.build(settings, model, attempt.seed, loop.origin)
+    networks = objective.networks()
+    for network in (*networks.trained.values(), *networks.frozen.values()):
+        network.to(device)
+    optimizer = optim.build(networks.trained, settings.optim)
+    loader = Loader(
+        settings,
+        attempt.seed,
+        loop.origin,
+        index,
+        attempt.run_dir,
+        objective.views,
+        parallel.rank(),
+        parallel.world(),
+        start_clock=loop.clock,
+        stop_clock=loop.clock + settings.steps - loop.step,
+    )
+    return Job(attempt, settings, device, stop, progress, objective, optimizer, loader, loop)
+
+
+def _resume(make: partial[Job], ref: CheckpointRef) -> Job:
+    manifest = checkpoint.read_manifest(ref)
+    job = make(Loop(**manifest.loop))
+    with _user_errors():
+        for part in job.objective.state():
+            job.objective.load(part, checkpoint.load_files(ref, manifest, part))
+        optim.load(job.optimizer, checkpoint.load_files(ref, manifest, "optimizer"))
+    job.stored = {part: manifest.parts[part] for part in job.objective.frozen_parts()}
+    return job
+
+
+def _on_every_rank(attempt_it: partial[Job]) -> tuple[Job | None, str]:
+    """The job if every rank has it, else none and why the first rank that failed did."""
+    job, failure = None, ""
+    try:
+        job = attempt_it()
+    except (CheckpointError, storage.StoreError) as error:
+        failure = str(error)
+    first = next((text for text in parallel.gather_text(failure) if text), "")
+    return (None, first) if first else (job, "")
+
+
+def _hand_over(make: partial[Job], attempt: Attempt) -> Job:
+    """Step 0: fresh networks that take what the phase names. With `init` the clock goes on too."""
+    manifests = {name: checkpoint.read_manifest(ref) for name, ref in attempt.inputs.items()}
+    loop = Loop(step=0, origin=attempt.phase, clock=0, position=0)
+    if "init" in manifests:
+        loop = replace(Loop(**manifests["init"].loop), step=0, non_finite=0)
+    job = make(loop)
+    for name, manifest in manifests.items():
+        read = partial(checkpoint.load_files, attempt.inputs[name], manifest)
+        with _user_errors():
+            job.objective.take(name, read)
+            if name == "init":
+                optim.load(job.optimizer, read("optimizer"))
+        job.progress.note(f"takes {name} from {attempt.inputs[name]}")
+    in_this_run = [
+        file
+        for name, manifest in manifests.items()
+        if attempt.inputs[name].run == attempt.run_dir
+        for files in manifest.parts.values()
+        for file in files
+    ]
+    state = job.objective.state()
+    found = {part: checkpoint.find_stored(state[part], in_this_run) for part in job.objective.frozen_parts()}
+    job.stored = {part: files for part, files in found.items() if files is not None}
+    return job

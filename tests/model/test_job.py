@@ -1,0 +1,29 @@
+"""Where a phase stands, and which layouts it can be trained in. What it goes on from: test_train.py, on real jobs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from model import config
+from model.job import Loop, check_layout
+from tests.model.test_train import phase_settings
+
+
+def test_layouts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    settings = config.read_phase(phase_settings(tmp_path))
+    check_layout(settings, 2)
+    with pytest.raises(ValueError, match=r"3 processes .* these can: \[1, 2\]"):
+        check_layout(settings, 3)
+    fp8 = config.read_phase(phase_settings(tmp_path, precision={"fp8": "blocks"}, parallel={"compile": True}))
+    with pytest.raises(ValueError, match=r"parallel.compile, precision.fp8: this version"):
+        check_layout(fp8, 2)
+
+
+def test_the_loop_counts_what_changed_nothing() -> None:
+    loop = Loop(step=3, origin="pretrain", clock=10, position=80)
+    bad = loop.after_step(8, finite=False)
+    assert bad == Loop(step=4, origin="pretrain", clock=11, position=88, non_finite=1)
+    assert bad.after_step(8, finite=False).non_finite == 2
+    assert bad.after_step(8, finite=True).non_finite == 0
