@@ -19,6 +19,8 @@ A run's directory, every path relative to it:
     pins/<phase>-<n>-<step>-<id>.json   another run takes that checkpoint: it is never pruned
     watchers/<id>.json                  who keeps this run going, and when they last looked
     report/                             the table and the pictures
+    tracking/                           how far the MLflow shipper got, and its log
+    watch.log                           what a watcher in the background said
 """
 
 from __future__ import annotations

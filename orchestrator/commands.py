@@ -30,6 +30,13 @@ FOLLOW_SECONDS = 0.5
 
 Options = argparse.Namespace
 
+_WHAT = {
+    "created": "is new",
+    "attached": "is there already, and is shown (Ctrl-C stops it, as it does where it was submitted)",
+    "resumed": "goes on",
+    "amended": "is amended, and goes on",
+}
+
 
 # --- on a job file ----------------------------------------------------------------------------------------------------
 
@@ -95,7 +102,7 @@ def submit(options: Options) -> int:
     done = control.submit(run_dir, request, by=_me(), fork=options.fork, amending=options.amend)
     for change in done.changes:
         print(f"amended: {change}")
-    print({"attached": f"run {name} is there already: showing it"}.get(done.what, f"run {name} {done.what}"), run_dir)
+    print(f"run {name} {_WHAT[done.what]}: {run_dir}", flush=True)
     return _go_on(run_dir, options)
 
 

@@ -122,7 +122,7 @@ def _wait_for_mlflow(run_dir: str, end: State, shipper: subprocess.Popen[bytes],
     """A bounded wait: MLflow must not hold up whoever waits for the run."""
     try:
         shipper.wait(timeout=SHIPPER_SECONDS)
-    except subprocess.TimeoutExpired:
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
         shipper.returncode = 0  # it goes on by itself, and is nobody's child to wait for
         arrived = False
     else:
