@@ -35,10 +35,17 @@ def read_chunk(run_dir: str, attempt: int, chunk: int) -> list[Step]:
 
 
 def since(run_dir: str, attempt: int, last: int) -> Iterator[tuple[int, list[Step]]]:
-    """Each chunk numbered above `last`, with its steps; a reader keeps the number and asks again later."""
-    for chunk in chunks(run_dir, attempt):
-        if chunk > last:
-            yield chunk, read_chunk(run_dir, attempt, chunk)
+    """Each chunk numbered above `last` (-1: all), with its steps; a reader keeps the number and asks again later.
+
+    Numbers are consecutive from 0, so it asks for the next one until there is none: a week has too many to list.
+    """
+    while True:
+        last += 1
+        try:
+            steps = read_chunk(run_dir, attempt, last)
+        except FileNotFoundError:
+            return
+        yield last, steps
 
 
 def latest(run_dir: str, attempt: int) -> Step | None:

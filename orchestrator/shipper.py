@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -207,14 +207,14 @@ def _settings(spec: Mapping[str, Any], phase: str) -> Mapping[str, Any]:
     return settings
 
 
-def _attempt(shipment: Shipment, run: str, attempt: int, earlier: Iterable[int]) -> int:
+def _attempt(shipment: Shipment, run: str, attempt: int, earlier: Sequence[int]) -> int:
     """Send the new chunks of one attempt; returns the number of steps."""
     facts, ledger = shipment.facts, shipment.ledger
     repeated: dict[int, Step] | None = None
     sent = 0
     for chunk, steps in progress.since(facts.run_dir, attempt, ledger.chunks.get(attempt, -1)):
         if repeated is None:
-            repeated = _repeated(facts.run_dir, attempt, earlier)
+            repeated = _repeated(facts.run_dir, steps[0].step, earlier)
         metrics = [point for step in steps for point in _points(step, repeated.get(step.step))]
         for start in range(0, len(metrics), METRICS_A_CALL):
             shipment.client.log_batch(run, metrics=metrics[start : start + METRICS_A_CALL], synchronous=True)
@@ -224,12 +224,13 @@ def _attempt(shipment: Shipment, run: str, attempt: int, earlier: Iterable[int])
     return sent
 
 
-def _repeated(run_dir: str, attempt: int, earlier: Iterable[int]) -> dict[int, Step]:
-    """What earlier attempts recorded of the steps that this one trained again, by step."""
-    first = progress.first(run_dir, [attempt])
-    if first is None:
+def _repeated(run_dir: str, first: int, earlier: Sequence[int]) -> dict[int, Step]:
+    """What earlier attempts recorded of the steps from `first` on, by step. Mostly none got that far, and then
+    only their newest chunks are read."""
+    newest = [progress.latest(run_dir, attempt) for attempt in earlier]
+    if all(step is None or step.step < first for step in newest):
         return {}
-    return {o.step.step: o.step for o in progress.history(run_dir, earlier) if o.step.step >= first.step}
+    return {owned.step.step: owned.step for owned in progress.history(run_dir, earlier) if owned.step.step >= first}
 
 
 def _points(step: Step, before: Step | None) -> list[Any]:
