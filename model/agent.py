@@ -20,6 +20,7 @@ import time
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -27,7 +28,7 @@ import psutil
 from model import config, contract, endings, storage
 from model.contract import Attempt, Cause, Claim, Outcome, RankEnd
 from model.endings import ranks, read_ends
-from model.rank import die_with_parent
+from model.rank import die_with
 from model.watch import LINGER_SECONDS, Requests, Watch, closed, dump_stacks, look, say, watch_pid, why_kill
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -134,20 +135,13 @@ def environment(attempt: Attempt) -> dict[str, str]:
 
 def start(attempt: Attempt, attempt_yaml: str) -> subprocess.Popen[bytes]:
     """Start the processes in a session of their own, so that a terminal's Ctrl-C reaches the agent alone."""
-    agent = os.getpid()
-
-    def bind() -> None:
-        die_with_parent()
-        if os.getppid() != agent:  # it died before the line above
-            os._exit(1)
-
     # The kernel watches the thread that forks: this must be the main thread, and it is the only one.
     return subprocess.Popen(
         command(attempt, attempt_yaml),
         env=environment(attempt),
         stdin=subprocess.DEVNULL,
         start_new_session=True,
-        preexec_fn=bind,
+        preexec_fn=partial(die_with, os.getpid()),
     )
 
 

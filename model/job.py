@@ -22,10 +22,7 @@ from model.objectives import base
 from model.objectives.base import Objective
 from model.progress import Progress
 from model.stopping import Stop
-
-
-class UserError(Exception):
-    """The attempt asks for something impossible."""
+from model.worker import UserError
 
 
 @dataclass(frozen=True)

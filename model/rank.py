@@ -24,7 +24,7 @@ PR_SET_PDEATHSIG = 1
 
 def main(module: str, attempt_yaml: str) -> None:
     """Run `module` as this rank. Leaves as the module leaves."""
-    die_with_parent()
+    die_with(os.getppid())
     attempt = contract.read_attempt(Path(attempt_yaml).read_bytes(), attempt_yaml)
     rank = int(os.environ.get("RANK", "0"))
     _log_to(storage.local(f"{attempt.run_dir}/{contract.rank_log(attempt.attempt, rank)}"))
@@ -43,10 +43,12 @@ def main(module: str, attempt_yaml: str) -> None:
         raise
 
 
-def die_with_parent() -> None:
-    """The kernel kills this process when its parent ends, however that ends (prctl(2), PR_SET_PDEATHSIG)."""
+def die_with(parent: int) -> None:
+    """The kernel kills this process when `parent` ends, however that ends (prctl(2), PR_SET_PDEATHSIG)."""
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) was refused")
+    if os.getppid() != parent:  # it ended while we asked: there will be no signal
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _log_to(path: Path) -> None:

@@ -13,43 +13,21 @@ import math
 import os
 import sys
 import time
-import traceback
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from model import checkpoint, contract, health, optim, parallel, storage
-from model.checkpoint import CheckpointError
+from model import checkpoint, contract, health, optim, parallel, storage, worker
 from model.contract import Attempt, Cause, RankEnd
 from model.data.batch import Batch
-from model.data.errors import BadDataError, DataError
-from model.job import Job, UserError, begin
+from model.job import Job, begin
 from model.objectives import base
 from model.objectives.base import Moment
-from model.stopping import Stop, TooLateError
+from model.stopping import Stop
+from model.worker import DivergedError
 
 log = logging.getLogger(__name__)
-
-
-class DivergedError(Exception):
-    """Too many steps in a row had a loss or a gradient that was not finite."""
-
-
-CAUSES: tuple[tuple[type[Exception], Cause], ...] = (
-    (UserError, Cause.USER_ERROR),
-    (DataError, Cause.USER_ERROR),
-    (DivergedError, Cause.DIVERGED),
-    (BadDataError, Cause.BAD_DATA),
-    (CheckpointError, Cause.BAD_CHECKPOINT),
-    (checkpoint.ClosedError, Cause.SUPERSEDED),
-    (TooLateError, Cause.UNSEALED),
-    (storage.DiskFullError, Cause.DISK_FULL),
-    (storage.AlreadyPublished, Cause.SUPERSEDED),  # somebody else writes this attempt's files
-    (storage.StoreError, Cause.STORE_LOST),
-)
-"""What an exception that ends the training is to the controller; any other is a crash."""
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -170,17 +148,12 @@ def run(attempt: Attempt) -> RankEnd:
 
 
 def _failed(error: Exception, job: Job | None) -> RankEnd:
-    log.exception("the training ends")
     if job is not None:
         try:
             job.progress.flush()
         except storage.StoreError as second:
             log.error("the last steps could not be recorded: %s", second)
-    cause = next((cause for kind, cause in CAUSES if isinstance(error, kind)), Cause.CRASHED)
-    text = str(error) if cause is not Cause.CRASHED else f"{type(error).__name__}: {error}"
-    first, *rest = text.splitlines() or [type(error).__name__]
-    detail = "".join(traceback.format_exception(error)) if cause is Cause.CRASHED else "\n".join(rest)
-    return RankEnd(cause=cause, message=first, step=job.loop.step if job else None, detail=detail)
+    return worker.failed(error, job.loop.step if job else None)
 
 
 def _device() -> torch.device:
@@ -191,21 +164,5 @@ def _device() -> torch.device:
     return device
 
 
-def main(attempt_yaml: str) -> int:
-    """Train what `attempt_yaml` says and publish how it ended. Returns the exit code of the contract."""
-    rank = int(os.environ["RANK"])
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank}: %(message)s", stream=sys.stderr)
-    attempt = contract.read_attempt(Path(attempt_yaml).read_bytes(), attempt_yaml)
-    torch.set_num_threads(attempt.threads)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for to be deterministic
-    torch.use_deterministic_algorithms(True)
-    end = run(attempt)
-    try:
-        storage.publish(f"{attempt.run_dir}/{contract.rank_file(attempt.attempt, rank)}", contract.encode(end))
-    except storage.StoreError as error:
-        log.error("%s; and that could not be published: %s", end.message, error)
-    return contract.EXIT_CODES[end.cause]
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(worker.main(sys.argv[1], run))

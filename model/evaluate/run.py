@@ -1,4 +1,4 @@
-"""The evaluation of a run: `python -P -m model.evaluate.run ATTEMPT_YAML`, one process, started by the agent.
+"""The evaluation of a run: `python -P -m model.rank model.evaluate.run ATTEMPT_YAML`, one process, by the agent.
 
 Loads the backbone that the run ended with and the same one untrained, scores both on images that training never saw,
 and publishes `report/report.json` and the pictures. What the images do not allow is left out, by name.
@@ -6,12 +6,13 @@ and publishes `report/report.json` and the pictures. What the images do not allo
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import numpy as np
 
-from model import checkpoint, config, storage
-from model.contract import REPORT_DIR, REPORT_FILE, Attempt
+from model import checkpoint, config, contract, storage, worker
+from model.contract import REPORT_DIR, REPORT_FILE, Attempt, Cause, RankEnd
 from model.data import index as images
 from model.data.index import Entry, Index
 from model.evaluate import features, pixels, report, tasks
@@ -23,43 +24,53 @@ from model.progress import Progress
 STAGES = ("images", "features", "classification", "dense", "instance retrieval", "captions", "intervals", "pictures")
 
 
+class StopError(Exception):
+    """The agent asks for a stop. An evaluation seals nothing: the next attempt begins again."""
+
+
 @dataclass
 class Work:
-    """What the evaluation has done so far, told step by step."""
+    """How far the evaluation is, told stage by stage."""
 
+    attempt: Attempt
     progress: Progress
     done: int = 0
 
-    def finished(self, images_seen: int = 0, seconds: float = 1.0) -> None:
+    def finished(self) -> None:
+        """Raises StopError if the agent asked for a stop meanwhile."""
         self.progress.note(f"{STAGES[self.done]} done")
         self.done += 1
-        self.progress.step(self.done, images_seen / seconds, {})
+        self.progress.step(self.done, 0.0, {})
+        pulse = contract.pulse_file(self.attempt.launch_name, 0)
+        pulse.parent.mkdir(parents=True, exist_ok=True)
+        pulse.touch()
+        if contract.stop_file(self.attempt.launch_name).exists():
+            raise StopError
 
 
-def evaluate(attempt: Attempt, progress: Progress) -> int:
-    """Publish the report of the attempt's run. Returns the number of stages done.
+def evaluate(work: Work) -> None:
+    """Publish the report of the attempt's run.
 
-    Raises DataError, CheckpointError or storage.StoreError.
+    Raises StopError, DataError, CheckpointError or storage.StoreError.
     """
-    work = Work(progress)
+    attempt = work.attempt
     settings = config.read(config.Evaluate, attempt.settings)
     model = config.read(config.Model, attempt.model)
     index = images.build_or_read(settings.data, attempt.run_dir)
     train, held_out = sides(index, settings)
     work.finished()
-    networks = [
-        features.backbone(model, attempt.seed, weights)
-        for weights in (checkpoint.load(attempt.inputs["backbone"], "teacher_backbone"), None)
-    ]
-    trained, untrained = (tasks.look(network, train, held_out, settings) for network in networks)
+    weights = checkpoint.load(attempt.inputs["backbone"], "teacher_backbone")
+    trained, untrained = (
+        tasks.look(features.backbone(model, attempt.seed, state), train, held_out, settings)
+        for state in (weights, None)
+    )
     bench = Bench(settings, attempt.seed, train, held_out, trained, untrained)
     work.finished()
-    scored, left_out = all_scores(attempt, bench, index, work)
+    scored, left_out = all_scores(bench, index, work)
     rows = [report.row(one, settings.bootstrap, attempt.seed) for one in scored]
     work.finished()
     publish(attempt, bench, rows, left_out)
     work.finished()
-    return work.done
 
 
 def sides(index: Index, settings: config.Evaluate) -> tuple[Side, Side]:
@@ -74,7 +85,7 @@ def _side(entries: list[Entry], index: Index, settings: config.Evaluate) -> Side
     return Side(entries, pixels.squares(entries, index.root, settings.image_size, settings.data.background))
 
 
-def all_scores(attempt: Attempt, bench: Bench, index: Index, work: Work) -> tuple[list[Scored], list[LeftOut]]:
+def all_scores(bench: Bench, index: Index, work: Work) -> tuple[list[Scored], list[LeftOut]]:
     """Every score that the images allow, and those that they do not."""
     scored: list[Scored] = []
     left_out: list[LeftOut] = []
@@ -92,12 +103,12 @@ def all_scores(attempt: Attempt, bench: Bench, index: Index, work: Work) -> tupl
     scored.append(tasks.instance_retrieval(bench))
     work.finished()
     captioned = np.array([i for i, entry in enumerate(bench.held_out.entries) if entry.caption], dtype=np.int64)
-    if "text" not in attempt.inputs:
+    if "text" not in work.attempt.inputs:
         left_out.append(LeftOut(score="caption-to-image R@1", why="the run has no text phase"))
     elif not len(captioned):
         left_out.append(LeftOut(score="caption-to-image R@1", why="it needs captions: a .txt beside each image"))
     else:
-        scored.append(_captions(attempt, bench, captioned))
+        scored.append(_captions(work.attempt, bench, captioned))
     work.finished()
     return scored, left_out
 
@@ -130,3 +141,20 @@ def publish(attempt: Attempt, bench: Bench, rows: list[Row], left_out: list[Left
         pictures=[f"{REPORT_DIR}/{name}" for name in drawn],
     )
     storage.replace(f"{attempt.run_dir}/{REPORT_FILE}", report.encode(made))
+
+
+def run(attempt: Attempt) -> RankEnd:
+    """Evaluate in this process, to whatever end."""
+    work = Work(attempt, Progress(attempt, len(STAGES)))
+    try:
+        evaluate(work)
+        work.progress.flush()
+    except StopError:
+        return RankEnd(cause=Cause.STOPPED, message="stopped as asked; it will begin again", step=work.done)
+    except Exception as error:
+        return worker.failed(error, work.done)
+    return RankEnd(cause=Cause.DONE, message=f"the report is in {REPORT_FILE}", step=work.done)
+
+
+if __name__ == "__main__":
+    sys.exit(worker.main(sys.argv[1], run))
