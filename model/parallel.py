@@ -3,11 +3,18 @@
 Every function is a no-op of the same meaning in a process that joined no group, so that losses and tests need no
 special case. Nothing here carries a gradient: losses are written so that micro-batches and ranks sum to the global
 loss, and the gradients are summed once, at the end of a step.
+
+What the sums, maxima and gathers answered can be written down (`recorded`) and given again (`answered`), so that one
+rank of many can be replayed alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import ParamSpec
 
 import torch
 from torch import Tensor, distributed
@@ -41,6 +48,66 @@ def world() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
+P = ParamSpec("P")
+
+_written: ContextVar[list[Tensor] | None] = ContextVar("written", default=None)
+_given: ContextVar[Iterator[Tensor] | None] = ContextVar("given", default=None)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Tensor]]:
+    """In this block every collective's answer is added to the list that the block gets."""
+    answers: list[Tensor] = []
+    token = _written.set(answers)
+    try:
+        yield answers
+    finally:
+        _written.reset(token)
+
+
+@contextmanager
+def answered(answers: Sequence[Tensor]) -> Iterator[None]:
+    """In this block the collectives ask nobody: they give `answers`, in order, in dtype and place of what is asked.
+
+    Raises ValueError if there are too few or too many, or one has not the shape that such an answer has.
+    """
+    left = iter(answers)
+    token = _given.set(left)
+    try:
+        yield
+    finally:
+        _given.reset(token)
+    if unused := len(list(left)):
+        raise ValueError(f"{unused} of {len(answers)} recorded answers of collectives were not asked for")
+
+
+def _taped(collective: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Decorator of a collective, whose first argument is this rank's tensor."""
+
+    @functools.wraps(collective)
+    def taped(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        if (given := _given.get()) is not None:
+            asked = args[0]
+            assert isinstance(asked, Tensor)
+            return _next(given, asked, same_shape=collective.__name__ != "all_gather")
+        answer = collective(*args, **kwargs)
+        if (written := _written.get()) is not None:
+            written.append(answer)
+        return answer
+
+    return taped
+
+
+def _next(given: Iterator[Tensor], asked: Tensor, *, same_shape: bool) -> Tensor:
+    answer = next(given, None)
+    if answer is None:
+        raise ValueError("there are fewer recorded answers of collectives than are asked for")
+    if same_shape and answer.shape != asked.shape:
+        raise ValueError(f"a recorded answer is {list(answer.shape)}, where {list(asked.shape)} was asked for")
+    return answer.to(asked)
+
+
+@_taped
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum of every rank's `tensor` (same shape and dtype on all), as a new tensor without gradient."""
     total = tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -49,6 +116,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return total
 
 
+@_taped
 def all_reduce_max(tensor: Tensor) -> Tensor:
     """The largest of every rank's `tensor`, entry by entry, as a new tensor without gradient."""
     largest = tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -57,6 +125,7 @@ def all_reduce_max(tensor: Tensor) -> Tensor:
     return largest
 
 
+@_taped
 def all_gather(tensor: Tensor, dim: int = 0) -> Tensor:
     """Every rank's `tensor` (same shape and dtype on all), joined along `dim` in rank order, without gradient."""
     own = tensor.detach().contiguous()
