@@ -27,10 +27,11 @@ def swiglu_width(dim: int, ratio: float, align: int) -> int:
 
 def backbone_parameters(backbone: Backbone) -> int:
     dim = backbone.dim
-    tokens = (2 + backbone.registers) * dim  # CLS, mask token, registers
+    tokens = (1 + backbone.mask_token + backbone.registers) * dim  # CLS, mask token, registers
+    positions = 0 if backbone.position_grid is None else (1 + backbone.position_grid**2) * dim
     patch_embed = (backbone.channels * backbone.patch_size**2 + 1) * dim
     norms = (2 if backbone.untie_local_cls_norm else 1) * 2 * dim
-    return tokens + patch_embed + norms + backbone.depth * _block_parameters(backbone)
+    return tokens + positions + patch_embed + norms + backbone.depth * _block_parameters(backbone)
 
 
 def _block_parameters(backbone: Backbone) -> int:
@@ -45,7 +46,7 @@ def _attention_parameters(dim: int, *, qkv_bias: bool) -> int:
 
 
 def _ffn_parameters(dim: int, kind: str, ratio: float, align: int) -> int:
-    if kind == "swiglu":
+    if kind != "mlp":
         hidden = swiglu_width(dim, ratio, align)
         return 2 * hidden * (dim + 1) + dim * (hidden + 1)
     hidden = int(dim * ratio)
@@ -53,9 +54,14 @@ def _ffn_parameters(dim: int, kind: str, ratio: float, align: int) -> int:
 
 
 def head_parameters(head: Head, dim: int) -> int:
+    """All of them; the lengths of the prototypes are among them where the last layer has weight norm, learnt or not."""
     widths = [dim, *[head.hidden] * (head.layers - 1), head.bottleneck]
     mlp = sum((width + 1) * after for width, after in itertools.pairwise(widths))
-    return mlp + head.bottleneck * head.prototypes
+    return mlp + (head.bottleneck + (head.weight_norm != "none")) * head.prototypes
+
+
+def _frozen_lengths(head: Head) -> int:
+    return head.prototypes if head.weight_norm == "frozen" else 0
 
 
 def heads_parameters(model: Model) -> int:
@@ -84,7 +90,8 @@ def trained_parameters(model: Model, phase: AnyPhase) -> int:
     """What the optimizer updates; the 1 of a text phase is its logit scale."""
     if isinstance(phase, TextPhase):
         return text_tower_parameters(phase) + vision_head_parameters(phase, model.backbone) + 1
-    return backbone_parameters(model.backbone) + heads_parameters(model)
+    frozen = sum(_frozen_lengths(head) for head in (model.dino_head, model.ibot_head))
+    return backbone_parameters(model.backbone) + heads_parameters(model) - frozen
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------
@@ -139,7 +146,7 @@ def forward_flops(backbone: Backbone, side: int) -> Flops:
     embed = 2 * count * dim * backbone.channels * backbone.patch_size**2
     tokens = 1 + backbone.registers + count
     hidden = swiglu_width(dim, backbone.ffn_ratio, backbone.ffn_align)
-    ffn = 3 * dim * hidden if backbone.ffn == "swiglu" else 2 * dim * int(dim * backbone.ffn_ratio)
+    ffn = 2 * dim * int(dim * backbone.ffn_ratio) if backbone.ffn == "mlp" else 3 * dim * hidden
     return Flops(backbone.depth * _block_flops(tokens, dim, ffn), embed)
 
 

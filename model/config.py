@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, TypeAdapter, model_validator
 
+from model.architectures import ARCHITECTURES
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -62,21 +64,6 @@ def constant(value: float) -> Schedule:
 
 # --- the networks -----------------------------------------------------------------------------------------------------
 
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "vits16": {"dim": 384, "depth": 12, "heads": 6},
-    "vits16plus": {"dim": 384, "depth": 12, "heads": 6, "ffn": "swiglu", "ffn_ratio": 6.0},
-    "vitb16": {"dim": 768, "depth": 12, "heads": 12},
-    "vitl16": {"dim": 1024, "depth": 24, "heads": 16},
-    "vitl16plus": {"dim": 1024, "depth": 24, "heads": 16, "ffn": "swiglu", "ffn_ratio": 6.0},
-    "vith16plus": {"dim": 1280, "depth": 32, "heads": 20, "ffn": "swiglu", "ffn_ratio": 6.0},
-    "vit7b16": {
-        "dim": 4096, "depth": 40, "heads": 32, "ffn": "swiglu", "ffn_ratio": 3.0, "ffn_align": 64,
-        "qkv_bias": False, "untie_local_cls_norm": True,
-    },
-    "custom": {},
-}  # fmt: skip
-"""Released architectures. What a job says beside `arch` overrides the row; `custom` has no row and must say all."""
-
 
 class Backbone(Section):
     """A vision transformer. `arch` names a released one; the other fields override it."""
@@ -88,7 +75,8 @@ class Backbone(Section):
     patch_size: PositiveInt = 16
     channels: PositiveInt = 3
     registers: Count = Field(4, description="register (storage) tokens")
-    ffn: Literal["mlp", "swiglu"] = "mlp"
+    mask_token: bool = Field(True, description="a learnt token that hides patches; iBOT needs it")
+    ffn: Literal["mlp", "swiglu", "swiglu_fused"] = Field("mlp", description="fused: w1 and w2 in one matrix, as in v2")
     ffn_ratio: Positive = 4.0
     ffn_align: PositiveInt = Field(8, description="SwiGLU's hidden width is rounded up to a multiple of this")
     qkv_bias: bool = True
@@ -97,10 +85,17 @@ class Backbone(Section):
     norm_eps: Positive = 1e-5
     untie_local_cls_norm: bool = Field(False, description="a norm of its own for the CLS of local crops")
     drop_path: Fraction = 0.0
+    drop_path_depth: Literal["uniform", "linear"] = Field("uniform", description="linear: from 0 in the first block")
+    token_std: Positive = Field(0.02, description="of the CLS token and the registers at the beginning")
+    positions: Literal["rope", "learned"] = "rope"
+    position_grid: PositiveInt | None = Field(None, description="learned: side of the grid of positions, in patches")
+    position_offset: NonNegative = Field(0.1, description="learned: added to a side in patches when interpolating")
     rope_base: Positive = 100.0
     rope_rescale: Annotated[float, Field(ge=1.0)] | None = Field(None, description="training augmentation, e.g. 2.0")
     rope_jitter: Annotated[float, Field(ge=1.0)] | None = None
     rope_shift: NonNegative | None = None
+    rope_dtype: Literal["fp32", "bf16"] = "fp32"
+    rope_per_block: bool = Field(False, description="draw the training augmentation anew in every block")
 
     @model_validator(mode="before")
     @classmethod
@@ -116,6 +111,8 @@ class Backbone(Section):
                 f"dim {self.dim} over {self.heads} heads: a head's width must be whole and a multiple of 4, "
                 "as axial RoPE turns pairs on two axes"
             )
+        if (self.positions == "learned") != (self.position_grid is not None):
+            raise ValueError("position_grid goes with `positions: learned`, and only with it")
         return self
 
 
@@ -126,6 +123,9 @@ class Head(Section):
     hidden: PositiveInt
     bottleneck: PositiveInt
     layers: PositiveInt = 3
+    weight_norm: Literal["none", "frozen", "learned"] = Field(
+        "none", description="of the last layer (v1, v2): each prototype has a length, which is 1 or learnt"
+    )
 
 
 class Model(Section):
@@ -284,6 +284,12 @@ class Health(Section):
     every: PositiveInt = Field(50, description="steps between two measurements of collapse (rank, entropy, prototypes)")
 
 
+class Debug(Section):
+    """What helps to find a fault; nothing here changes the training."""
+
+    record_step: PositiveInt | None = Field(None, description="write this step down whole, for `dinoctl replay`")
+
+
 class PhaseBase(Section):
     steps: PositiveInt
     data: Data
@@ -302,6 +308,7 @@ class SslPhase(PhaseBase):
     augment: Augment = Augment()
     losses: Losses = Losses()
     ema: Scheduled = constant(0.994)
+    debug: Debug = Debug()
 
 
 class PretrainPhase(SslPhase):

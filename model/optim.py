@@ -126,7 +126,7 @@ def _lr_multiplier(network: str, name: str, depth: int, settings: config.Optim) 
         return settings.layer_decay ** (depth - block)
     if name.startswith("patch_embed."):
         return settings.layer_decay ** (depth + 1) * settings.patch_embed_lr
-    if name.endswith(("_token", "_tokens")):
+    if name.endswith(("_token", "_tokens")) or name == "pos_embed":
         return settings.layer_decay ** (depth + 1)
     return 1.0
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.accounting import swiglu_width
 from model.networks.init import Rule
 from model.networks.rope import Rotation
 
@@ -55,13 +56,27 @@ class SwiGlu(nn.Module):
 
     def __init__(self, dim: int, ratio: float, align: int) -> None:
         super().__init__()
-        hidden = math.ceil(int(int(dim * ratio) * 2 / 3) / align) * align
+        hidden = swiglu_width(dim, ratio, align)
         self.w1 = nn.Linear(dim, hidden)
         self.w2 = nn.Linear(dim, hidden)
         self.w3 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w3(F.silu(self.w1(x)) * self.w2(x))  # type: ignore[no-any-return]
+
+
+class FusedSwiGlu(nn.Module):
+    """The same with w1 and w2 in one matrix, as DINOv2 has it."""
+
+    def __init__(self, dim: int, ratio: float, align: int) -> None:
+        super().__init__()
+        hidden = swiglu_width(dim, ratio, align)
+        self.w12 = nn.Linear(dim, 2 * hidden)
+        self.w3 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)  # type: ignore[no-any-return]
 
 
 class KeyMaskedLinear(nn.Linear):

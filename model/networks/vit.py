@@ -1,4 +1,6 @@
-"""The vision transformer of DINOv3 (arXiv 2508.10104, section 3.2), under the names of the released weights.
+"""The vision transformer of DINO, v2 and v3 (arXiv 2104.14294, 2304.07193, 2508.10104), under the released names.
+
+Versions 1 and 2 learn a table of positions, version 3 turns queries and keys by their place (RoPE).
 
 Nothing here draws a random number or asks whether it is training: masks, drop-path indices and RoPE draws come in as
 tensors (`model.networks.perturb`), so a recomputed or replayed forward sees the same.
@@ -6,14 +8,16 @@ tensors (`model.networks.perturb`), so a recomputed or replayed forward sees the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from model.config import Backbone
-from model.networks.blocks import Attention, Block, Kept, Mlp, SwiGlu
+from model.networks.blocks import Attention, Block, FusedSwiGlu, Kept, Mlp, SwiGlu
 from model.networks.init import STD, Normal, Rule
 from model.networks.perturb import Perturbation
 from model.networks.rope import RopeEmbedding, Rotation
@@ -56,15 +60,19 @@ class VisionTransformer(nn.Module):
         self.settings = settings
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.storage_tokens = nn.Parameter(torch.empty(1, settings.registers, dim)) if settings.registers else None
-        self.mask_token = nn.Parameter(torch.empty(1, dim))
+        self.mask_token = nn.Parameter(torch.empty(1, dim)) if settings.mask_token else None
         self.patch_embed = PatchEmbed(settings.channels, dim, settings.patch_size)
-        self.rope_embed = RopeEmbedding(dim // settings.heads, settings.rope_base)
+        side = settings.position_grid
+        self.pos_embed = None if side is None else nn.Parameter(torch.empty(1, 1 + side * side, dim))
+        rope = RopeEmbedding(dim // settings.heads, settings.rope_base, settings.rope_dtype)
+        self.rope_embed = rope if settings.positions == "rope" else None
         self.blocks = nn.ModuleList(_block(settings) for _ in range(settings.depth))
         self.norm = nn.LayerNorm(dim, eps=settings.norm_eps)
         self.local_cls_norm = nn.LayerNorm(dim, eps=settings.norm_eps) if settings.untie_local_cls_norm else None
 
     def initial(self) -> dict[str, Rule]:
-        return {"cls_token": Normal(STD), "storage_tokens": Normal(STD), "mask_token": 0.0}
+        tokens = Normal(self.settings.token_std)
+        return {"cls_token": tokens, "storage_tokens": tokens, "mask_token": 0.0, "pos_embed": Normal(STD)}
 
     @property
     def prefix(self) -> int:
@@ -75,6 +83,8 @@ class VisionTransformer(nn.Module):
         """The features of each group of crops, in order. Raises ValueError for sizes that do not fit the patches."""
         xs, rotations = self._embed(views)
         for depth, block in enumerate(self.blocks):
+            if depth and self.settings.rope_per_block:
+                rotations = self._rotations(views, depth)
             xs = block(xs, rotations, _kept(views, depth))
         return [self._finish(x, view.local) for x, view in zip(xs, views, strict=True)]
 
@@ -95,18 +105,33 @@ class VisionTransformer(nn.Module):
         weights = last.attn.weights(last.norm1(xs[0]), rotations[0], query=0)[:, :, self.prefix :]
         return weights.reshape(*weights.shape[:2], *self._grid(images))
 
-    def _embed(self, views: Sequence[View]) -> tuple[list[Tensor], list[Rotation]]:
-        rotations = []
+    def _embed(self, views: Sequence[View]) -> tuple[list[Tensor], list[Rotation | None]]:
+        return [self._tokens(view) for view in views], self._rotations(views, 0)
+
+    def _rotations(self, views: Sequence[View], depth: int) -> list[Rotation | None]:
+        if self.rope_embed is None:
+            return [None] * len(views)
+        rotations: list[Rotation | None] = []
         for view in views:
             draws = None if view.perturbation is None else view.perturbation.rope
-            rotations.append(self.rope_embed(*self._grid(view.images), self.prefix, draws))
-        return [self._tokens(view) for view in views], rotations
+            at_depth = None if draws is None else draws.at(depth)
+            rotations.append(self.rope_embed(*self._grid(view.images), self.prefix, at_depth))
+        return rotations
 
     def _tokens(self, view: View) -> Tensor:
+        grid = self._grid(view.images)
         patches = self.patch_embed(view.images)
         if view.masks is not None:
+            if self.mask_token is None:
+                raise ValueError(
+                    "this backbone has no mask token (model.backbone.mask_token), so nothing can be masked"
+                )
             patches = torch.where(view.masks[..., None], self.mask_token.to(patches.dtype), patches)
-        prefix = [self.cls_token] if self.storage_tokens is None else [self.cls_token, self.storage_tokens]
+        cls: Tensor = self.cls_token
+        if self.pos_embed is not None:
+            cls = cls + self.pos_embed[:, :1]
+            patches = patches + resize_positions(self.pos_embed[:, 1:], grid, self.settings.position_offset)
+        prefix = [cls] if self.storage_tokens is None else [cls, self.storage_tokens]
         return torch.cat([*(token.expand(len(patches), -1, -1) for token in prefix), patches], dim=1)
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
@@ -122,16 +147,38 @@ class VisionTransformer(nn.Module):
         return Features(prefix[:, 0], prefix[:, 1:], self.norm(x[:, self.prefix :]))
 
 
+def resize_positions(table: Tensor, grid: tuple[int, int], offset: float) -> Tensor:
+    """Learnt positions [1, side * side, dim] for the patches of a grid (rows, columns): [1, rows * columns, dim].
+
+    Bicubic, by the factor (rows + offset) / side, which is not quite rows / side: the released code adds 0.1 against
+    rounding, and the kernel sees it. The table as it is where the grid is its own.
+    """
+    side = math.isqrt(table.shape[1])
+    if grid == (side, side):
+        return table
+    maps = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    maps = maps if maps.dtype == torch.float64 else maps.float()
+    factors = ((grid[0] + offset) / side, (grid[1] + offset) / side)
+    with torch.autocast(table.device.type, enabled=False):
+        resized = F.interpolate(maps, scale_factor=factors, mode="bicubic", align_corners=False)
+    if resized.shape[2:] != grid:
+        raise ValueError(
+            f"positions of a {side} x {side} grid do not fit {grid}: position_offset {offset} is too large"
+        )
+    return resized.flatten(2).transpose(1, 2)
+
+
 def _kept(views: Sequence[View], depth: int) -> list[Kept | None]:
     return [None if view.perturbation is None else view.perturbation.kept(depth) for view in views]
 
 
 def _block(settings: Backbone) -> Block:
     dim = settings.dim
-    mlp = (
-        SwiGlu(dim, settings.ffn_ratio, settings.ffn_align)
-        if settings.ffn == "swiglu"
-        else Mlp(dim, settings.ffn_ratio)
-    )
+    mlp: nn.Module
+    if settings.ffn == "mlp":
+        mlp = Mlp(dim, settings.ffn_ratio)
+    else:
+        swiglu = SwiGlu if settings.ffn == "swiglu" else FusedSwiGlu
+        mlp = swiglu(dim, settings.ffn_ratio, settings.ffn_align)
     attn = Attention(dim, settings.heads, qkv_bias=settings.qkv_bias, mask_k_bias=settings.mask_k_bias)
     return Block(dim, attn, mlp, layer_scale=settings.layer_scale, eps=settings.norm_eps)

@@ -89,3 +89,25 @@ def test_one_augmentation_does_not_shift_another():
     assert torch.equal(both.scale, rescale.scale)
     assert torch.equal(shift.scale, torch.ones(8, 2))
     assert rope_draws(backbone(), layout, 0, "pretrain", 0) is None
+
+
+def test_a_linear_ramp_keeps_fewer_in_every_block():
+    settings = backbone(depth=4, drop_path=0.6, drop_path_depth="linear")
+    noise = perturbation(settings, Layout("global", [3, 4], 5, 2), 0, "pretrain", 1)
+    uniform, _ = drop_path(0.6, 4, Layout("global", [3, 4], 5, 2), 0, "pretrain", 1)
+    for block, keep in enumerate((10, 8, 6, 4)):  # of the 10 crops of a group, at rates 0, 0.2, 0.4, 0.6
+        kept = noise.kept(block)
+        for branch in (kept.attention, kept.ffn):
+            assert len(set(branch.tolist())) == len(branch) == 2 * keep
+        assert kept.scale == pytest.approx(10 / keep)
+    assert torch.equal(noise.kept(3).attention, uniform[3, 0])
+
+
+def test_a_draw_a_block_where_asked():
+    layout = Layout("local", [0, 1], 2, 3)
+    once = rope_draws(backbone(rope_rescale=2.0), layout, 0, "pretrain", 0)
+    anew = rope_draws(backbone(rope_rescale=2.0, rope_per_block=True), layout, 0, "pretrain", 0)
+    assert anew.scale.shape == (3, 12, 2)
+    assert torch.equal(anew.at(0).scale, once.scale)
+    assert torch.equal(once.at(2).scale, once.scale)
+    assert not torch.equal(anew.at(1).scale, anew.at(2).scale)

@@ -77,3 +77,17 @@ def test_turns_bf16_in_fp32():
     turned = rotation.turn(x)
     assert turned.dtype == torch.bfloat16
     assert torch.equal(turned, rotation.turn(x.float()).bfloat16())
+
+
+def test_bf16_is_as_far_off_as_the_released_code():
+    exact = create(lambda: RopeEmbedding(64, 100.0), 0, "rope")(14, 14, 5)
+    rough = create(lambda: RopeEmbedding(64, 100.0, "bf16"), 0, "rope")(14, 14, 5)
+    assert rough.sin.dtype == torch.bfloat16
+    assert 0.01 < (rough.sin.float() - exact.sin).abs().max() < 0.025
+    x = torch.randn(1, 2, 201, 64)
+    assert rough.turn(x).dtype == torch.float32
+
+
+def test_float64_networks_turn_in_float64():
+    rotation = embedding().double()(3, 2, prefix=1)
+    assert rotation.cos.dtype == torch.float64

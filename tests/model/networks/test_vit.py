@@ -200,3 +200,14 @@ def test_unpack_undoes_pack():
     xs = [torch.randn(2, 3, 4), torch.randn(5, 1, 4)]
     for x, back in zip(xs, unpack(pack(xs), [x.shape for x in xs]), strict=True):
         assert torch.equal(x, back)
+
+
+def test_rope_may_be_drawn_anew_in_every_block():
+    once, anew = small(rope_rescale=2.0), small(rope_rescale=2.0, rope_per_block=True)
+
+    def features(settings):
+        noise = perturbation(settings, Layout("global", [0], 2, 2), 0, "pretrain", 0)
+        return network(settings)([View(images(4, 16), None, noise)])[0]
+
+    assert not torch.allclose(features(once).cls, features(anew).cls)
+    close(features(once.model_copy(update={"depth": 1})), features(anew.model_copy(update={"depth": 1})))
