@@ -157,7 +157,7 @@ def test_two_that_build_at_once_agree(images: Path, tmp_path: Path) -> None:
 STAMPS = contract.cache_dir() / "tuxpaint-stamps"
 
 
-@pytest.mark.skipif(not STAMPS.is_dir(), reason="the demo's images are not here: `make data` fetches them")
+@pytest.mark.requires("stamps")
 def test_the_demos_images() -> None:
     built = index.build(STAMPS, (1.0, 1.0, 1.0))
     group = {entry.path: entry.group for entry in built.entries}

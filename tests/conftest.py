@@ -1,0 +1,60 @@
+"""What a test may need of the machine. A test that cannot run here is left out, and one line says so and how to get it.
+
+    @pytest.mark.requires("stamps")
+
+`DINOCTL_REQUIRE=stamps,mount` turns a left-out test into a failure: that is how CI makes sure that none is.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from model import contract
+
+
+@functools.cache
+def can_mount() -> bool:
+    """Whether this process may mount a file system: being root is not enough in many containers."""
+    with tempfile.TemporaryDirectory() as folder:
+        mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", folder]
+        if os.getuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+            return False
+        subprocess.run(["umount", folder], check=True)
+        return True
+
+
+REQUIREMENTS: dict[str, tuple[Callable[[], bool], str]] = {
+    "stamps": (contract.data_folder("cache:tuxpaint-stamps").is_dir, "`make data` fetches the demo's images"),
+    "mount": (can_mount, "run as root: the test mounts a small file system"),
+}
+"""Name -> whether it is here, and how to get it."""
+
+left_out: Counter[str] = Counter()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "requires(name): needs something of the machine, see tests/conftest.py")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    demanded = os.environ.get("DINOCTL_REQUIRE", "").split(",")
+    for name in (mark.args[0] for mark in item.iter_markers("requires")):
+        is_here, how = REQUIREMENTS[name]
+        if not is_here():
+            if name in demanded:
+                pytest.fail(f"DINOCTL_REQUIRE names {name}, which is not here: {how}", pytrace=False)
+            left_out[name] += 1
+            pytest.skip(f"{name} is not here: {how}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if left_out:
+        parts = [f"{count} for want of {name} ({REQUIREMENTS[name][1]})" for name, count in left_out.items()]
+        terminalreporter.write_line(f"left out: {'; '.join(parts)}")
