@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from model.losses.gram import gram, resize_features
+from model.losses.gram import as_groups, gram, resize_features
 
 
 def features(c=3, N=6, D=4, seed=0):
     return torch.randn(c, N, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def plain(student, teacher):
+def plain(student, teacher, change=lambda s, t: (s, t)):
     def similarities(patches):
         rows = [[float(value) for value in row] for row in patches]
         norms = [math.sqrt(sum(value * value for value in row)) for row in rows]
@@ -22,7 +22,10 @@ def plain(student, teacher):
     total, entries = 0.0, 0
     for c in range(len(student)):
         S, G = similarities(student[c]), similarities(teacher[c])
-        total += sum((S[i][j] - G[i][j]) ** 2 for i in range(len(S)) for j in range(len(S)))
+        for i in range(len(S)):
+            for j in range(len(S)):
+                s, t = change(S[i][j], G[i][j])
+                total += (s - t) ** 2
         entries += len(S) ** 2
     return total / entries
 
@@ -81,3 +84,25 @@ def test_features_are_brought_down_bicubically_without_antialiasing():
 def test_features_of_the_same_grid_are_left_as_they_are():
     grid = features(N=6)
     assert resize_features(grid, (2, 3), (2, 3)) is grid
+
+
+@pytest.mark.parametrize(("options", "change"), [
+    ({"clamp": "both"}, lambda s, t: (max(s, 0), max(t, 0))),
+    ({"clamp": "teacher"}, lambda s, t: (0 if s < 0 and t < 0 else s, max(t, 0))),
+    ({"clamp": "teacher", "clamped_student": False}, lambda s, t: (s, max(t, 0))),
+])  # fmt: skip
+def test_negative_similarities_may_be_clamped(options, change):
+    student, teacher = features(), features(seed=1)
+    found = gram(student, teacher, 3, **options)
+    assert found.item() == pytest.approx(plain(student, teacher, change), rel=1e-12)
+    assert found != gram(student, teacher, 3)
+
+
+def test_over_a_group_all_patches_meet():
+    """2 crops of 4 images in groups of 2: two matrices of 2 x 2 x N patches."""
+    student, teacher = features(c=8), features(c=8, seed=1)
+    groups = [torch.cat([student[[0, 1, 4, 5]].flatten(0, 1)]), torch.cat([student[[2, 3, 6, 7]].flatten(0, 1)])]
+    found = as_groups(student, 2, 2)
+    torch.testing.assert_close(found, torch.stack(groups), rtol=0, atol=0)
+    together = gram(found, as_groups(teacher, 2, 2), 2)
+    assert together.item() == pytest.approx(plain(found, as_groups(teacher, 2, 2)), rel=1e-12)

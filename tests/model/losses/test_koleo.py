@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from torch import multiprocessing
 
-from model.losses.koleo import koleo
+from model import parallel
+from model.losses.koleo import koleo, koleo_gathered
 
 
 def features(b=8, D=5, seed=0):
@@ -54,5 +56,35 @@ def test_equal_and_huge_and_half_precision_features_stay_finite():
 
 
 def test_a_group_of_one_is_refused():
-    with pytest.raises(ValueError, match=r"at least 2 images in a group, got optim\.group_size 1"):
+    with pytest.raises(ValueError, match="at least 2 images in a group, got 1 "):
         koleo(features(), 1, 8)
+
+
+def _run_rank(rank, store, group_size):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    own = features().requires_grad_()
+    mine = own[4 * rank : 4 * rank + 4]
+    loss = koleo_gathered(mine, parallel.all_gather(mine), 4 * rank, group_size, 8)
+    loss.backward()
+    torch.save((loss.detach(), own.grad), f"{store}.{rank}")
+    parallel.leave()
+
+
+@pytest.mark.parametrize("group_size", [4, 8])
+def test_groups_over_two_processes_equal_one(tmp_path, group_size):
+    store = tmp_path / "store"
+    multiprocessing.spawn(_run_rank, args=(store, group_size), nprocs=2)
+    x = features().requires_grad_()
+    whole = koleo(x, group_size, 8)
+    whole.backward()
+    (first, one), (second, other) = (torch.load(f"{store}.{rank}") for rank in range(2))
+    torch.testing.assert_close(first + second, whole.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(one + other, x.grad, rtol=1e-9, atol=1e-14)
+
+
+def test_a_rank_looks_at_its_own_groups_alone():
+    x = features(b=12)
+    loss = koleo_gathered(x[4:6], x, 4, 4, 12)
+    x[:4] = x[8:] = float("nan")
+    assert torch.equal(koleo_gathered(x[4:6], x, 4, 4, 12), loss)
