@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from model import config
-from model.data.images import colour, letterbox
+from model.data.images import square
 from model.data.views import SslViews
 from model.draws import generator
 
@@ -115,7 +115,7 @@ def _cut_global(recipe: Recipe, image: Image.Image, position: int, views: SslVie
         colours = draw_colours(rng, a, a.blur_global_2, a.solarize_global_2)
     side, gram_side = views.resolution.global_size, views.gram_size
     cut = crop(image, box, flip, max(side, gram_side or 0))
-    return Cut(resize(cut, side), colours, None if gram_side is None else resize(cut, gram_side))
+    return Cut(square(cut, side), colours, None if gram_side is None else square(cut, gram_side))
 
 
 def _cut_local(recipe: Recipe, image: Image.Image, position: int, side: int, number: int) -> Cut:
@@ -126,7 +126,7 @@ def _cut_local(recipe: Recipe, image: Image.Image, position: int, side: int, num
 
 def whole_views(images: Sequence[Image.Image], side: int, data: config.Data) -> Pixels:
     """The whole of each RGB image in a square, normalised, [n, 3, side, side]: what text phases look at."""
-    return normalise(pixels([letterbox(image, side, colour(data.background)) for image in images]), data)
+    return normalise(pixels([square(image, side) for image in images]), data)
 
 
 # --- where to look ----------------------------------------------------------------------------------------------------
@@ -165,13 +165,8 @@ def random_box(
 
 def crop(image: Image.Image, box: Box, flip: bool, side: int) -> Image.Image:
     """The box as a square. Cut before it is resized: with `resize(box=)` pixels outside would shine in at the edges."""
-    cut = resize(image.crop(box), side)
+    cut = square(image.crop(box), side)
     return cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else cut
-
-
-def resize(image: Image.Image, side: int) -> Image.Image:
-    """To a square of `side`, bicubic and antialiased; the image itself if it is one."""
-    return image if image.size == (side, side) else image.resize((side, side), Image.Resampling.BICUBIC)
 
 
 def pixels(images: Sequence[Image.Image]) -> Pixels:

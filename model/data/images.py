@@ -70,22 +70,14 @@ def over(image: Image.Image, background: Rgb) -> Image.Image:
     """The image as RGB, `background` (RGB in [0, 1]) showing through where it is transparent."""
     if image.mode != "RGBA":
         return image
-    return Image.alpha_composite(Image.new("RGBA", image.size, (*colour(background), 255)), image).convert("RGB")
+    colour = tuple(round(255 * value) for value in background)
+    return Image.alpha_composite(Image.new("RGBA", image.size, (*colour, 255)), image).convert("RGB")
 
 
-def letterbox(image: Image.Image, side: int, fill: tuple[int, ...] | float) -> Image.Image:
-    """The whole image in the middle of a square of `side` pixels, its shape kept, `fill` (in its mode's own values)
-    around it: what text phases and evaluations look at."""
-    scale = side / max(image.size)
-    width, height = (max(1, round(scale * length)) for length in image.size)
-    canvas = Image.new(image.mode, (side, side), fill)
-    canvas.paste(image.resize((width, height), Image.Resampling.BICUBIC), ((side - width) // 2, (side - height) // 2))
-    return canvas
-
-
-def colour(background: Rgb) -> tuple[int, ...]:
-    """An RGB colour in [0, 1] as Pillow counts it."""
-    return tuple(round(255 * value) for value in background)
+def square(image: Image.Image, side: int) -> Image.Image:
+    """The whole image as a square of `side` pixels, its shape not kept, as in random resized crops: what text phases
+    and evaluations look at."""
+    return image if image.size == (side, side) else image.resize((side, side), Image.Resampling.BICUBIC)
 
 
 def load_rgb(path: Path, background: Rgb) -> Image.Image:

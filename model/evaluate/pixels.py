@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance
 
 from model import draws
 from model.config import Rgb
-from model.data.images import colour, letterbox, load_with_alpha
+from model.data.images import load_with_alpha, square
 from model.data.index import Entry
 from model.evaluate.baselines import Images
 
@@ -24,7 +24,7 @@ QUERY_COLOUR = 0.3
 
 @dataclass(frozen=True)
 class Squares:
-    """Images letterboxed to a square, in the order of their entries."""
+    """Whole images as squares, in the order of their entries."""
 
     rgb: Images  # uint8 [n, side, side, 3]
     opacity: list[NDArray[np.float32] | None]  # [side, side] in [0, 1]; None for an image without transparent pixels
@@ -35,8 +35,8 @@ def squares(entries: Sequence[Entry], root: str, side: int, background: Rgb) -> 
     rgb, opacity = [], []
     for entry in entries:
         image, alpha = load_with_alpha(Path(root) / entry.path, background)
-        rgb.append(np.asarray(letterbox(image, side, colour(background))))
-        opacity.append(None if alpha is None else np.asarray(letterbox(Image.fromarray(alpha), side, 0.0)))
+        rgb.append(np.asarray(square(image, side)))
+        opacity.append(None if alpha is None else np.asarray(square(Image.fromarray(alpha), side)))
     return Squares(np.stack(rgb), opacity)
 
 
