@@ -290,6 +290,12 @@ class Debug(Section):
     record_step: PositiveInt | None = Field(None, description="write this step down whole, for `dinoctl replay`")
 
 
+class Debug(Section):
+    """What helps to find a fault; nothing here changes the training."""
+
+    record_step: PositiveInt | None = Field(None, description="write this step down whole, for `dinoctl replay`")
+
+
 class PhaseBase(Section):
     steps: PositiveInt
     data: Data
@@ -308,6 +314,7 @@ class SslPhase(PhaseBase):
     augment: Augment = Augment()
     losses: Losses = Losses()
     ema: Scheduled = constant(0.994)
+    debug: Debug = Debug()
     debug: Debug = Debug()
 
 

@@ -13,6 +13,7 @@ A run's directory, every path relative to it:
     attempts/<n>/outcome.json           how attempt n ended, in its agent's words
     attempts/<n>/ranks/<rank>.json      how one rank ended, in its own words
     attempts/<n>/progress/<chunk>.jsonl what happened at each step (rank 0)
+    attempts/<n>/recorded/              steps written down whole, for `dinoctl replay`
     attempts/<n>/log/                   agent.log and rank-<rank>.log
     checkpoints/<phase>/<n>/<step>/     shards, then manifest.json: no manifest, no checkpoint
     data/                               the index of the images
@@ -292,6 +293,11 @@ def progress_dir(attempt: int) -> str:
 
 def progress_chunk(attempt: int, chunk: int) -> str:
     return f"attempts/{attempt}/progress/{chunk:06d}.jsonl"
+
+
+def recorded_file(attempt: int, step: int, rank: int) -> str:
+    """The update that led to `step`, as that rank computed it."""
+    return f"attempts/{attempt}/recorded/{step}-rank{rank}.safetensors"
 
 
 def log_dir(attempt: int) -> str:

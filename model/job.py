@@ -60,6 +60,8 @@ class Job:
     loop: Loop
     stored: dict[str, list[File]] = field(default_factory=dict)  # files of frozen parts, once they are in the run
     sealed: dict[int, Manifest] = field(default_factory=dict)  # by this attempt, and not yet removed
+    last_sealed: CheckpointRef | None = None  # of this phase, by this attempt or one that it goes on from
+    recorded_non_finite: bool = False  # a step that was not finite was written down (`model.recording`)
     skips_told: int = 0  # unreadable images that somebody was told of
 
 
@@ -168,6 +170,7 @@ def _resume(make: partial[Job], ref: CheckpointRef) -> Job:
             job.objective.load(part, checkpoint.load_files(ref, manifest, part))
         optim.load(job.optimizer, checkpoint.load_files(ref, manifest, "optimizer"))
     job.stored = {part: manifest.parts[part] for part in job.objective.frozen_parts()}
+    job.last_sealed = ref
     return job
 
 

@@ -18,8 +18,8 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from model import checkpoint, contract, health, optim, parallel, storage, worker
-from model.contract import Attempt, Cause, RankEnd
+from model import checkpoint, contract, health, optim, parallel, recording, storage, worker
+from model.contract import Attempt, Cause, CheckpointRef, RankEnd
 from model.data.batch import Batch
 from model.job import Job, begin
 from model.objectives import base
@@ -42,6 +42,8 @@ def train(job: Job) -> Cause:
     began = time.monotonic()
     for batch in (one.to(job.device) for one in job.loader):
         moment = Moment(step=job.loop.step, steps=settings.steps, clock=job.loop.clock)
+        if recording.due(settings, moment):
+            recording.record(job, batch, moment)
         targets = objective.targets(batch, moment)
         terms = _backward(job, batch, targets, moment)
         parallel.reduce_gradients(p for network in trained.values() for p in network.parameters() if p.requires_grad)
@@ -63,7 +65,7 @@ def train(job: Job) -> Cause:
         job.progress.step(job.loop.step, settings.optim.batch_size / (time.monotonic() - began), metrics)
         pulse.touch()
         if not finite:
-            _changed_nothing(job, metrics)
+            _changed_nothing(job, batch, moment, metrics)
         stopping = job.stop.at(job.loop.step, settings.steps)
         if stopping or job.loop.step == settings.steps or job.loop.step % settings.checkpoints.every == 0:
             seal(job)
@@ -99,9 +101,12 @@ def _tell_skipped(job: Job) -> None:
         job.progress.note(f"{skipped.count} unreadable images replaced so far, last: {last}")
 
 
-def _changed_nothing(job: Job, metrics: dict[str, float]) -> None:
+def _changed_nothing(job: Job, batch: Batch, moment: Moment, metrics: dict[str, float]) -> None:
     names = ", ".join(name for name, value in metrics.items() if not math.isfinite(value))
     job.progress.note(f"step {job.loop.step} changed nothing: not finite: {names}")
+    if not job.recorded_non_finite:  # the first is the one to study; the weights are still those that it had
+        job.recorded_non_finite = True
+        recording.record(job, batch, moment)
     limit = job.settings.health.non_finite_steps
     if job.loop.non_finite >= limit:
         raise DivergedError(f"step {job.loop.step} is the last of {limit} in a row that were not finite: {names}")
@@ -117,6 +122,7 @@ def seal(job: Job) -> None:
     described = {"networks": job.attempt.model, "phase": job.attempt.settings, "tokenizer": job.loader.tokenizer}
     manifest = checkpoint.seal(job.attempt, job.loop.step, written, stored, asdict(job.loop), described)
     job.stored = {part: manifest.parts[part] for part in frozen}
+    job.last_sealed = CheckpointRef(job.attempt.run_dir, job.attempt.phase, job.attempt.attempt, job.loop.step)
     job.progress.note(f"sealed {job.loop.step}")
     if parallel.rank() == 0:
         job.sealed[job.loop.step] = manifest

@@ -12,7 +12,7 @@ from orchestrator.state import State
 OPERATIONAL = ("cluster", "tracking", "runs")
 """Top-level sections that say how a run is carried out, not what it computes."""
 
-OPERATIONAL_IN_A_PHASE = (("resources",), ("health",), ("checkpoints",), ("data", "workers"))
+OPERATIONAL_IN_A_PHASE = (("resources",), ("health",), ("checkpoints",), ("data", "workers"), ("debug",))
 
 ABSENT = "(not there)"
 

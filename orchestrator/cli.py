@@ -85,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_job_commands(commands)
     _add_run_commands(commands)
+    _add_step_commands(commands)
     return parser
 
 
@@ -147,6 +148,14 @@ def _add_run_commands(commands: Commands) -> None:
 
     _add_run(commands, "watch", "(internal) keep a run going until it is over; what --detach starts")
     _add_run(commands, "tick", "(internal) look once and do what is due; what an agent runs as its last act")
+
+
+def _add_step_commands(commands: Commands) -> None:
+    replay = _add(commands, "replay", "compute a recorded step again and compare; exits 1 if a number differs")
+    replay.add_argument("file", metavar="FILE", help="attempts/<n>/recorded/*.safetensors of a run (docs/replay.md)")
+    replay.add_argument("--device", help="cpu, cuda, cuda:1; a GPU where there is one if absent")
+    replay.add_argument("--tolerance", metavar="X", help="relative; 1e-4 if absent, or 2e-2 for bf16 products")
+    replay.add_argument("--double", action="store_true", help="compute in float64, to tell rounding from a fault")
 
 
 def _add_run(commands: Commands, name: str, help_: str) -> argparse.ArgumentParser:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import os
+import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -248,6 +249,20 @@ def _is_over(run_dir: str, attempt: int) -> bool:
     return storage.exists(f"{run_dir}/{contract.outcome_file(attempt)}") or any(
         one.number == attempt and one.end for one in statuses.load(run_dir).attempts
     )
+
+
+# --- what needs torch: processes of their own -------------------------------------------------------------------------
+
+
+def replay(options: Options) -> int:
+    given = {"--device": options.device, "--tolerance": options.tolerance}
+    words = [word for name, value in given.items() if value is not None for word in (name, value)]
+    return _model("replay", options.file, *words, *(["--double"] if options.double else []))
+
+
+def _model(module: str, *words: str) -> int:
+    """Run `model.<module>` as a process of its own, in this terminal; its exit code."""
+    return subprocess.run([sys.executable, "-P", "-m", f"model.{module}", *words], check=False).returncode
 
 
 # --- small things -----------------------------------------------------------------------------------------------------

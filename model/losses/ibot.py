@@ -9,6 +9,7 @@ in crop c:
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from model.losses.precision import at_least_fp32
@@ -27,7 +28,7 @@ def ibot_cross_entropy(
     return -((targets * log_p).sum(dim=-1) * weights).sum() / crops
 
 
-def mask_weights(masks: Tensor) -> Tensor:
+def mask_weights(masks: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """1 / (masked patches of its crop) for each masked patch [m], ordered as `features[masks]`; `masks` [..., N]."""
     counts = masks.sum(dim=-1, keepdim=True).clamp(min=1)
-    return counts.float().reciprocal().expand(masks.shape)[masks]
+    return counts.to(dtype).reciprocal().expand(masks.shape)[masks]

@@ -7,6 +7,7 @@ at a step, hand-offs, the moving average and the Gram teacher's refreshes.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -15,16 +16,31 @@ from model import config, ema
 from model.data.batch import SslBatch
 from model.data.views import SslViews, resolution_at
 from model.health import Observed
+from model.losses.centering import Center
 from model.losses.dino import crop_scales
+from model.losses.gram import Clamp
 from model.networks.heads import ProjectionHead
 from model.networks.init import create
 from model.networks.perturb import Layout, Perturbation, perturbation
 from model.networks.vit import VisionTransformer
 from model.objectives.base import Moment, Networks, ReadPart, State, copy_strictly, network_state
-from model.objectives.step import GLOBAL_CROPS, Draws, Scalars, SslTargets, Trio, learn, teach
+from model.objectives.step import (
+    GLOBAL_CROPS,
+    Centering,
+    Draws,
+    Scalars,
+    SslInputs,
+    SslNetworks,
+    SslTargets,
+    Trio,
+    learn,
+    teach,
+)
 from model.schedules import value
 
 Settings = config.PretrainPhase | config.GramPhase | config.HighresPhase
+
+WITH_GRAM_TEACHER = (config.GramPhase, config.HighresPhase)
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -34,19 +50,15 @@ class SslObjective:
 
     def __init__(self, settings: Settings, model: config.Model, seed: int, origin: str) -> None:
         self.settings, self.seed, self.origin = settings, seed, origin
-        dim = model.backbone.dim
-        self.student = Trio(
-            create(lambda: VisionTransformer(model.backbone), seed, "backbone"),
-            create(lambda: ProjectionHead(model.dino_head, dim), seed, "dino_head"),
-            create(lambda: ProjectionHead(model.ibot_head, dim), seed, "ibot_head"),
+        networks = create_networks(
+            model,
+            seed,
+            gram_teacher=isinstance(settings, WITH_GRAM_TEACHER),
+            centering=settings.losses.centering,
+            official_quirks=settings.official_quirks,
         )
-        self.teacher = Trio(
-            _frozen_copy(self.student.backbone),
-            _frozen_copy(self.student.dino_head),
-            _frozen_copy(self.student.ibot_head),
-        )
-        has_gram_teacher = isinstance(settings, config.GramPhase | config.HighresPhase)
-        self.gram_teacher = _frozen_copy(self.student.backbone) if has_gram_teacher else None
+        self.student, self.teacher, self.gram_teacher = networks.student, networks.teacher, networks.gram_teacher
+        self._means: dict[str, Tensor] = {}  # what the centres follow after the step, from the last targets
 
     def networks(self) -> Networks:
         student, teacher = self.student.all(), self.teacher.all()
@@ -60,7 +72,9 @@ class SslObjective:
         return SslViews(resolution, self.student.backbone.settings.patch_size, gram=self.gram_teacher is not None)
 
     def targets(self, batch: SslBatch, moment: Moment) -> SslTargets:
-        return teach(self.teacher, self.gram_teacher, batch, self.scalars(moment))
+        targets = teach(self.teacher, self.gram_teacher, batch, self.scalars(moment))
+        self._means = targets.means
+        return targets
 
     def loss(self, batch: SslBatch, targets: SslTargets, moment: Moment) -> dict[str, Tensor]:
         return learn(self.student, batch, self.draws(batch, moment), targets, self.scalars(moment))
@@ -70,12 +84,16 @@ class SslObjective:
         losses, optim = self.settings.losses, self.settings.optim
         return Scalars(
             images=optim.batch_size,
-            group_size=optim.group_size,
+            group_size=self.settings.koleo_group,
             student_temp=losses.dino.student_temp,
             teacher_temp=value(losses.dino.teacher_temp, moment.step, moment.steps),
             weights=self._weights(moment),
             momentum=value(self.settings.ema, moment.step, moment.steps),
             compute=self.settings.precision.compute,
+            centering=losses.centering,
+            gram_group=0 if losses.gram.img_level else optim.group_size,
+            gram_clamp=_clamp(losses.gram),
+            official_quirks=self.settings.official_quirks,
         )
 
     def draws(self, batch: SslBatch, moment: Moment) -> Draws:
@@ -86,15 +104,36 @@ class SslObjective:
             of_local=self._perturbation("local", copies, batch, moment.clock) if copies else None,
         )
 
+    def step_networks(self) -> SslNetworks:
+        """For `model.recording`, as `step_inputs` is."""
+        return SslNetworks(self.student, self.teacher, self.gram_teacher)
+
+    def step_inputs(self, batch: SslBatch, moment: Moment, micro_batches: int) -> SslInputs:
+        """All that this rank's part of the step depends on, beside the networks and what other ranks answer."""
+        size = len(batch.positions) // micro_batches
+        cuts = [batch.slice(number * size, (number + 1) * size) for number in range(micro_batches)]
+        return SslInputs(batch, tuple(self.draws(cut, moment) for cut in cuts), self.scalars(moment))
+
     def observe(self, targets: SslTargets) -> Observed:
         """For `model.health`: assignments before Sinkhorn, which would hide that few prototypes are in use."""
-        assignments = (targets.logits.flatten(0, 1).float() / targets.temperature).softmax(dim=-1)
-        return Observed(targets.features.flatten(0, 1), assignments)
+        assignments = targets.cls
+        if self.settings.losses.centering == "sinkhorn":
+            assignments = (targets.logits.float() / targets.temperature).softmax(dim=-1)
+        return Observed(
+            features=targets.features.flatten(0, 1),
+            assignments=assignments.flatten(0, 1),
+            targets=targets.cls.flatten(0, 1),
+            closeness=targets.closeness.flatten(),
+        )
 
     def after_step(self, moment: Moment) -> None:
         momentum = self.scalars(moment).momentum
         for student, teacher in self.networks().ema:
             ema.update(student, teacher, momentum)
+        for name, mean in self._means.items():
+            center = self.teacher.heads()[name]
+            assert isinstance(center, Center)
+            center.follow(mean, self.settings.losses.center_momentum)
         if self.gram_teacher is not None and self._refresh_due(moment.step + 1):
             ema.copy(self.teacher.backbone, self.gram_teacher)
 
@@ -125,6 +164,7 @@ class SslObjective:
             backbone, heads = read("teacher_backbone"), read("teacher_heads")
             self.load("teacher_backbone", backbone)
             self.load("teacher_heads", heads)
+            heads = {name: tensor for name, tensor in heads.items() if name.split(".")[0] in self.student.heads()}
             self.load("student", {**{f"backbone.{key}": tensor for key, tensor in backbone.items()}, **heads})
         elif name == "gram_teacher" and self.gram_teacher is not None:
             self.load("gram_teacher", read("teacher_backbone"))
@@ -158,6 +198,45 @@ class SslObjective:
         gram_settings = self.settings.losses.gram
         every = gram_settings.refresh_every
         return every > 0 and done % every == 0 and done // every <= gram_settings.refresh_most
+
+
+def create_networks(
+    model: config.Model,
+    seed: int,
+    *,
+    gram_teacher: bool,
+    centering: Centering = "sinkhorn",
+    official_quirks: bool = False,
+) -> SslNetworks:
+    """Fresh from `seed`, on the CPU in fp32; the teachers are copies of the student, without gradients."""
+    backbone, dim = _quirky(model.backbone) if official_quirks else model.backbone, model.backbone.dim
+    heads = {name: create(partial(ProjectionHead, head, dim), seed, name) for name, head in model.heads.items()}
+    ibot_head = heads["dino_head"] if model.ibot_head == "tied" else heads.get("ibot_head")
+    student = Trio(create(lambda: VisionTransformer(backbone), seed, "backbone"), heads["dino_head"], ibot_head)
+    teacher = _teacher(student, centres=centering == "centering")
+    return SslNetworks(student, teacher, _frozen_copy(student.backbone) if gram_teacher else None)
+
+
+def _teacher(student: Trio, *, centres: bool) -> Trio:
+    dino_head, ibot_head = _frozen_copy(student.dino_head), None
+    if student.ibot_head is not None:
+        ibot_head = dino_head if student.ibot_head is student.dino_head else _frozen_copy(student.ibot_head)
+    dino_center, ibot_center = (
+        create(partial(Center, head.prototypes), 0, "center") if centres and head is not None else None
+        for head in (dino_head, ibot_head)
+    )
+    return Trio(_frozen_copy(student.backbone), dino_head, ibot_head, dino_center, ibot_center)
+
+
+def _quirky(backbone: config.Backbone) -> config.Backbone:
+    """As the released code trains it (docs/parity.md, traps 1 and 3)."""
+    return backbone.model_copy(update={"rope_dtype": "bf16", "rope_per_block": True})
+
+
+def _clamp(settings: config.Gram) -> Clamp:
+    if settings.remove_neg:
+        return "both"
+    return "teacher" if settings.remove_only_teacher_neg else "none"
 
 
 def _frozen_copy(network: N) -> N:

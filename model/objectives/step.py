@@ -16,26 +16,31 @@ run the same `teach` and `learn`, the one with what its schedules and draws say,
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from model import parallel
 from model.data.batch import SslBatch
+from model.losses.centering import Center, batch_mean, centered
 from model.losses.dino import dino_cross_entropy
-from model.losses.gram import gram, resize_features
+from model.losses.gram import Clamp, as_groups, gram, resize_features
 from model.losses.ibot import ibot_cross_entropy, mask_weights
-from model.losses.koleo import koleo
+from model.losses.koleo import koleo, koleo_gathered
+from model.losses.precision import promote
 from model.losses.sinkhorn import sinkhorn
 from model.networks.heads import ProjectionHead
 from model.networks.perturb import Perturbation
-from model.networks.vit import View, VisionTransformer
+from model.networks.vit import Features, View, VisionTransformer
 
 GLOBAL_CROPS = 2
 
 Compute = Literal["fp32", "bf16"]
+Centering = Literal["sinkhorn", "centering", "none"]
 
 
 # --- what goes in -----------------------------------------------------------------------------------------------------
@@ -43,14 +48,22 @@ Compute = Literal["fp32", "bf16"]
 
 @dataclass(frozen=True)
 class Trio:
-    """A backbone and its two heads: the student, or the teacher."""
+    """A backbone and its heads: the student, or the teacher, which may have centres too."""
 
     backbone: VisionTransformer
     dino_head: ProjectionHead
-    ibot_head: ProjectionHead
+    ibot_head: ProjectionHead | None  # of the masked patches; the DINO head itself if they are tied
+    dino_center: Center | None = None
+    ibot_center: Center | None = None
 
     def heads(self) -> dict[str, nn.Module]:
-        return {"dino_head": self.dino_head, "ibot_head": self.ibot_head}
+        """Each once, by name; the centres are among the teacher's."""
+        separate = None if self.ibot_head is self.dino_head else self.ibot_head
+        named: dict[str, nn.Module | None] = {
+            "dino_head": self.dino_head, "ibot_head": separate,
+            "dino_center": self.dino_center, "ibot_center": self.ibot_center,
+        }  # fmt: skip
+        return {name: module for name, module in named.items() if module is not None}
 
     def all(self) -> dict[str, nn.Module]:
         return {"backbone": self.backbone, **self.heads()}
@@ -64,6 +77,10 @@ class SslNetworks:
     teacher: Trio
     gram_teacher: VisionTransformer | None
 
+    def all(self) -> list[nn.Module]:
+        gram_teacher = [] if self.gram_teacher is None else [self.gram_teacher]
+        return [*self.student.all().values(), *self.teacher.all().values(), *gram_teacher]
+
 
 @dataclass(frozen=True)
 class Scalars:
@@ -74,10 +91,14 @@ class Scalars:
     student_temp: float
     teacher_temp: float
     weights: dict[str, float]
-    """What each term weighs in `total`: dino_global, dino_local, ibot, koleo, gram. Those of koleo and gram are not
-    computed where theirs is 0."""
+    """What each term weighs in `total`: dino_global, dino_local, ibot, koleo, gram. Those of ibot, koleo and gram are
+    not computed where theirs is 0, and without iBOT nothing is masked."""
     momentum: float  # of the moving average that follows the update; no loss depends on it
     compute: Compute = "fp32"  # dtype of the networks' products; float64 networks take "fp32", which changes nothing
+    centering: Centering = "sinkhorn"
+    gram_group: int = 0  # images whose patches meet in one Gram matrix, with all their crops; 0: each crop alone
+    gram_clamp: Clamp = "none"
+    official_quirks: bool = False  # as the released code does where it differs (docs/parity.md)
 
 
 @dataclass(frozen=True)
@@ -124,19 +145,24 @@ class SslTargets:
     """[2, b, dim]: the teacher's CLS features, for `observe`."""
     logits: Tensor
     """[2, b, prototypes]: what `cls` was made of, at `temperature`, for `observe`."""
+    closeness: Tensor
+    """fp32 [2, b]: mean cosine of the teacher's CLS and patch features, for `observe`."""
     temperature: float
+    means: dict[str, Tensor]
+    """The batch's mean scores [1, prototypes] over all ranks, which the centre of that name follows after the step."""
 
     def slice(self, start: int, stop: int) -> SslTargets:
         """Of the images [start, stop)."""
         inside = (self.images >= start) & (self.images < stop)
-        return SslTargets(
+        return replace(
+            self,
             cls=self.cls[:, start:stop],
             patches=self.patches[inside],
             images=self.images[inside] - start,
             gram=None if self.gram is None else self.gram[:, start:stop],
             features=self.features[:, start:stop],
             logits=self.logits[:, start:stop],
-            temperature=self.temperature,
+            closeness=self.closeness[:, start:stop],
         )
 
 
@@ -156,7 +182,7 @@ class _Student:
     patches: Tensor  # [2 b, N, dim]
     global_logits: Tensor  # [2, b, prototypes]
     local_logits: Tensor | None  # [local crops, b, prototypes]; None without local crops
-    patch_logits: Tensor  # [m, prototypes]: of the masked patches
+    patch_logits: Tensor | None  # [m, prototypes]: of the masked patches; None without iBOT
 
 
 # --- the step ---------------------------------------------------------------------------------------------------------
@@ -167,12 +193,13 @@ def step(networks: SslNetworks, inputs: SslInputs) -> SslOutputs:
 
     Raises ValueError if the Gram loss has a weight and there is no Gram teacher, or none of its crops.
     """
+    with nullcontext() if inputs.answers is None else parallel.answered(inputs.answers):
+        return _step(networks, inputs)
+
+
+def _step(networks: SslNetworks, inputs: SslInputs) -> SslOutputs:
     batch, scalars = inputs.batch, inputs.scalars
-    if inputs.answers is None:
-        targets = teach(networks.teacher, networks.gram_teacher, batch, scalars)
-    else:
-        with parallel.answered(inputs.answers):
-            targets = teach(networks.teacher, networks.gram_teacher, batch, scalars)
+    targets = teach(networks.teacher, networks.gram_teacher, batch, scalars)
     parameters = dict(_parameters(networks.student))
     terms: dict[str, Tensor] = {}
     gradients: Sequence[Tensor] = []
@@ -188,20 +215,52 @@ def step(networks: SslNetworks, inputs: SslInputs) -> SslOutputs:
 def teach(teacher: Trio, gram_teacher: VisionTransformer | None, batch: SslBatch, scalars: Scalars) -> SslTargets:
     """What the teachers say of a rank's part of the batch, all micro-batches at once. Every rank calls it: Sinkhorn
     normalises over the global batch."""
-    masks = batch.masks.flatten(0, 1)
+    masks = _masks(batch, scalars)
     with _autocast(batch, scalars.compute):
         features = teacher.backbone.features(batch.global_crops.flatten(0, 1))
         cls_logits = teacher.dino_head(features.cls)
-        patch_logits = teacher.ibot_head(features.patches[masks])
+        patch_logits = None if masks is None else _ibot_head(teacher)(features.patches[masks])
+    cls, means = _centred(cls_logits, "dino_center", teacher.dino_center, scalars)
+    patches, more = cls[:0], dict[str, Tensor]()
+    if patch_logits is not None:
+        patches, more = _centred(patch_logits, "ibot_center", teacher.ibot_center, scalars)
     return SslTargets(
-        cls=_by_crop(sinkhorn(cls_logits, scalars.teacher_temp), GLOBAL_CROPS),
-        patches=sinkhorn(patch_logits, scalars.teacher_temp),
-        images=batch.masks.nonzero()[:, 1],
+        cls=_by_crop(cls, GLOBAL_CROPS),
+        patches=patches,
+        images=batch.masks.nonzero()[:, 1] if masks is not None else batch.positions[:0],
         gram=_gram_targets(gram_teacher, batch, scalars.compute) if scalars.weights["gram"] > 0 else None,
         features=_by_crop(features.cls, GLOBAL_CROPS),
         logits=_by_crop(cls_logits, GLOBAL_CROPS),
+        closeness=_by_crop(_closeness(features), GLOBAL_CROPS),
         temperature=scalars.teacher_temp,
+        means=means | more,
     )
+
+
+def _centred(logits: Tensor, name: str, center: Center | None, scalars: Scalars) -> tuple[Tensor, dict[str, Tensor]]:
+    """The targets that a teacher's scores [n, K] come to; and for its centre, if it has one, the batch's mean."""
+    if scalars.centering == "sinkhorn":
+        return sinkhorn(logits, scalars.teacher_temp), {}
+    if center is None:
+        return centered(logits, logits.new_zeros(1, logits.shape[1]), scalars.teacher_temp), {}
+    return centered(logits, center.center, scalars.teacher_temp), {name: batch_mean(logits)}
+
+
+def _closeness(features: Features) -> Tensor:
+    """Mean cosine of a crop's CLS with its patches, fp32 [crops]."""
+    cls, patches = promote(features.cls), promote(features.patches)
+    return torch.einsum("cd,cnd->cn", F.normalize(cls, dim=-1), F.normalize(patches, dim=-1)).mean(dim=1)
+
+
+def _masks(batch: SslBatch, scalars: Scalars) -> Tensor | None:
+    """bool [2 b, N]; None without iBOT, when nothing is masked."""
+    return batch.masks.flatten(0, 1) if scalars.weights["ibot"] > 0 else None
+
+
+def _ibot_head(networks: Trio) -> ProjectionHead:
+    if networks.ibot_head is None:
+        raise ValueError("the iBOT loss has a weight, and model.ibot_head is not there: give it, or `tied`")
+    return networks.ibot_head
 
 
 def learn(student: Trio, batch: SslBatch, draws: Draws, targets: SslTargets, scalars: Scalars) -> dict[str, Tensor]:
@@ -210,30 +269,47 @@ def learn(student: Trio, batch: SslBatch, draws: Draws, targets: SslTargets, sca
     fp32 (float64 for float64 networks), whatever the dtype of the products.
     """
     images, crops = scalars.images, GLOBAL_CROPS * scalars.images
-    said = _student(student, batch, draws, scalars.compute)
+    said = _student(student, batch, draws, scalars)
     temperature = scalars.student_temp
-    weights = mask_weights(batch.masks)
-    terms = {
-        "dino_global": dino_cross_entropy(said.global_logits, targets.cls, temperature, images, skip_same=True),
-        "ibot": ibot_cross_entropy(said.patch_logits, targets.patches, weights, temperature, crops),
-    }
+    terms = {"dino_global": dino_cross_entropy(said.global_logits, targets.cls, temperature, images, skip_same=True)}
+    if said.patch_logits is not None:
+        weights = mask_weights(batch.masks, torch.promote_types(said.patch_logits.dtype, torch.float32))
+        terms["ibot"] = ibot_cross_entropy(said.patch_logits, targets.patches, weights, temperature, crops)
     if said.local_logits is not None:
         terms["dino_local"] = dino_cross_entropy(said.local_logits, targets.cls, temperature, images)
     if scalars.weights["koleo"] > 0:
-        by_crop = [koleo(features, scalars.group_size, images) for features in said.cls]
-        terms["koleo"] = torch.stack(by_crop).mean()
+        terms["koleo"] = torch.stack(_koleo(said.cls, batch, scalars)).mean()
     if targets.gram is not None:
-        terms["gram"] = gram(said.patches, targets.gram.flatten(0, 1), crops)
+        terms["gram"] = _gram(said.patches, targets.gram.flatten(0, 1), scalars)
     return {**terms, "total": torch.stack([scalars.weights[name] * term for name, term in terms.items()]).sum()}
 
 
-def _student(student: Trio, batch: SslBatch, draws: Draws, compute: Compute) -> _Student:
-    masks = batch.masks.flatten(0, 1)
+def _koleo(cls: Tensor, batch: SslBatch, scalars: Scalars) -> list[Tensor]:
+    """For each crop of `cls` [2, b, dim]. A collective where a group is larger than the micro-batch."""
+    size, images, count = scalars.group_size, scalars.images, cls.shape[1]
+    if count % size == 0:
+        return [koleo(features, size, images) for features in cls]
+    everyone = parallel.all_gather(promote(cls), dim=1)
+    first = int(batch.groups[0]) * (count // len(batch.groups))
+    return [koleo_gathered(own, all_, first, size, images) for own, all_ in zip(cls, everyone, strict=True)]
+
+
+def _gram(student: Tensor, teacher: Tensor, scalars: Scalars) -> Tensor:
+    """Of patches [2 b, N, dim]."""
+    crops = GLOBAL_CROPS * scalars.images
+    if scalars.gram_group:
+        student, teacher = (as_groups(patches, GLOBAL_CROPS, scalars.gram_group) for patches in (student, teacher))
+        crops = scalars.images // scalars.gram_group
+    return gram(student, teacher, crops, clamp=scalars.gram_clamp, clamped_student=not scalars.official_quirks)
+
+
+def _student(student: Trio, batch: SslBatch, draws: Draws, scalars: Scalars) -> _Student:
+    masks = _masks(batch, scalars)
     copies = len(batch.local_crops)
     views = [View(batch.global_crops.flatten(0, 1), masks, draws.of_global)]
     if copies:
         views.append(View(batch.local_crops.flatten(0, 1), perturbation=draws.of_local, local=True))
-    with _autocast(batch, compute):
+    with _autocast(batch, scalars.compute):
         features = student.backbone(views)
         whole = features[0]
         logits = _by_crop(student.dino_head(torch.cat([group.cls for group in features])), GLOBAL_CROPS + copies)
@@ -242,7 +318,7 @@ def _student(student: Trio, batch: SslBatch, draws: Draws, compute: Compute) -> 
             patches=whole.patches,
             global_logits=logits[:GLOBAL_CROPS],
             local_logits=logits[GLOBAL_CROPS:] if copies else None,
-            patch_logits=student.ibot_head(whole.patches[masks]),
+            patch_logits=None if masks is None else _ibot_head(student)(whole.patches[masks]),
         )
 
 
