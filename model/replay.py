@@ -20,7 +20,7 @@ from model.checkpoint import CheckpointError
 from model.data.batch import SslBatch
 from model.objectives.base import State, copy_strictly
 from model.objectives.ssl import create_networks
-from model.objectives.step import Draws, SslInputs, SslNetworks, step
+from model.objectives.step import Draws, Scalars, SslInputs, SslNetworks, step
 from model.recording import RecordedStep
 
 SAME, DIFFERENT, WRONG_INPUT = 0, 1, 2
@@ -55,7 +55,9 @@ def replay(recorded: RecordedStep, device: str = "cpu", *, double: bool = False)
     """
     double = double or recorded.inputs.batch.global_crops.dtype == torch.float64
     model = config.read(config.Model, recorded.header.model)
-    networks = _networks(model, recording.weights_of(recorded), device, double=double)
+    networks = _networks(model, recording.weights_of(recorded), recorded.header.scalars)
+    for module in networks.all():
+        module.to(device, torch.float64 if double else None)
     inputs = _on(recorded.inputs, device, double=double)
     return recording.results(step(networks, inputs))
 
@@ -66,11 +68,15 @@ def compare(recorded: Mapping[str, float], replayed: Mapping[str, float]) -> lis
     return [Row(name, recorded.get(name), replayed.get(name)) for name in names]
 
 
-def _networks(model: config.Model, weights: State, device: str, *, double: bool) -> SslNetworks:
-    networks = create_networks(model, seed=0, centering=scalars.centering, official_quirks=scalars.official_quirks, gram_teacher=any(name.startswith("gram_teacher.") for name in weights))
+def _networks(model: config.Model, weights: State, scalars: Scalars) -> SslNetworks:
+    networks = create_networks(
+        model,
+        seed=0,
+        gram_teacher=any(name.startswith("gram_teacher.") for name in weights),
+        centering=scalars.centering,
+        official_quirks=scalars.official_quirks,
+    )
     copy_strictly(recording.network_tensors(networks), weights, "the recorded step")
-    for module in networks.all():
-        module.to(device, torch.float64 if double else None)
     return networks
 
 
