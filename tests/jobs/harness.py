@@ -8,19 +8,28 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+import yaml
 from PIL import Image, ImageDraw
 
 from model import contract
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "jobs" / "tiny.yaml"
+PHASES = ("pretrain", "gram", "highres", "text")
+STAGES = (*PHASES, contract.EVALUATE)
+EVERY = 6
+"""`checkpoints.every` of tiny.yaml."""
+
+PATIENCE = 240.0
+"""Seconds for anything that a test waits for: a start takes four on a quiet machine, and machines are not."""
 
 
 def draw_images(folder: Path, count: int = 60) -> None:
@@ -45,104 +54,245 @@ def draw_images(folder: Path, count: int = 60) -> None:
         (folder / name / f"{number:03d}.txt").write_text(f"one of the {name}, number {number}\n")
 
 
+def part_of_tiny(file: Path, phases: Sequence[str], **settings: Any) -> Path:
+    """tiny.yaml with these phases only and no evaluation, in `file`. settings: laid over the top."""
+    spec = yaml.safe_load(TINY.read_text())
+    spec["phases"] = {name: spec["phases"][name] for name in phases}
+    del spec["evaluate"]
+    file.write_text(yaml.safe_dump({**spec, **settings}, sort_keys=False))
+    return file
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Job:
-    """`dinoctl` on tests/jobs/tiny.yaml, run from `folder`, as run `name`."""
+    """`dinoctl` on the spec `file`, called in `folder`, as run `name` in `folder`/runs."""
 
     folder: Path
+    images: Path
+    file: Path = TINY
     name: str = "tiny"
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> Path:
+        return self.folder / "runs"
 
     @property
     def run_dir(self) -> Path:
-        return self.folder / "runs" / self.name
+        return self.runs / self.name
 
-    def command(self, *words: str) -> list[str]:
-        return [sys.executable, "-P", "-m", "orchestrator.cli", *words]
+    # dinoctl
 
-    def submit_command(self, *overrides: str) -> list[str]:
-        return self.command("submit", str(TINY), "--run", self.name, f"data.path={self.folder / 'images'}", *overrides)
+    def submit(self, *words: str) -> list[str]:
+        """The words of a submit; data.path comes last, so that `words` may be options and overrides."""
+        return ["submit", str(self.file), "--run", self.name, *words, f"data.path={self.images}"]
 
-    def start(self, command: list[str]) -> subprocess.Popen[str]:
-        log = (self.folder / f"{self.name}.out").open("a")
-        # A session of its own, so that a signal for dinoctl reaches dinoctl alone.
-        return subprocess.Popen(
-            command, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
+    def on_the_run(self, command: str, *words: str) -> list[str]:
+        return [command, self.name, *words]
 
-    def run(self, *words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(self.command(*words), cwd=self.folder, capture_output=True, text=True, timeout=timeout)
+    def start(self, words: list[str], **popen: Any) -> subprocess.Popen[str]:
+        """dinoctl in a session of its own, so that a signal for it reaches it alone. Its output goes to `output`."""
+        with (self.folder / f"{self.name}.out").open("a") as log:
+            return subprocess.Popen(
+                self._command(words), cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log,
+                stderr=subprocess.STDOUT, text=True, start_new_session=True, env=self._environment(), **popen,
+            )  # fmt: skip
+
+    def dinoctl(self, words: list[str], **popen: Any) -> subprocess.CompletedProcess[str]:
+        """dinoctl to its end; stdout and stderr in one."""
+        return subprocess.run(
+            self._command(words), cwd=self.folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, timeout=PATIENCE, env=self._environment(), **popen,
+        )  # fmt: skip
+
+    def _command(self, words: list[str]) -> list[str]:
+        return [sys.executable, "-P", "-m", "orchestrator.cli", *words, "--runs", str(self.runs)]
+
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, **self.environment}
 
     def output(self) -> str:
         return (self.folder / f"{self.name}.out").read_text()
 
-    def events(self) -> list[dict[str, Any]]:
-        files = sorted((self.run_dir / contract.EVENTS_DIR).glob("*.json"))
-        return [json.loads(file.read_bytes()) for file in files]
+    def status(self) -> dict[str, Any]:
+        shown = self.dinoctl(self.on_the_run("status", "--json"))
+        assert shown.returncode == 0, shown.stdout
+        status: dict[str, Any] = json.loads(shown.stdout)
+        return status
+
+    # its directory
+
+    def events(self, kind: str = "") -> list[dict[str, Any]]:
+        """The log, or those of its events that are of one kind."""
+        files = sorted((self.run_dir / contract.EVENTS_DIR).glob("[0-9]*.json"))
+        return [event for event in (json.loads(file.read_bytes()) for file in files) if kind in ("", event["event"])]
 
     def attempts(self, phase: str) -> list[int]:
-        return [e["attempt"] for e in self.events() if e["event"] == "AttemptIntended" and e["phase"] == phase]
+        return [e["attempt"] for e in self.events("AttemptIntended") if e["phase"] == phase]
 
-    def ends(self) -> dict[int, dict[str, Any]]:
-        return {e["attempt"]: e for e in self.events() if e["event"] == "AttemptEnded"}
+    def attempt(self, number: int) -> contract.Attempt:
+        path = self.run_dir / contract.attempt_yaml(number)
+        return contract.read_attempt(path.read_bytes(), str(path))
+
+    def end(self, number: int) -> dict[str, Any]:
+        return next(e for e in self.events("AttemptEnded") if e["attempt"] == number)
+
+    def records(self, attempt: int) -> list[contract.Step]:
+        """What an attempt's progress says, in the order in which it was trained."""
+        chunks = sorted((self.run_dir / contract.progress_dir(attempt)).glob("[0-9]*.jsonl"))
+        return [contract.decode(line, contract.Step, str(c)) for c in chunks for line in c.read_text().splitlines()]
 
     def steps(self, attempt: int) -> list[int]:
-        """The steps that an attempt's progress records show, in the order in which they were trained."""
-        chunks = sorted((self.run_dir / contract.progress_dir(attempt)).glob("*.jsonl"))
-        return [json.loads(line)["step"] for chunk in chunks for line in chunk.read_text().splitlines()]
+        return [record.step for record in self.records(attempt)]
+
+    def log(self, attempt: int, rank: int = 0) -> str:
+        return (self.run_dir / contract.rank_log(attempt, rank)).read_text()
 
     def sealed(self, phase: str) -> list[tuple[int, int]]:
         """(step, attempt) of every sealed checkpoint of a phase, ascending."""
         manifests = (self.run_dir / "checkpoints" / phase).glob("*/*/manifest.json")
         return sorted((int(m.parts[-2]), int(m.parts[-3])) for m in manifests)
 
-    def manifest(self, phase: str, step: int, attempt: int) -> contract.Manifest:
-        path = self.run_dir / contract.manifest_file(phase, attempt, step)
-        return contract.decode(path.read_bytes(), contract.Manifest, str(path))
-
-    def final(self, phase: str) -> dict[str, list[str]]:
-        """Checksums of the last checkpoint of a phase, part by part: equal means equal bit for bit."""
+    def final(self, phase: str) -> tuple[dict[str, Any], dict[str, list[str]]]:
+        """The last checkpoint of a phase: its loop, and the checksums of all its parts. Equal means bit for bit."""
         step, attempt = self.sealed(phase)[-1]
-        parts = self.manifest(phase, step, attempt).parts
-        return {part: [file.sha256 for file in files] for part, files in parts.items()}
+        path = self.run_dir / contract.manifest_file(phase, attempt, step)
+        manifest = contract.decode(path.read_bytes(), contract.Manifest, str(path))
+        return manifest.loop, {part: [file.sha256 for file in files] for part, files in manifest.parts.items()}
 
-    def live_processes(self) -> list[psutil.Process]:
-        """Every process, zombies aside, that belongs to this run."""
+    # its processes
+
+    def processes(self) -> list[psutil.Process]:
+        """Every process, zombies aside, that belongs to this run or to its dinoctl; not what brings it to MLflow."""
         found = []
         for process in psutil.process_iter(["cmdline", "status"]):
             words = " ".join(process.info["cmdline"] or [])
-            if (
-                str(self.run_dir) in words
-                and process.info["status"] != psutil.STATUS_ZOMBIE
-                and process.pid != os.getpid()
-            ):
+            ours = str(self.runs) in words and "orchestrator.tracking" not in words and process.pid != os.getpid()
+            if ours and process.info["status"] != psutil.STATUS_ZOMBIE:
                 found.append(process)
         return found
 
-    def trainers(self) -> list[psutil.Process]:
-        """The ranks: processes of model.train that are not torchrun."""
-        return [
-            p
-            for p in self.live_processes()
-            if "torch.distributed.run" not in " ".join(p.cmdline()) and "model.train" in " ".join(p.cmdline())
-        ]
+    def no_process_is_left(self) -> None:
+        """Now or soon: the agent's last act, a tick, ends by itself."""
+        wait_until(lambda: not self.processes(), "the run's processes to be gone")
+
+    def agent(self, attempt: int) -> int:
+        """The pid of an attempt's agent."""
+        launched = next(e for e in self.events("AttemptLaunched") if e["attempt"] == attempt)
+        return int(launched["handle"]["pid"])
 
 
-def wait_until(true: Callable[[], Any], seconds: float, what: str) -> Any:
-    """The first truthy answer within `seconds`."""
+def wait_until(true: Callable[[], Any], what: str, seconds: float = PATIENCE, pause: float = 0.02) -> Any:
+    """The first truthy answer."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if answer := true():
             return answer
-        time.sleep(0.02)
+        time.sleep(pause)
     raise AssertionError(f"not within {seconds:g} s: {what}")
+
+
+# --- striking ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Ranks held still. sealed: the newest sealed step; anything that was trained since would be lost by a kill."""
+
+    phase: str
+    attempt: int
+    sealed: int
+    launch_name: str
+    ranks: tuple[int, ...]
+
+    def kill_rank(self, rank: int) -> None:
+        os.kill(self.ranks[rank], signal.SIGKILL)
+
+    def asked(self) -> bool:
+        """Whether the agent has passed on a request to stop."""
+        return contract.stop_file(self.launch_name).exists()
+
+    def let_go(self) -> None:
+        for pid in self.ranks:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def hold(job: Job, phase: str, step: int = EVERY, *, between: bool = True) -> Moment:
+    """Wait until `step` of `phase` is sealed, then stop the ranks in their tracks (SIGSTOP).
+
+    between: only once steps were trained since the last seal, so that a strike has something to destroy. Not by
+    counting steps, which a busy machine gets wrong: the pulse of a step is younger than the last manifest.
+    """
+    wait_until(lambda: any(at >= step for at, _ in job.sealed(phase)), f"{phase}@{step} to be sealed", pause=0.001)
+    intent = job.events("AttemptIntended")[-1]
+    assert intent["phase"] == phase, f"{phase} is over"
+    name = intent["launch_name"]
+    pids = tuple(int(contract.pid_file(name, rank).read_text()) for rank in range(2))
+    while True:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        wait_until(lambda: all(psutil.Process(p).status() == psutil.STATUS_STOPPED for p in pids), "the ranks to halt")
+        sealed, attempt = job.sealed(phase)[-1]
+        moment = Moment(phase, intent["attempt"], sealed, name, pids)
+        manifest = job.run_dir / contract.manifest_file(phase, attempt, sealed)
+        if not between or contract.pulse_file(name, 0).stat().st_mtime_ns > manifest.stat().st_mtime_ns:
+            return moment
+        moment.let_go()
+        time.sleep(0.005)
 
 
 def kill_everything(job: Job, dinoctl: subprocess.Popen[str]) -> None:
     """As a power cut would: dinoctl, agent, torchrun and ranks by SIGKILL."""
-    victims = job.live_processes()
-    dinoctl.kill()
-    for process in victims:
-        try:
-            process.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            continue
+    for process in job.processes():
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    dinoctl.wait(PATIENCE)
+    job.no_process_is_left()
+
+
+@contextmanager
+def cleaned_up(job: Job) -> Iterator[Job]:
+    """Whatever a test that failed has left running is ended."""
+    try:
+        yield job
+    finally:
+        for process in job.processes():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+
+def went_on_exactly(job: Job, phase: str, since: Moment) -> None:
+    """The attempt after `since` began with the step after the last sealed one, and nobody trained more again."""
+    following = job.attempt(next(number for number in job.attempts(phase) if number > since.attempt))
+    resumed = following.resume[0].step
+    assert resumed == max(job.end(since.attempt)["steps"]) >= since.sealed
+    assert job.steps(following.attempt)[0] == resumed + 1
+    repeated = [step for step in job.steps(since.attempt) if step > resumed]
+    assert len(repeated) < EVERY
+
+
+def each_phase_ran_once(job: Job, stages: Sequence[str] = STAGES) -> None:
+    """One phase after the other: none again that was over, no attempt launched twice, and every step trained."""
+    intended = [event["phase"] for event in job.events("AttemptIntended")]
+    assert [name for at, name in enumerate(intended) if at == 0 or intended[at - 1] != name] == list(stages)
+    launched = [event["attempt"] for event in job.events("AttemptLaunched")]
+    assert len(launched) == len(set(launched))
+    for phase in stages:
+        if phase != contract.EVALUATE:
+            ends = [job.end(number) for number in job.attempts(phase)]
+            assert [end["cause"] == "done" for end in ends] == [False] * (len(ends) - 1) + [True]
+
+
+def same_weights(job: Job, reference: Job, phases: Sequence[str] = PHASES) -> None:
+    """Every part of every phase's last checkpoint, optimizer and loop included, is the undisturbed run's."""
+    digests = {one.events("RunCreated")[0]["code_digest"] for one in (job, reference)}
+    assert len(digests) == 1, "somebody edited model/ while the tests ran: nothing can be compared"
+    for phase in phases:
+        assert job.final(phase) == reference.final(phase), phase
