@@ -65,8 +65,8 @@ def _frozen_lengths(head: Head) -> int:
 
 
 def heads_parameters(model: Model) -> int:
-    """Of the DINO and the iBOT head together."""
-    return sum(head_parameters(head, model.backbone.dim) for head in (model.dino_head, model.ibot_head))
+    """Of the DINO and the iBOT head together; a tied one counts once."""
+    return sum(head_parameters(head, model.backbone.dim) for head in model.heads.values())
 
 
 def text_tower_parameters(phase: TextPhase) -> int:
@@ -90,7 +90,7 @@ def trained_parameters(model: Model, phase: AnyPhase) -> int:
     """What the optimizer updates; the 1 of a text phase is its logit scale."""
     if isinstance(phase, TextPhase):
         return text_tower_parameters(phase) + vision_head_parameters(phase, model.backbone) + 1
-    frozen = sum(_frozen_lengths(head) for head in (model.dino_head, model.ibot_head))
+    frozen = sum(_frozen_lengths(head) for head in model.heads.values())
     return backbone_parameters(model.backbone) + heads_parameters(model) - frozen
 
 
@@ -175,9 +175,7 @@ def _ssl_step(model: Model, phase: SslPhase, resolution: Resolution) -> float:
     seen = forward_flops(backbone, resolution.global_size), forward_flops(backbone, resolution.local_size)
     kept = 1 - backbone.drop_path
     blocks = kept * (GLOBAL_CROPS * seen[0].blocks + local * seen[1].blocks)
-    low, high = phase.losses.ibot.mask_ratio
-    masked = phase.losses.ibot.mask_probability * (low + high) / 2 * patches(backbone, resolution.global_size)
-    ibot = GLOBAL_CROPS * masked * head_flops(model.ibot_head, backbone.dim)
+    ibot = _ibot_head(model, phase, patches(backbone, resolution.global_size))
     dino = head_flops(model.dino_head, backbone.dim)
     other = GLOBAL_CROPS * seen[0].other + local * seen[1].other + ibot + (GLOBAL_CROPS + local) * dino
     again = 1 if phase.parallel.activation_checkpointing else 0
@@ -187,6 +185,16 @@ def _ssl_step(model: Model, phase: SslPhase, resolution: Resolution) -> float:
     if isinstance(phase, GramPhase | HighresPhase):
         gram = GLOBAL_CROPS * forward_flops(backbone, resolution.gram_size or resolution.global_size).total
     return student + teacher + gram
+
+
+def _ibot_head(model: Model, phase: SslPhase, patches_: int) -> float:
+    """One forward of the masked patches of the global crops of an image through their head."""
+    if not phase.losses.ibot.weight:
+        return 0.0
+    low, high = phase.losses.ibot.mask_ratio
+    masked = phase.losses.ibot.mask_probability * (low + high) / 2 * patches_
+    head = model.heads.get("ibot_head", model.dino_head)
+    return GLOBAL_CROPS * masked * head_flops(head, model.backbone.dim)
 
 
 def _text_step(model: Model, phase: TextPhase) -> float:

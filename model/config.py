@@ -8,59 +8,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, TypeAdapter, model_validator
+from pydantic import Field, PositiveInt, TypeAdapter, model_validator
 
 from model.architectures import ARCHITECTURES
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-Count = Annotated[int, Field(ge=0)]
-Rgb = tuple[float, float, float]
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys, wrong types and infinities are refused, and nothing changes afterwards."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-S = TypeVar("S", bound=Section)
-
-
-def read(kind: type[S], values: Mapping[str, Any]) -> S:
-    """`values`, as YAML gives them, as a section. Goes by way of JSON, where a list may be a tuple and nothing else
-    is bent. Raises pydantic.ValidationError with every mistake."""
-    return kind.model_validate_json(json.dumps(values))
-
-
-# --- values that move with the step -----------------------------------------------------------------------------------
-
-
-class Schedule(Section):
-    """From `start` to `peak` in `warmup_steps`, then to `end` at the phase's last step (constant without `end`)."""
-
-    start: float | None = Field(None, description="value at step 0; `peak` if absent")
-    peak: float = Field(description="value after the warm-up")
-    end: float | None = Field(None, description="value at the last step; `peak` if absent")
-    warmup_steps: Count = 0
-    warmup: Literal["linear", "cosine"] = "linear"
-    decay: Literal["cosine", "linear"] = "cosine"
-
-
-def _constant(value: Any) -> Any:
-    return {"peak": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-Scheduled = Annotated[Schedule, BeforeValidator(_constant)]
-"""A schedule, or a plain number for one that stays the same."""
-
-
-def constant(value: float) -> Schedule:
-    return Schedule(peak=value)
-
+from model.sections import Count as Count
+from model.sections import Fraction as Fraction
+from model.sections import NonNegative as NonNegative
+from model.sections import Positive as Positive
+from model.sections import Rgb as Rgb
+from model.sections import Schedule as Schedule
+from model.sections import Scheduled as Scheduled
+from model.sections import Section as Section
+from model.sections import constant as constant
+from model.sections import read as read
 
 # --- the networks -----------------------------------------------------------------------------------------------------
 
@@ -133,7 +95,15 @@ class Model(Section):
 
     backbone: Backbone
     dino_head: Head
-    ibot_head: Head
+    ibot_head: Head | Literal["tied"] | None = Field(
+        None, description="of the masked patches; `tied`: the DINO head; null: none, and no iBOT loss"
+    )
+
+    @property
+    def heads(self) -> dict[str, Head]:
+        """Those that have weights of their own, by name."""
+        own = {"dino_head": self.dino_head}
+        return {**own, "ibot_head": self.ibot_head} if isinstance(self.ibot_head, Head) else own
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -198,11 +168,12 @@ class Optim(Section):
     group_size: PositiveInt = Field(description="consecutive images that share masks, drop path and RoPE draws")
     accumulate: PositiveInt = Field(1, description="micro-batches a step")
     lr: Scheduled
-    lr_scaling: Literal["none", "sqrt_wrt_1024"] = "none"
+    lr_scaling: Literal["none", "linear_256", "sqrt_wrt_1024"] = "none"
     weight_decay: Scheduled = constant(0.04)
     beta1: Fraction = 0.9
     beta2: Fraction = 0.999
     clip: Positive | None = Field(3.0, description="gradient norm of backbone and of each head, apart")
+    clip_each: Literal["network", "parameter"] = Field("network", description="parameter: each tensor apart, as v1")
     layer_decay: Positive = Field(1.0, description="learning rate of a block over the next one's")
     patch_embed_lr: Positive = Field(1.0, description="multiplier for the patch embedding")
     freeze_last_layer_steps: Count = Field(0, description="steps for which the prototypes stay as they are")
@@ -225,13 +196,17 @@ class Dino(Section):
 
 
 class Ibot(Section):
-    weight: NonNegative = 1.0
+    weight: NonNegative = Field(1.0, description="0: nothing is masked either")
     mask_probability: Fraction = Field(0.5, description="share of global crops that are masked")
     mask_ratio: tuple[Fraction, Fraction] = (0.1, 0.5)
 
 
 class Koleo(Section):
     weight: NonNegative = 0.1
+    group_size: PositiveInt | None = Field(
+        None,
+        description="images of a neighbourhood: a multiple of optim.group_size, or that if absent",
+    )
 
 
 class Gram(Section):
@@ -240,6 +215,15 @@ class Gram(Section):
     weight: Scheduled = constant(2.0)
     refresh_every: Count = Field(0, description="steps after which the Gram teacher becomes the EMA teacher; 0: never")
     refresh_most: Count = Field(0, description="refreshes after which there are no more")
+    img_level: bool = Field(True, description="similarities within a crop; false: across all crops of a group")
+    remove_neg: bool = Field(False, description="negative similarities count as zero")
+    remove_only_teacher_neg: bool = Field(False, description="the teacher's, and the student's where both are negative")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Gram:
+        if self.remove_neg and self.remove_only_teacher_neg:
+            raise ValueError("remove_neg and remove_only_teacher_neg exclude each other")
+        return self
 
 
 class Losses(Section):
@@ -247,6 +231,11 @@ class Losses(Section):
     ibot: Ibot = Ibot()
     koleo: Koleo = Koleo()
     gram: Gram = Gram()
+    centering: Literal["sinkhorn", "centering", "none"] = Field(
+        "sinkhorn",
+        description="of the teacher's scores; `centering`: v1's moving mean; none: collapses",
+    )
+    center_momentum: Fraction = 0.9
 
 
 class Precision(Section):
@@ -290,12 +279,6 @@ class Debug(Section):
     record_step: PositiveInt | None = Field(None, description="write this step down whole, for `dinoctl replay`")
 
 
-class Debug(Section):
-    """What helps to find a fault; nothing here changes the training."""
-
-    record_step: PositiveInt | None = Field(None, description="write this step down whole, for `dinoctl replay`")
-
-
 class PhaseBase(Section):
     steps: PositiveInt
     data: Data
@@ -314,7 +297,29 @@ class SslPhase(PhaseBase):
     augment: Augment = Augment()
     losses: Losses = Losses()
     ema: Scheduled = constant(0.994)
-    debug: Debug = Debug()
+    official_quirks: bool = Field(False, description="train as the released code does where it differs: docs/parity.md")
+
+    @property
+    def koleo_group(self) -> int:
+        """Images among which KoLeo looks for a neighbour."""
+        return self.losses.koleo.group_size or self.optim.group_size
+
+    def koleo_fits(self, processes: int) -> bool:
+        """Whether a KoLeo group is within a micro-batch, or made of whole processes' shares, not cut further."""
+        share = self.optim.batch_size // (processes * self.optim.accumulate)
+        within, over = share % self.koleo_group == 0, self.koleo_group % share == 0 and self.optim.accumulate == 1
+        return not self.losses.koleo.weight or within or over
+
+    @model_validator(mode="after")
+    def _koleo_groups(self) -> SslPhase:
+        size, unit = self.koleo_group, self.optim.group_size
+        if size % unit or self.optim.batch_size % size:
+            raise ValueError(
+                f"losses.koleo.group_size {size} must be a multiple of optim.group_size {unit} and divide "
+                f"optim.batch_size {self.optim.batch_size}"
+            )
+        return self
+
     debug: Debug = Debug()
 
 
@@ -359,6 +364,9 @@ class VisionHead(Section):
 class TextPhase(PhaseBase):
     kind: Literal["text"]
     vision_tower: str = Field(description="the checkpoint whose EMA teacher's backbone is the frozen vision tower")
+    without_captions: Literal["fail", "skip"] = Field(
+        "fail", description="where no image has a caption: refuse the job, or leave this phase out and say so"
+    )
     image_size: PositiveInt = 224
     embed_dim: PositiveInt = 2048
     text: TextTower = TextTower()

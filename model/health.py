@@ -5,6 +5,8 @@ Everything is over the global batch. Measuring changes nothing of the training.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,7 +23,11 @@ class Observed:
     features: Tensor | None = None
     """[n, D]: CLS features of the teacher, one row a view."""
     assignments: Tensor | None = None
-    """[m, K]: the teacher's distributions over prototypes, rows that sum to 1."""
+    """[m, K]: the teacher's distributions over prototypes, rows that sum to 1; before Sinkhorn, which would hide it."""
+    targets: Tensor | None = None
+    """[m, K]: what the student was to match, rows that sum to 1."""
+    closeness: Tensor | None = None
+    """[n]: cosine of an image's CLS with its patches."""
 
 
 @runtime_checkable
@@ -34,8 +40,12 @@ class Observable(Protocol):
 
 
 @torch.no_grad()
-def measure(objective: object, targets: object) -> dict[str, float]:
-    """The metrics of one step; every rank calls it. Empty for an objective that is not `Observable`."""
+def measure(objective: object, targets: object, cross_entropy: float | None = None) -> dict[str, float]:
+    """The metrics of one step; every rank calls it. Empty for an objective that is not `Observable`.
+
+    `cross_entropy`: of the student's global crops against the targets; less their entropy it is the KL divergence
+    (arXiv 2104.14294, section 5.3).
+    """
     if not isinstance(objective, Observable):
         return {}
     seen = objective.observe(targets)
@@ -43,8 +53,51 @@ def measure(objective: object, targets: object) -> dict[str, float]:
     if seen.features is not None:
         metrics["health/effective_rank"] = effective_rank(seen.features)
     if seen.assignments is not None:
-        metrics["health/entropy"], metrics["health/prototypes_used"] = assignment(seen.assignments)
+        entropy, used = assignment(seen.assignments)
+        metrics["health/entropy"], metrics["health/prototypes_used"] = entropy, used
+        metrics["health/information"] = math.log(used * seen.assignments.shape[1]) - entropy
+    if seen.targets is not None and cross_entropy is not None:
+        metrics["health/kl"] = cross_entropy - assignment(seen.targets)[0]
+    if seen.closeness is not None:
+        metrics["health/cls_patch_cosine"] = _mean(seen.closeness)
     return metrics
+
+
+LEAST_INFORMATION = 0.1
+"""Nats that an assignment must say about the image; n images that are told apart give up to ln n."""
+LEAST_RANK = 1.5
+MOST_COSINE = 0.99
+EXTREME = 0.1
+"""Entropy below this share of ln K, or above one minus it, is at that end."""
+
+
+def collapse(metrics: Mapping[str, float]) -> str:
+    """What has collapsed, in words, from `measure`'s metrics; empty if nothing has.
+
+    Assignments are collapsed when they say nothing of the image: the mutual information of image and prototype, the
+    entropy of the mean row less the mean of the rows' entropies, is near 0. Entropy says then which way it went.
+    """
+    found = []
+    if (information := metrics.get("health/information", math.inf)) < LEAST_INFORMATION:
+        entropy = metrics["health/entropy"]
+        most = entropy + information - math.log(metrics["health/prototypes_used"])  # ln K
+        if entropy < EXTREME * most:
+            found.append(f"one dimension took over: the teacher's entropy is {entropy:.3g} of at most {most:.3g} nats")
+        elif entropy > (1 - EXTREME) * most:
+            found.append(f"it went flat: the teacher's entropy is {entropy:.3g} of at most {most:.3g} nats")
+        else:
+            found.append(f"every image gets the same prototypes: they tell {information:.2g} nats about it")
+    if (rank := metrics.get("health/effective_rank", math.inf)) < LEAST_RANK:
+        found.append(f"features vary along one direction: effective rank {rank:.3g}")
+    if (cosine := metrics.get("health/cls_patch_cosine", -1.0)) > MOST_COSINE:
+        found.append(f"patches repeat the CLS token: cosine {cosine:.4f}")
+    return "; ".join(found)
+
+
+def _mean(values: Tensor) -> float:
+    total = values.double().sum()
+    both = parallel.all_reduce_sum(torch.stack([total, total.new_tensor(float(len(values)))]))
+    return float(both[0] / both[1])
 
 
 def effective_rank(features: Tensor) -> float:

@@ -22,6 +22,7 @@ from model.objectives import base
 from model.objectives.base import Objective
 from model.progress import Progress
 from model.stopping import Stop
+from model.weights import networks, start
 from model.worker import UserError
 
 
@@ -112,6 +113,11 @@ def check_layout(settings: config.AnyPhase, world: int) -> None:
             f"{world} processes cannot share batch_size {optim_settings.batch_size} in whole groups of "
             f"{optim_settings.group_size} and {optim_settings.accumulate} micro-batches; these can: {fitting}"
         )
+    if isinstance(settings, config.SslPhase) and not settings.koleo_fits(world):
+        raise ValueError(
+            f"losses.koleo.group_size {settings.koleo_group} fits neither in a micro-batch nor as whole shares of "
+            f"{world} processes: take a number of processes that `validate` lists, or optim.accumulate 1"
+        )
     asked = {
         "parallel.shard": ways.shard != "none",
         "parallel.activation_checkpointing": ways.activation_checkpointing,
@@ -143,10 +149,10 @@ def _make(
     with _user_errors():
         model = config.read(config.Model, attempt.model)
         objective = base.build(settings, model, attempt.seed, loop.origin)
-    networks = objective.networks()
-    for network in (*networks.trained.values(), *networks.frozen.values()):
+    built = objective.networks()
+    for network in (*built.trained.values(), *built.frozen.values()):
         network.to(device)
-    optimizer = optim.build(networks.trained, settings.optim)
+    optimizer = optim.build(built.trained, settings.optim)
     loader = Loader(
         settings,
         attempt.seed,
@@ -185,6 +191,19 @@ def _on_every_rank(attempt_it: partial[Job]) -> tuple[Job | None, str]:
     return (None, first) if first else (job, "")
 
 
+def _take_file(job: Job, name: str, where: str) -> None:
+    """Weights that no run of ours made: a backbone, often without heads, which then begin fresh."""
+    source = start.open_fitting(where, config.read(config.Model, job.attempt.model))
+    tensors = {key: entry.read() for key, entry in source.own.items()}
+    backbone = {key: tensor for key, tensor in tensors.items() if not networks.is_head(key)}
+    heads = {key: tensor for key, tensor in tensors.items() if networks.is_head(key)}
+    fresh = job.objective.state()["teacher_heads"]  # student's and teacher's are alike still
+    job.objective.take(name, {"teacher_backbone": backbone, "teacher_heads": {**fresh, **heads}}.__getitem__)
+    without = start.fresh_heads(source)
+    told = f"; it has no {' and no '.join(without)}: fresh ones" if without else ""
+    job.progress.note(f"takes {name} from {where} ({source.format}){told}")
+
+
 def _hand_over(make: partial[Job], attempt: Attempt) -> Job:
     """Step 0: fresh networks that take what the phase names. With `init` the clock goes on too."""
     manifests = {name: checkpoint.read_manifest(ref) for name, ref in attempt.inputs.items()}
@@ -199,6 +218,9 @@ def _hand_over(make: partial[Job], attempt: Attempt) -> Job:
             if name == "init":
                 optim.load(job.optimizer, read("optimizer"))
         job.progress.note(f"takes {name} from {attempt.inputs[name]}")
+    for name, where in attempt.files.items():
+        with _user_errors():
+            _take_file(job, name, where)
     in_this_run = [
         file
         for name, manifest in manifests.items()

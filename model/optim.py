@@ -62,7 +62,7 @@ def set_step(optimizer: torch.optim.Optimizer, settings: config.Optim, step: int
     Prototypes have a learning rate of 0 while frozen, so that neither gradient nor decay moves them, as in DINOv3;
     their moments are updated all the same.
     """
-    lr = schedules.value(settings.lr, step, steps) * schedules.lr_scale(settings.lr_scaling, settings.batch_size)
+    lr = schedules.learning_rate(settings, step, steps)
     weight_decay = schedules.value(settings.weight_decay, step, steps)
     for group in optimizer.param_groups:
         frozen = group["prototypes"] and step < settings.freeze_last_layer_steps
@@ -71,15 +71,19 @@ def set_step(optimizer: torch.optim.Optimizer, settings: config.Optim, step: int
     return {"lr": lr, "weight_decay": weight_decay}
 
 
-def clip(networks: Mapping[str, nn.Module], limit: float | None) -> dict[str, Tensor]:
+def clip(networks: Mapping[str, nn.Module], limit: float | None, each: str = "network") -> dict[str, Tensor]:
     """Scale the gradients of each network, apart, to a norm of at most `limit`; returns the norms before, by network.
 
-    To be called once the gradients are summed over the ranks. Without a limit it only measures.
+    With `each` "parameter" every tensor's gradient apart, as DINO does (`clip_gradients` in its code). To be called
+    once the gradients are summed over the ranks. Without a limit it only measures.
     """
-    return {
-        name: nn.utils.clip_grad_norm_(network.parameters(), math.inf if limit is None else limit)
-        for name, network in networks.items()
-    }
+    most = math.inf if limit is None or each == "parameter" else limit
+    norms = {name: nn.utils.clip_grad_norm_(network.parameters(), most) for name, network in networks.items()}
+    if limit is not None and each == "parameter":
+        for network in networks.values():
+            for parameter in network.parameters():
+                nn.utils.clip_grad_norm_(parameter, limit)
+    return norms
 
 
 def state(optimizer: torch.optim.Optimizer) -> State:

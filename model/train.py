@@ -49,7 +49,7 @@ def train(job: Job) -> Cause:
         parallel.reduce_gradients(p for network in trained.values() for p in network.parameters() if p.requires_grad)
 
         # Sums over the ranks, the same on all of them: no rank can take another way from here.
-        norms = {f"grad_norm/{name}": float(norm) for name, norm in optim.clip(trained, settings.optim.clip).items()}
+        norms = {f"grad_norm/{name}": float(norm) for name, norm in _clipped(job).items()}
         metrics = {**_summed(terms), **norms}
         finite = all(math.isfinite(value) for value in metrics.values())
         if finite:
@@ -58,8 +58,10 @@ def train(job: Job) -> Cause:
             objective.after_step(moment)
         optimizer.zero_grad(set_to_none=True)
         job.loop = job.loop.after_step(settings.optim.batch_size, finite)
-        if job.loop.step % settings.health.every == 0:
-            metrics |= health.measure(objective, targets)
+        if job.loop.step % settings.health.every == 0 or job.loop.step == settings.steps:
+            metrics |= health.measure(objective, targets, metrics.get("loss/dino_global"))
+        if job.loop.step == settings.steps and (collapsed := health.collapse(metrics)):
+            job.progress.note(f"collapsed: {collapsed}")
 
         _tell_skipped(job)
         job.progress.step(job.loop.step, settings.optim.batch_size / (time.monotonic() - began), metrics)
@@ -85,6 +87,11 @@ def _backward(job: Job, batch: Batch, targets: base.Slices, moment: Moment) -> d
         terms["total"].backward()  # type: ignore[no-untyped-call]
         sums = {name: term.detach() + sums.get(name, 0) for name, term in terms.items()}
     return sums
+
+
+def _clipped(job: Job) -> dict[str, Tensor]:
+    settings = job.settings.optim
+    return optim.clip(job.objective.networks().trained, settings.clip, settings.clip_each)
 
 
 def _summed(terms: dict[str, Tensor]) -> dict[str, float]:

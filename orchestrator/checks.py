@@ -34,7 +34,8 @@ class Draft:
 
 def all_problems(draft: Draft, *, check_data: bool) -> list[Problem]:
     problems = [*references(draft), *layouts(draft), *sizes(draft), *ranges(draft), *towers(draft), *held_out(draft)]
-    return [*problems, *data(draft)] if check_data else problems
+    problems += evaluated(draft)
+    return [*problems, *data(draft), *captions(draft)] if check_data else problems
 
 
 # --- references -------------------------------------------------------------------------------------------------------
@@ -43,17 +44,21 @@ def all_problems(draft: Draft, *, check_data: bool) -> list[Problem]:
 def references(draft: Draft) -> Iterator[Problem]:
     """References that cannot be read or met, and cycles."""
     found: dict[str, dict[str, Reference]] = {}
+    files: set[tuple[str, str]] = set()
     for phase, settings in draft.raw.items():
         found[phase] = {}
         for name in TAKES.get(str(settings.get("kind")), ()):
             text = settings.get(name)
-            if isinstance(text, str):
+            if isinstance(text, str) and handoff.is_file(name, text):
+                files.add((phase, name))
+                yield from _file(text, ("phases", phase, name))
+            elif isinstance(text, str):
                 try:
                     found[phase][name] = handoff.parse(text)
                 except HandoffError:
                     yield Problem("not a reference to a checkpoint", ("phases", phase, name), found=shown(text),
                                   allowed=handoff.GRAMMAR)  # fmt: skip
-        if {"init", "weights"} <= found[phase].keys():
+        if "init" in found[phase] and ("weights" in found[phase] or (phase, "weights") in files):
             hint = "init goes on with the full training state; weights begins anew with the EMA teacher"
             yield Problem("init and weights exclude each other", ("phases", phase, "weights"), hint=hint)
     cycles = list(_cycles(found))
@@ -65,6 +70,13 @@ def references(draft: Draft) -> Iterator[Problem]:
         for name, reference in named.items():
             if frozenset((phase, reference.phase)) not in in_cycle or reference.run is not None:
                 yield from _reference(draft, phase, name, reference)
+
+
+def _file(text: str, at: Path) -> Iterator[Problem]:
+    """Weights that are not there. What is in them is looked at by `submit`, as that needs torch."""
+    if not storage.is_uri(text) and not contract.data_folder(text).exists():
+        yield Problem("no such file or folder of weights", at, found=shown(text),
+                      allowed=f"{handoff.GRAMMAR}, or a path or URI of weights")  # fmt: skip
 
 
 def _cycles(found: Mapping[str, Mapping[str, Reference]]) -> Iterator[list[str]]:
@@ -143,7 +155,8 @@ def world(resources: Resources) -> int:
 def fitting_worlds(phase: AnyPhase) -> list[int]:
     """The numbers of processes among which whole groups can be dealt evenly."""
     micro_groups = phase.optim.batch_size // (phase.optim.group_size * phase.optim.accumulate)
-    return [count for count in range(1, micro_groups + 1) if micro_groups % count == 0]
+    fitting = [count for count in range(1, micro_groups + 1) if micro_groups % count == 0]
+    return [count for count in fitting if phase.koleo_fits(count)] if isinstance(phase, SslPhase) else fitting
 
 
 def layouts(draft: Draft) -> Iterator[Problem]:
@@ -156,6 +169,13 @@ def layouts(draft: Draft) -> Iterator[Problem]:
                 f"does not divide among the {processes} processes of phase {name}", at,
                 found=f"batch_size {optim.batch_size}, {unit} = group_size {optim.group_size} x accumulate "
                       f"{optim.accumulate} x {processes} processes",
+                allowed=f"numbers of processes that fit: {listed(fitting_worlds(phase))}",
+            )  # fmt: skip
+        elif isinstance(phase, SslPhase) and not phase.koleo_fits(processes):
+            yield Problem(
+                f"does not fit the {processes} processes of phase {name}", (*at[:2], "losses", "koleo", "group_size"),
+                found=f"{phase.koleo_group} images; a process has {optim.batch_size // processes} "
+                      f"in {optim.accumulate} micro-batches",
                 allowed=f"numbers of processes that fit: {listed(fitting_worlds(phase))}",
             )  # fmt: skip
         yield from _on_nodes(draft, phase.resources, ("phases", name, "resources"))
@@ -212,7 +232,11 @@ def ranges(draft: Draft) -> Iterator[Problem]:
         for path, (low, high) in pairs.items():
             if low > high:
                 yield Problem("the smaller one comes first", path, found=f"[{low}, {high}]", allowed=f"[{high}, {low}]")
-        if phase.losses.koleo.weight and phase.optim.group_size < 2:
+        if draft.model and phase.losses.ibot.weight and not (draft.model.ibot_head and draft.model.backbone.mask_token):
+            lacking = "ibot_head" if draft.model.ibot_head is None else "backbone.mask_token"
+            yield Problem(f"the iBOT loss needs model.{lacking}", (*at, "losses", "ibot", "weight"),
+                          found=str(phase.losses.ibot.weight), hint="or losses.ibot.weight: 0")  # fmt: skip
+        if phase.losses.koleo.weight and phase.koleo_group < 2:
             yield Problem("KoLeo needs at least two images in a group", (*at, "optim", "group_size"),
                           found=str(phase.optim.group_size), hint="or losses.koleo.weight: 0")  # fmt: skip
 
@@ -256,6 +280,38 @@ def data(draft: Draft) -> Iterator[Problem]:
             yield Problem(problem.message, at, found=problem.found, allowed=problem.allowed, hint=problem.hint)
 
 
+def captions(draft: Draft) -> Iterator[Problem]:
+    """Text phases that may not be left out, on folders where there is nothing for them to learn."""
+    hint = "write a .txt beside each image, its first line the caption, or {}.without_captions=skip"
+    for name in uncaptioned(draft.phases, draft.cluster):
+        phase = draft.phases[name]
+        assert isinstance(phase, TextPhase)
+        if phase.without_captions == "fail":
+            yield Problem("no image of the folder has a caption", ("phases", name, "data", "path"),
+                          found=phase.data.path, hint=hint.format(f"phases.{name}"))  # fmt: skip
+        elif all(isinstance(other, TextPhase) for other in draft.phases.values()):
+            yield Problem("no image of the folder has a caption, and without this phase nothing is left",
+                          ("phases", name, "data", "path"), found=phase.data.path)  # fmt: skip
+
+
+def uncaptioned(phases: Mapping[str, AnyPhase], cluster: ClusterProfile | None) -> list[str]:
+    """The text phases whose folder, where this machine can see it, holds images and no caption."""
+    if cluster is None or cluster.launcher != "local":
+        return []
+    text = {n: p.data.path for n, p in phases.items() if isinstance(p, TextPhase) and not storage.is_uri(p.data.path)}
+    without = {path for path in text.values() if _has_image(folder := contract.data_folder(path))
+               and not any(map(_has_caption, _images(folder)))}  # fmt: skip
+    return [name for name, path in text.items() if path in without]
+
+
+def evaluated(draft: Draft) -> Iterator[Problem]:
+    """An evaluation of what no phase of this run trains."""
+    kinds = [settings.get("kind") for settings in draft.raw.values()]
+    if draft.evaluate is not None and kinds and all(kind == "text" for kind in kinds):
+        yield Problem("the evaluation scores a vision backbone, and no phase of this run trains one", ("evaluate",),
+                      allowed=f"beside a phase of kind {listed(SSL_KINDS)}", hint="evaluate: null")  # fmt: skip
+
+
 HIDES = {"none": (), "test": ("test",), "validation": ("validation", "test")}
 """`data.hold_out` -> the splits that training does not see."""
 
@@ -287,10 +343,22 @@ def _folder(path: str) -> Problem | None:
 
 
 def _has_image(folder: FilePath) -> bool:
-    """Looks as the index of the images will, and stops at the first one: a folder of millions takes no longer."""
-    for _, folders, names in os.walk(folder):
+    return next(_images(folder), None) is not None
+
+
+def _images(folder: FilePath) -> Iterator[FilePath]:
+    """Looks as the index of the images will, one after the other: to find the first of millions takes no longer."""
+    for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        shown_names = (name for name in names if not name.startswith("."))
-        if any(os.path.splitext(name)[1].lower() in contract.IMAGE_SUFFIXES for name in shown_names):
-            return True
-    return False
+        for name in names:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in contract.IMAGE_SUFFIXES:
+                yield FilePath(place, name)
+
+
+def _has_caption(image: FilePath) -> bool:
+    """As the index reads it: the first line of the text beside the image."""
+    try:
+        with image.with_suffix(".txt").open(encoding="utf-8", errors="replace") as text:
+            return bool(text.readline().strip())
+    except OSError:
+        return False

@@ -17,7 +17,7 @@ from orchestrator.problems import Path, Problem, SpecError, did_you_mean, listed
 from orchestrator.yaml_reader import Document, parse_value
 
 SHARED = (
-    "data", "optim", "crops", "augment", "losses", "ema",
+    "data", "optim", "crops", "augment", "losses", "ema", "official_quirks",
     "precision", "parallel", "resources", "checkpoints", "health",
 )  # fmt: skip
 """What may stand at the top of a job as the default of every phase that has it."""
@@ -36,6 +36,12 @@ class Source:
     lines: dict[Path, int]
     overrides: dict[Path, str] = field(default_factory=dict)
     origins: dict[Path, Path] = field(default_factory=dict)
+
+    def forget_below(self, path: Path) -> None:
+        """What was written under `path` is gone: an override has put something else there."""
+        for places in (self.lines, self.overrides):
+            for at in [at for at in places if len(at) > len(path) and at[: len(path)] == path]:
+                del places[at]
 
     def place(self, problem: Problem) -> Problem:
         """The problem at the path where the value was written, with file and line, or with the override."""
@@ -92,6 +98,7 @@ def override(document: Document, file: str, texts: Iterable[str]) -> tuple[dict[
             problems += error.problems
         else:
             values = trial
+            source.forget_below(written[-1])
             source.overrides.update(dict.fromkeys(written, text))
     return values, source, problems
 

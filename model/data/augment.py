@@ -129,6 +129,12 @@ def whole_views(images: Sequence[Image.Image], side: int, data: config.Data) -> 
     return normalise(pixels([square(image, side) for image in images]), data)
 
 
+def as_released(augment: config.Augment) -> config.Augment:
+    """What the released code does for these settings: its blur is applied with one minus each probability."""
+    probabilities = {name: 1 - getattr(augment, name) for name in ("blur_global_1", "blur_global_2", "blur_local")}
+    return augment.model_copy(update=probabilities)
+
+
 # --- where to look ----------------------------------------------------------------------------------------------------
 
 Box = tuple[int, int, int, int]

@@ -20,7 +20,7 @@ from PIL import Image
 
 from model import config
 from model.data import text
-from model.data.augment import Recipe, ssl_views, whole_views
+from model.data.augment import Recipe, as_released, ssl_views, whole_views
 from model.data.batch import Batch, PairBatch, SslBatch
 from model.data.errors import BadDataError, DataError, UnreadableImageError
 from model.data.images import load_rgb
@@ -187,7 +187,8 @@ class _Maker:
         s = self.settings
         if isinstance(s, config.TextPhase):
             raise TypeError("a text phase has no multi-crop views")
-        recipe = Recipe(s.data, s.augment, s.crops, self.seed, self.origin)
+        augment = as_released(s.augment) if s.official_quirks else s.augment
+        recipe = Recipe(s.data, augment, s.crops, self.seed, self.origin)
         made = ssl_views(recipe, [one.image for one in samples], positions, views)
         return SslBatch(
             positions=torch.tensor(positions),

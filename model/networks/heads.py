@@ -37,6 +37,7 @@ class ProjectionHead(nn.Module):
 
     def __init__(self, settings: Head, dim: int) -> None:
         super().__init__()
+        self.prototypes = settings.prototypes
         widths = [dim, *[settings.hidden] * (settings.layers - 1), settings.bottleneck]
         layers: list[nn.Module] = []
         for width, after in itertools.pairwise(widths):

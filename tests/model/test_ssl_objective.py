@@ -210,7 +210,8 @@ def test_what_health_looks_at_is_the_teacher_before_sinkhorn():
     torch.testing.assert_close(seen.features, said)
     torch.testing.assert_close(seen.assignments, (own.teacher.dino_head(said) / 0.07).softmax(dim=-1))
     assert set(measure(own, own.targets(whole, MOMENT))) == {
-        "health/effective_rank", "health/entropy", "health/prototypes_used",
+        "health/effective_rank", "health/entropy", "health/prototypes_used", "health/information",
+        "health/cls_patch_cosine",
     }  # fmt: skip
 
 
