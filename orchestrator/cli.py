@@ -47,7 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         explained = explain(error)
         if explained is None:  # a bug of ours: its traceback is the report
             raise
-        print(f"dinoctl: {explained.message}", file=sys.stderr)
+        if explained.problems is not None and getattr(options, "json", False):
+            commands.print_json({"valid": False, "problems": explained.problems})
+        else:
+            print(f"dinoctl: {explained.message}", file=sys.stderr)
         return explained.exit_code
 
 

@@ -18,7 +18,6 @@ import msgspec
 
 from model import contract, storage
 from orchestrator import status as statuses
-from orchestrator.problems import SpecError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,20 +42,15 @@ _WHAT = {
 
 
 def validate(options: Options) -> int:
-    try:
-        job, _ = _read(options)
-    except SpecError as error:
-        if not options.json:
-            raise
-        _print_json({"valid": False, "problems": [_problem(problem) for problem in error.problems]})
-        return 2
     from orchestrator import spec
+    from orchestrator.yaml_reader import dump
 
+    job, _ = _read(options)
     resolved = spec.resolved(job)
     if options.json:
-        _print_json({"valid": True, "problems": [], "job": resolved})
+        print_json({"valid": True, "problems": [], "job": resolved})
     elif options.resolved:
-        print(msgspec.yaml.encode(resolved).decode(), end="")
+        print(dump(resolved), end="")
     else:
         phases = ", ".join(f"{name} ({phase.steps} steps)" for name, phase in job.phases.items())
         print(f"{options.file}: valid. Phases: {phases}")
@@ -66,7 +60,7 @@ def validate(options: Options) -> int:
 def schema(options: Options) -> int:
     from orchestrator.schema import job_schema
 
-    _print_json(job_schema())
+    print_json(job_schema())
     return 0
 
 
@@ -76,7 +70,7 @@ def plan(options: Options) -> int:
     job, cluster = _read(options)
     planned = plans.make_plan(job, cluster)
     if options.json:
-        _print_json(planned.as_mapping())
+        print_json(planned.as_mapping())
     else:
         print(plans.as_text(planned))
     return 0
@@ -85,16 +79,17 @@ def plan(options: Options) -> int:
 def submit(options: Options) -> int:
     from orchestrator import control, spec
     from orchestrator.cluster import launchable
+    from orchestrator.problems import SpecError
 
     job, cluster = _read(options)
     not_there = launchable(cluster)
-    problems = [*([not_there] if not_there else []), *spec.not_there_yet(job, cluster)]
+    name = job.name if options.run is None else options.run
+    problems = [*spec.name_problems(name), *([not_there] if not_there else []), *spec.not_there_yet(job, cluster)]
     if problems:
         raise SpecError(problems)
     resolved = spec.resolved(job)
-    name = options.run or job.name
     request = control.Request(name, resolved, cluster.model_dump(mode="json"), spec.digest(resolved))
-    run_dir = control.absolute(f"{options.runs or job.runs}/{name}")
+    run_dir = control.absolute(f"{_runs(options, job.runs)}/{name}")
     if options.dry_run:
         from orchestrator import dry_run
 
@@ -110,23 +105,15 @@ def submit(options: Options) -> int:
 def _read(options: Options) -> tuple[Job, ClusterProfile]:
     """The job and its cluster's profile. Raises SpecError with every mistake in both."""
     from orchestrator.cluster import read_cluster
-    from orchestrator.spec import read_job
+    from orchestrator.spec import leave_out_uncaptioned, read_job
 
     overrides = [*options.overrides, *([f"cluster={options.cluster}"] if options.cluster else [])]
     job = read_job(options.file, overrides)
-    return job, read_cluster(job.cluster)
-
-
-def _problem(problem: Any) -> dict[str, Any]:
-    return {
-        "message": problem.message,
-        "path": problem.path,
-        "file": problem.file,
-        "line": problem.line,
-        "found": problem.found,
-        "allowed": problem.allowed,
-        "hint": problem.hint,
-    }
+    cluster = read_cluster(job.cluster)
+    job, left_out = leave_out_uncaptioned(job, cluster)
+    for line in left_out:
+        print(f"dinoctl: {line}", file=sys.stderr)
+    return job, cluster
 
 
 # --- keeping a run going ----------------------------------------------------------------------------------------------
@@ -191,19 +178,19 @@ def status(options: Options) -> int:
     now = contract.now()
     if options.run is None:
         folder = _runs(options)
-        summaries = [statuses.summary(str(os.path.abspath(f"{folder}/{n}")), now) for n in statuses.names(folder)]
+        summaries = statuses.summaries(folder, now)
         if options.json:
-            _print_json(summaries)
+            print_json(summaries)
         elif not summaries:
             print(f"no runs in {folder} (another folder: --runs or DINOCTL_RUNS)")
         else:
-            from orchestrator import render
+            from orchestrator import overview
 
-            _console().print(render.runs(summaries, now))
+            print(overview.runs(summaries, now))
         return 0
     view = statuses.detail(_find(options), now)
     if options.json:
-        _print_json(view)
+        print_json(view)
     else:
         from orchestrator import render
 
@@ -217,7 +204,7 @@ def logs(options: Options) -> int:
     numbers = [attempt.number for attempt in run.attempts]
     if not numbers:
         raise statuses.RunNotFoundError(f"run {run.created.run} has no attempts yet")
-    attempt = options.attempt or numbers[-1]
+    attempt = numbers[-1] if options.attempt is None else options.attempt
     if attempt not in numbers:
         raise statuses.RunNotFoundError(
             f"no attempt {attempt}; run {run.created.run} has {numbers[0]} to {numbers[-1]}"
@@ -268,8 +255,11 @@ def _model(module: str, *words: str) -> int:
 # --- small things -----------------------------------------------------------------------------------------------------
 
 
-def _runs(options: Options) -> str:
-    return str(options.runs or DEFAULT_RUNS)
+def _runs(options: Options, otherwise: str = DEFAULT_RUNS) -> str:
+    runs = str(options.runs or otherwise)
+    if storage.is_uri(runs):
+        raise statuses.RunNotFoundError(f"{runs}: runs on a bucket are not there yet; name a folder: --runs DIR")
+    return runs
 
 
 def _find(options: Options) -> str:
@@ -287,5 +277,5 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 200)
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
     print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())

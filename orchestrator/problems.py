@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -39,6 +38,13 @@ class Problem:
         above = (self.at[:length] for length in range(len(self.at), 0, -1))
         return replace(self, file=file, line=next((lines[path] for path in above if path in lines), None))
 
+    def as_mapping(self) -> dict[str, object]:
+        """For `--json`."""
+        return {
+            "message": self.message, "path": self.path, "file": self.file, "line": self.line,
+            "found": self.found, "allowed": self.allowed, "hint": self.hint,
+        }  # fmt: skip
+
     def __str__(self) -> str:
         place = self.file + (f":{self.line}" if self.line else "")
         head = ": ".join(part for part in (place, self.path, self.message) if part)
@@ -56,6 +62,8 @@ class SpecError(ValueError):
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
     """A hint with the known words closest to `word`; empty if none is close."""
+    import difflib  # here, as a run that is not there is told without it
+
     near = difflib.get_close_matches(str(word), list(known), n=2, cutoff=0.6)
     return f"did you mean {' or '.join(near)}?" if near else ""
 

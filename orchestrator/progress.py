@@ -24,13 +24,14 @@ class Owned:
 def chunks(run_dir: str, attempt: int) -> list[int]:
     """The numbers of the chunks that an attempt has published, ascending."""
     names = storage.names(f"{run_dir}/{contract.progress_dir(attempt)}")
-    return [int(stem) for stem, dot, kind in (name.partition(".") for name in names) if kind == "jsonl"]
+    stems = (name.removesuffix(".jsonl") for name in names if name.endswith(".jsonl"))
+    return [int(stem) for stem in stems if stem.isdecimal()]
 
 
 def read_chunk(run_dir: str, attempt: int, chunk: int) -> list[Step]:
     """The steps of one chunk. Raises contract.ContractError naming file and line if one is of another shape."""
     path = f"{run_dir}/{contract.progress_chunk(attempt, chunk)}"
-    lines = storage.read(path).decode().splitlines()
+    lines = storage.read(path).splitlines()
     return [contract.decode(line, Step, f"{path}:{number}") for number, line in enumerate(lines, 1)]
 
 

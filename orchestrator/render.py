@@ -1,4 +1,4 @@
-"""Draws what `orchestrator.status` gathered: the table of runs, one run in full. Pure: no files, no clock."""
+"""Draws one run in full, as `orchestrator.status` gathered it. Pure: no files, no clock."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from rich.text import Text
 
 from model.contract import Cause
 from orchestrator import report
-from orchestrator.status import AttemptView, Detail, StageView, Summary, Watch
+from orchestrator.overview import duration, steps, watched
+from orchestrator.status import AttemptView, Detail, StageView
 
 STYLES = {
     "done": "green",
@@ -24,69 +25,8 @@ STYLES = {
 ATTEMPTS_SHOWN = 20
 
 
-def runs(summaries: Sequence[Summary], now: float) -> RenderableType:
-    """One row a run."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("run", no_wrap=True)
-    table.add_column("status", no_wrap=True)
-    table.add_column("phase", no_wrap=True)
-    table.add_column("step", justify="right", no_wrap=True)
-    table.add_column("attempt", justify="right")
-    table.add_column("watched by")
-    table.add_column("note")
-    for run in summaries:
-        table.add_row(
-            run.run,
-            _styled(run.status),
-            f"{run.stage} ({run.number} of {run.stages})",
-            steps(run.step, run.steps),
-            str(run.attempt or ""),
-            watched(run.watch, now),
-            _note(run),
-        )
-    return table
-
-
 def _styled(status: str) -> Text:
     return Text(status, style=STYLES.get(status, ""))
-
-
-def steps(step: int | None, of: int | None) -> str:
-    """`120/500`; empty for the evaluation, which has none."""
-    return "" if of is None else f"{step or 0}/{of}"
-
-
-def watched(watch: Watch | None, now: float) -> Text:
-    """Who keeps a run going and since when; nobody is said in colour, as the run stands still."""
-    if watch is None:
-        return Text("")
-    if watch.pid is None:
-        since = f" for {duration(now - watch.since)}" if watch.since else ""
-        return Text(f"nobody{since}", style="yellow")
-    return Text(f"{watch.host}/{watch.pid} for {duration(now - (watch.since or now))}")
-
-
-def duration(seconds: float) -> str:
-    """`12 s`, `3 min`, `2 h 05 min`, `3 d 4 h`."""
-    whole = max(0, int(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    minutes = whole // 60
-    if minutes < 60:
-        return f"{minutes} min"
-    hours = minutes // 60
-    if hours < 48:
-        return f"{hours} h {minutes % 60:02d} min"
-    return f"{hours // 24} d {hours % 24} h"
-
-
-def _note(run: Summary) -> str:
-    """Why it stands, in a word, and the command that goes on; `status RUN` has the whole story."""
-    why = run.cause.value if run.cause and run.status != "done" else ""
-    return ": ".join(part for part in (why, run.advice) if part)
-
-
-# --- one run ----------------------------------------------------------------------------------------------------------
 
 
 def detail(view: Detail, now: float) -> RenderableType:
@@ -112,7 +52,8 @@ def _head(view: Detail, now: float) -> list[Text]:
     if view.forked_from:
         lines.append(Text(f"forked from {view.forked_from}"))
     if run.watch:
-        lines.append(Text.assemble("watched by ", watched(run.watch, now)))
+        style = "" if run.watch.pid else "yellow"  # nobody: the run stands still
+        lines.append(Text.assemble("watched by ", (watched(run.watch, now), style)))
     return [*lines, Text("")]
 
 

@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import msgspec
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from model import contract, storage
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
 
 Interval = tuple[float, float]
 
@@ -67,12 +69,18 @@ def read(run_dir: str) -> Report | None:
 
 def render(report: Report) -> RenderableType:
     """The table, what trained does not beat, and what was left out."""
+    from rich.console import Group  # here, as `dinoctl status` of many runs reads no report and draws none
+    from rich.text import Text
+
     lines = [Text(line, style="yellow") for line in not_beaten(report)]
     left_out = [Text(f"Left out: {gone.score} ({gone.why}).") for gone in report.left_out]
     return Group(_table(report), *lines, *left_out)
 
 
 def _table(report: Report) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(
         title=f"{report.n_images} images ({report.n_groups} groups of near-duplicates) of the {report.split} split, "
         f"seed {report.seed}; in brackets 95% intervals",

@@ -14,7 +14,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 
 from model.contract import Cause, Step
-from orchestrator import progress, render, status
+from orchestrator import progress, status
+from orchestrator.overview import duration
 from orchestrator.state import AttemptState, State
 
 RATE_STEPS = 50
@@ -103,8 +104,10 @@ class Follower:
 
 def _ended(attempt: AttemptState) -> list[str]:
     end = attempt.end
-    if end is None or end.cause is Cause.DONE:
+    if end is None:
         return []
+    if end.cause is Cause.DONE:
+        return [f"{attempt.phase}: {end.message}"]
     return [f"attempt {attempt.number} of {attempt.phase} ended: {end.cause.value}: {end.message}"]
 
 
@@ -124,7 +127,7 @@ def line(view: View) -> str:
     if view.images_per_second:
         parts.append(f"{view.images_per_second:.1f} images/s")
     if view.eta is not None:
-        parts.append(f"ETA {render.duration(view.eta)}")
+        parts.append(f"ETA {duration(view.eta)}")
     return ", ".join([*parts, f"attempt {view.attempt}"] if view.attempt else parts)
 
 
@@ -221,7 +224,7 @@ def _figures(view: View) -> str:
     if view.images_per_second:
         parts.append(f"{view.images_per_second:.0f} images/s")
     if view.eta is not None:
-        parts.append(f"ETA {render.duration(view.eta)}")
+        parts.append(f"ETA {duration(view.eta)}")
     if view.attempt > 1:
         parts.append(f"attempt {view.attempt}")
     return "  ".join(parts)

@@ -29,7 +29,8 @@ from orchestrator.yaml_reader import read_yaml
 NAME_RULE = "at most 30 of a-z, 0-9 and -, beginning with a letter, not ending with -"
 PHASE_RULE = "at most 16 of a-z, 0-9 and -, beginning with a letter, not ending with -"
 PHASE_PATTERN = r"[a-z]([a-z0-9-]{0,14}[a-z0-9])?"
-Name = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,28}[a-z0-9])?$", description=NAME_RULE)]
+NAME_PATTERN = r"[a-z]([a-z0-9-]{0,28}[a-z0-9])?"
+Name = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$", description=NAME_RULE)]
 PhaseName = Annotated[str, Field(pattern=f"^{PHASE_PATTERN}$", description=PHASE_RULE)]
 """Both are part of a launch name, `<run>-<8 hex>-<phase>-<attempt>`, which has 63 characters at most."""
 
@@ -77,6 +78,15 @@ def read_job(file: str, overrides: Iterable[str] = (), *, check_data: bool = Tru
     return job
 
 
+def leave_out_uncaptioned(job: Job, cluster: ClusterProfile) -> tuple[Job, list[str]]:
+    """The job without the text phases that have no caption to learn from, and a line for each of them."""
+    gone = checks.uncaptioned(job.phases, cluster)
+    lines = [
+        f"phase {n} is left out: no image in {job.phases[n].data.path} has a caption (a .txt beside it)" for n in gone
+    ]
+    return job.model_copy(update={"phases": {n: p for n, p in job.phases.items() if n not in gone}}), lines
+
+
 def resolved(job: Job) -> dict[str, Any]:
     """The job as a plain mapping with every default filled in: what a run's first event holds."""
     return job.model_dump(mode="json")
@@ -85,6 +95,13 @@ def resolved(job: Job) -> dict[str, Any]:
 def digest(spec: Mapping[str, Any]) -> str:
     """sha256 of a resolved spec. The order of the keys counts, as phases are in order."""
     return hashlib.sha256(json.dumps(spec, separators=(",", ":")).encode()).hexdigest()
+
+
+def name_problems(run: str) -> list[Problem]:
+    """What is wrong with a name for a run that was given apart from the file (`submit --run`)."""
+    if re.fullmatch(NAME_PATTERN, run):
+        return []
+    return [Problem("not a name for a run", file="option --run", found=shown(run), allowed=NAME_RULE)]
 
 
 TOP_KEYS = (*Job.model_fields, *SHARED)

@@ -7,9 +7,11 @@ frozen. What is to be done next follows from the state in `orchestrator.decide`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
+
+import msgspec
+from msgspec.structs import replace
 
 from model.contract import EVALUATE, Cause, CheckpointRef
 from orchestrator.events import (
@@ -52,16 +54,14 @@ class Situation(StrEnum):
     DONE = "done"
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(msgspec.Struct, frozen=True):
     """A phase, or the evaluation after the last one. `last` is its last step; the evaluation has none."""
 
     name: str
     last: int | None
 
 
-@dataclass(frozen=True)
-class AttemptState:
+class AttemptState(msgspec.Struct, frozen=True):
     intent: AttemptIntended
     handle: dict[str, Any] | None = None  # once it is launched
     stopping: AttemptStopping | None = None
@@ -81,8 +81,7 @@ class AttemptState:
         return "ended" if self.end else "intended" if self.handle is None else "launched"
 
 
-@dataclass(frozen=True)
-class State:
+class State(msgspec.Struct, frozen=True):
     """counts: ends of each cause since the last progress. failure: the end that the next decision has to answer."""
 
     created: RunCreated
@@ -94,7 +93,7 @@ class State:
     desired: Desired = Desired.RUNNING
     hard: bool = False
     failed: RunFailed | None = None
-    counts: Mapping[Cause, int] = field(default_factory=dict)
+    counts: Mapping[Cause, int] = msgspec.field(default_factory=dict)
     failure: AttemptEnded | None = None
     events: int = 1
 

@@ -6,6 +6,7 @@ imports nothing heavy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -32,7 +33,10 @@ class Watch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """A run in one row. `number` of `stages`: where it is; `advice`: the command that goes on, if one is needed."""
+    """A run in one row. `number` of `stages`: where it is; `advice`: the command that goes on, if one is needed.
+
+    status `unreadable`: its log cannot be read, `message` says why, and nothing else of it is known.
+    """
 
     run: str
     path: str
@@ -92,22 +96,22 @@ class Detail(msgspec.Struct, frozen=True, kw_only=True):
 
 def names(runs: str) -> list[str]:
     """The runs in a folder."""
-    return [name for name in storage.names(runs) if storage.names(f"{runs}/{name}/{contract.EVENTS_DIR}")]
+    return [name for name in storage.names(runs) if store.has_events(f"{runs}/{name}")]
 
 
 def find(run: str, runs: str) -> str:
     """The directory of a run, given by name or by path, absolute. Raises RunNotFoundError saying which runs exist."""
     for path in (f"{runs}/{run}", run):
-        if not storage.is_uri(path) and storage.names(f"{path}/{contract.EVENTS_DIR}"):
+        if not storage.is_uri(path) and store.has_events(path):
             return str(Path(path).absolute())
     known = names(runs)
     there = f"runs in {runs}: {', '.join(known)}" if known else f"there are no runs in {runs}"
     raise RunNotFoundError(f"no run {run!r}; {there} (another folder: --runs or DINOCTL_RUNS)")
 
 
-def load(run_dir: str) -> State:
+def load(run_dir: str, pauses: Sequence[float] | None = None) -> State:
     """The state of a run that is there."""
-    run = state.fold(store.read(run_dir))
+    run = state.fold(store.read(run_dir, pauses))
     assert run is not None, f"{run_dir} was found by its events"
     return run
 
@@ -115,8 +119,23 @@ def load(run_dir: str) -> State:
 # --- gathering --------------------------------------------------------------------------------------------------------
 
 
-def summary(run_dir: str, now: float) -> Summary:
-    return _summary(run_dir, load(run_dir), now)
+def summaries(runs: str, now: float) -> list[Summary]:
+    """All runs in a folder. One that is damaged does not hide the others, nor keep them waiting for it."""
+    return [_summary_or_why_not(str(Path(f"{runs}/{name}").absolute()), now) for name in names(runs)]
+
+
+def _summary_or_why_not(run_dir: str, now: float) -> Summary:
+    try:
+        return summary(run_dir, now, pauses=(0.05,))
+    except (contract.ContractError, store.LogError, state.IllegalEvent, storage.StoreError) as error:
+        return Summary(
+            run=Path(run_dir).name, path=run_dir, status="unreadable", stage="", number=0, stages=0, attempt=0,
+            step=None, steps=None, watch=None, cause=None, message=str(error), advice=f"dinoctl status {run_dir}",
+        )  # fmt: skip
+
+
+def summary(run_dir: str, now: float, pauses: Sequence[float] | None = None) -> Summary:
+    return _summary(run_dir, load(run_dir, pauses), now)
 
 
 def _summary(run_dir: str, run: State, now: float) -> Summary:
@@ -192,7 +211,7 @@ def detail(run_dir: str, now: float) -> Detail:
         forked_from=f"{fork.run}#{fork.phase}@{fork.step}" if fork else None,
         stages=[_stage(run_dir, run, stage) for stage in run.stages],
         attempts=[_attempt(attempt) for attempt in run.attempts],
-        tail=_tail(run_dir, failed.number) if failed else [],
+        tail=_tail(run_dir, failed.number) if failed and not _is_users(failed) else [],
         runbook=failures.runbook(failed.end.cause) if failed and failed.end else None,
         report=report.read(run_dir),
     )
@@ -235,6 +254,11 @@ def _last_failure(run: State) -> AttemptState | None:
     last = run.attempts[-1] if run.attempts else None
     quiet = (Cause.DONE, Cause.STOPPED)
     return last if last and last.end and last.end.cause not in quiet else None
+
+
+def _is_users(failed: AttemptState) -> bool:
+    """A user's mistake is told in one line; where in our code it was noticed helps nobody (`logs` has it)."""
+    return failed.end is not None and failed.end.cause is Cause.USER_ERROR
 
 
 def _tail(run_dir: str, attempt: int) -> list[str]:

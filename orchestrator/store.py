@@ -6,9 +6,10 @@ one is refused, reads again and decides again.
 
 from __future__ import annotations
 
+import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
@@ -29,7 +30,7 @@ from orchestrator import events
 from orchestrator.events import Event
 
 _EVENT_NAME = re.compile(r"(\d{6,})\.json")
-_LIST_AGAIN = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+LIST_AGAIN = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 """Seconds between two listings while a number is missing: a store may show a later file before an earlier one."""
 
 
@@ -56,9 +57,12 @@ def append(run_dir: str, number: int, event: Event) -> None:
         raise Conflict(f"{run_dir}: event {number} is there already") from error
 
 
-def read(run_dir: str) -> list[Event]:
-    """All events in order; none if there is no run. Raises LogError for a gap that stays or for a newer format."""
-    count = _complete(run_dir)
+def read(run_dir: str, pauses: Sequence[float] | None = None) -> list[Event]:
+    """All events in order; none if there is no run. Raises LogError for a gap that stays or for a newer format.
+
+    pauses: between the listings that a gap is given to close; LIST_AGAIN if None.
+    """
+    count = _complete(run_dir, LIST_AGAIN if pauses is None else pauses)
     if count == 0:
         return []
     paths = [f"{run_dir}/{event_file(number)}" for number in range(1, count + 1)]
@@ -67,12 +71,21 @@ def read(run_dir: str) -> list[Event]:
     return [events.decode(first, paths[0]), *(events.decode(storage.read(path), path) for path in paths[1:])]
 
 
-def _complete(run_dir: str) -> int:
+def has_events(run_dir: str) -> bool:
+    """Whether there is a run at all; whatever else lies in that folder makes none."""
+    return bool(_numbers(run_dir))
+
+
+def _numbers(run_dir: str) -> set[int]:
+    matches = map(_EVENT_NAME.fullmatch, storage.names(f"{run_dir}/{EVENTS_DIR}"))
+    return {int(match[1]) for match in matches if match}
+
+
+def _complete(run_dir: str, pauses: Sequence[float]) -> int:
     """How many events there are, once their numbers have no gap."""
     missing = 0
-    for pause in (*_LIST_AGAIN, None):
-        matches = map(_EVENT_NAME.fullmatch, storage.names(f"{run_dir}/{EVENTS_DIR}"))
-        numbers = {int(match[1]) for match in matches if match}
+    for pause in (*pauses, None):
+        numbers = _numbers(run_dir)
         last = max(numbers, default=0)
         if len(numbers) == last:
             return last
@@ -98,13 +111,22 @@ def _check_format(first: bytes, where: str) -> None:
 
 
 def prove(run_dir: str) -> None:
-    """Show on the store itself that a name can be taken only once. Raises LogError if the store lets it be taken twice.
+    """Show on the store itself that a name can be taken only once. Raises LogError if the store lets it be taken twice,
+    or takes nothing at all.
 
     Without that, two controllers could both believe that they launched an attempt.
     """
     path = f"{run_dir}/proof-{new_nonce()}"
     try:
         storage.publish(path, b"first")
+    except storage.DiskFullError:
+        raise
+    except storage.StoreError as error:
+        raise LogError(
+            f"a run cannot be written to {run_dir}: {os.strerror(error.errno or 0)}. "
+            "Choose a folder that this user may write to: --runs DIR, DINOCTL_RUNS or `runs` in the job"
+        ) from error
+    try:
         try:
             storage.publish(path, b"second")
         except storage.AlreadyPublished:

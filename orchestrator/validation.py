@@ -59,6 +59,11 @@ def _problem(kind: type[Section], detail: Any, at: Path) -> Problem:
     if detail["type"] == "literal_error":
         allowed = detail["ctx"]["expected"]
         hint = did_you_mean(detail["input"], [word.strip("'") for word in allowed.replace(" or ", ", ").split(", ")])
+    elif detail["type"] in ("model_type", "dict_type", "model_attributes_type"):
+        inner = section_at(kind, loc)
+        allowed = f"a section with {listed(list(inner.model_fields))}" if inner else "a section"
+    elif detail["type"] == "too_short":
+        allowed = f"at least {detail['ctx']['min_length']} of them"
     elif detail["type"] == "string_pattern_mismatch":
         allowed = _description(kind, loc)
     elif detail["type"] == "string_type" and not isinstance(detail["input"], dict | list | None):

@@ -30,6 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.PNG").touch()
+    (tmp_path / "images" / "a.txt").write_text("a red ball\n")
     return tmp_path
 
 
@@ -55,6 +56,14 @@ class TestKeysAndValues:
     def test_the_job_that_the_others_break_is_right(self) -> None:
         Path("job.yaml").write_text(TINY)
         assert list(read_job("job.yaml").phases) == ["pretrain", "gram", "highres", "text"]
+
+    def test_what_an_override_put_there_is_shown_at_the_override(self) -> None:
+        found = only(TINY, "optim.lr=.inf")
+        assert (found.file, found.line, found.path) == ("override optim.lr=.inf", None, "optim.lr.peak")
+
+    def test_a_section_and_a_list_are_called_so(self) -> None:
+        assert only(TINY, "model=3").allowed == "a section with backbone, dino_head, ibot_head"
+        assert only(TINY, "crops.resolutions=[]").allowed == "at least 1 of them"
 
     def test_a_misspelt_key_says_where_and_what_was_meant(self) -> None:
         text = TINY.replace("batch_size: 16\n  group", "batchsize: 16\n  group")
@@ -251,6 +260,7 @@ class TestData:
         (folder / "empty" / ".hidden.png").touch()
         assert only(TINY, "data.path=empty").message == "no images in the data folder"
         (folder / "empty" / "deep" / "b.jpeg").touch()
+        (folder / "empty" / "deep" / "b.txt").write_text("a ball")
         Path("job.yaml").write_text(TINY)
         assert read_job("job.yaml", ["data.path=empty"])
 
@@ -263,6 +273,7 @@ class TestData:
         assert "data.path=FOLDER" in problem.hint
         (folder / "cache/dinoctl/tuxpaint-stamps").mkdir(parents=True)
         (folder / "cache/dinoctl/tuxpaint-stamps/x.png").touch()
+        (folder / "cache/dinoctl/tuxpaint-stamps/x.txt").write_text("a ball")
         Path("job.yaml").write_text(TINY)
         job = read_job("job.yaml", ["data.path=cache:tuxpaint-stamps"])
         assert job.phases["text"].data.path == "cache:tuxpaint-stamps"
@@ -304,6 +315,16 @@ class TestOverrides:
     def test_every_bad_override_at_once(self) -> None:
         found = problems(TINY.replace("seed: 3", "sede: 3"), "phases.gran.steps=5", "oops", "name=[1", "optim.lr=fast")
         assert len(found) == 5
+
+
+@pytest.mark.usefixtures("folder")
+def test_an_evaluation_of_what_no_phase_trains() -> None:
+    text_alone = copy.deepcopy(yaml.safe_load(TINY))
+    text_alone["phases"] = {"text": {**text_alone["phases"]["text"], "vision_tower": "other#pretrain@final"}}
+    del text_alone["crops"]
+    told = {problem.path: problem for problem in problems(yaml.safe_dump(text_alone))}
+    assert "no phase of this run trains one" in told["evaluate"].message
+    assert told["evaluate"].hint == "evaluate: null"
 
 
 def test_what_the_checks_know_of_the_data_plane_is_true() -> None:

@@ -28,6 +28,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DINOCTL_RUNS", raising=False)
     (tmp_path / "images").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "images" / "a.txt").write_text("a black square\n")
 
 
 def job(*words: str) -> list[str]:
@@ -114,11 +115,57 @@ def test_validate_as_json_when_wrong(capsys: pytest.CaptureFixture[str]) -> None
     assert [problem["path"] for problem in answer["problems"]] == ["sed"]
 
 
+def test_resolved_text_that_looks_like_a_number_stays_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(job("validate", "tracking.experiment='1e5'", "--resolved")) == 0
+    assert "experiment: '1e5'" in capsys.readouterr().out
+
+
+def test_plan_as_json_when_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(job("plan", "sed=1", "--json")) == 2
+    assert [problem["path"] for problem in parsed(capsys)["problems"]] == ["sed"]
+
+
+@pytest.mark.parametrize("name", ["", "Upper", "../up", "a b", "a\nb", "x" * 31, "-x"])
+def test_a_name_that_a_run_cannot_have(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(job("submit", f"--run={name}")) == 2
+    said = capsys.readouterr().err
+    assert "option --run: not a name for a run" in said
+    assert "at most 30 of a-z" in said
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("runs", ["s3://bucket/runs", "images/a.png", "/proc/nowhere"])
+def test_a_folder_of_runs_that_cannot_be(runs: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(job("submit", "--runs", runs)) == 2
+    assert "--runs DIR" in capsys.readouterr().err
+
+
 def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(job("plan")) == 0
     assert "gram_teacher" in capsys.readouterr().out
     assert cli.main(job("plan", "--json")) == 0
     assert [phase["name"] for phase in parsed(capsys)["phases"]] == ["pretrain", "gram", "highres", "text"]
+
+
+def test_without_captions_the_demo_leaves_its_text_phase_out_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images" / "a.txt").write_text("\n")
+    assert cli.main(job("validate", "--json")) == 0
+    said = capsys.readouterr()
+    assert list(json.loads(said.out)["job"]["phases"]) == ["pretrain", "gram", "highres"]
+    assert said.err.startswith("dinoctl: phase text is left out: no image in")
+    assert len(said.err.splitlines()) == 1
+
+
+def test_a_text_phase_that_was_asked_for_is_refused_without_captions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images" / "a.txt").unlink()
+    assert cli.main(job("validate", "phases.text.without_captions=fail")) == 2
+    said = capsys.readouterr().err
+    assert "no image of the folder has a caption" in said
+    assert "phases.text.without_captions=skip" in said
 
 
 def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,6 +216,14 @@ def test_status_of_all_and_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "two: running" in capsys.readouterr().out
 
 
+def test_a_log_that_contradicts_itself_is_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Run(tmp_path / "runs" / "tiny").done()
+    files = sorted((tmp_path / "runs" / "tiny" / "events").iterdir())
+    files[2].write_bytes(files[1].read_bytes())
+    assert cli.main(["status", "tiny"]) == 2
+    assert "contradicts itself" in capsys.readouterr().err
+
+
 def test_the_folder_of_runs_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Run(tmp_path / "elsewhere" / "one")
     monkeypatch.setenv("DINOCTL_RUNS", str(tmp_path / "elsewhere"))
@@ -188,8 +243,9 @@ def test_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "zweiter: ä\n"
     assert cli.main(["logs", "tiny", "--attempt", "1", "--follow"]) == 0
     assert capsys.readouterr().out == "first\n"
-    assert cli.main(["logs", "tiny", "--attempt", "7"]) == 2
-    assert "no attempt 7" in capsys.readouterr().err
+    for attempt in ("7", "0"):
+        assert cli.main(["logs", "tiny", "--attempt", attempt]) == 2
+        assert f"no attempt {attempt}" in capsys.readouterr().err
     assert cli.main(["logs", "tiny", "--rank", "3"]) == 2
     assert "there are: agent.log" in capsys.readouterr().err
 

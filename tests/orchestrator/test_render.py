@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from model.contract import Cause
-from orchestrator import events, render, status
+from orchestrator import events, overview, render, status
 from tests.orchestrator.written import Run
 
 NOW = 1005.0
@@ -28,7 +28,7 @@ def test_the_table_of_runs(tmp_path: Path) -> None:
     live.watched()
     lost.watched(seen_at=1.0)
     done.done()
-    lines = text(render.runs([status.summary(run.path, NOW) for run in (live, lost, done)], NOW)).splitlines()
+    lines = overview.runs([status.summary(run.path, NOW) for run in (live, lost, done)], NOW).splitlines()
     assert [word for word in lines[1].split() if word][:6] == ["live", "running", "pretrain", "(1", "of", "3)"]
     assert "3/6" in lines[1]
     assert "elsewhere/7 for 1 min" in lines[1]
@@ -89,4 +89,4 @@ def test_a_finished_run_shows_its_report(tmp_path: Path) -> None:
     ],
 )
 def test_durations(seconds: float, words: str) -> None:
-    assert render.duration(seconds) == words
+    assert overview.duration(seconds) == words

@@ -38,8 +38,10 @@ def test_it_follows_a_run_from_phase_to_phase(tmp_path: Path) -> None:
     assert follower.view == View("pretrain", 1, 3, 2, 3, 6, loss=4.0, images_per_second=22.0, eta=None)
 
     run.record(2, 1, {6: 1.0}, note="skipped 1 image: a/b.png")
-    run.end(2, Cause.DONE, [4, 6])
-    assert look(follower, run) == ["pretrain: skipped 1 image: a/b.png"]
+    run.end(2, Cause.DONE, [4, 6], "every step is trained, 6 is sealed")
+    assert look(follower, run) == [
+        "pretrain: skipped 1 image: a/b.png", "pretrain: every step is trained, 6 is sealed",
+    ]  # fmt: skip
     assert follower.view == View("gram", 2, 3, step=0, steps=4)
 
 

@@ -87,6 +87,42 @@ def test_a_run_that_is_done(tmp_path: Path) -> None:
     assert view.report is not None
 
 
+def test_a_damaged_run_does_not_hide_the_others(tmp_path: Path) -> None:
+    for name in ("contradicts", "gap", "torn", "well"):
+        Run(tmp_path / name).done()
+    events_of = {name: sorted((tmp_path / name / "events").iterdir()) for name in ("contradicts", "gap", "torn")}
+    events_of["gap"][2].unlink()
+    events_of["torn"][2].write_bytes(b'{"event":')
+    events_of["contradicts"][2].write_bytes(events_of["contradicts"][1].read_bytes())
+    found = {run.run: run for run in status.summaries(str(tmp_path), NOW)}
+    assert {name: run.status for name, run in found.items()} == {
+        "contradicts": "unreadable", "gap": "unreadable", "torn": "unreadable", "well": "done",
+    }  # fmt: skip
+    assert "000003.json is missing" in found["gap"].message
+    assert found["torn"].advice == f"dinoctl status {tmp_path}/torn"
+
+
+def test_what_else_lies_there_is_passed_over(tmp_path: Path) -> None:
+    run = Run(tmp_path / "tiny")
+    run.launch(1, "pretrain")
+    run.record(1, 0, {1: 6.0, 2: 5.0})
+    for foreign in ("events/README", "attempts/1/progress/README", "attempts/1/progress/x.jsonl"):
+        (tmp_path / "tiny" / foreign).write_text("of somebody else")
+    (tmp_path / "other" / "events").mkdir(parents=True)
+    (tmp_path / "other" / "events" / "notes.json").write_text("{}")
+    assert status.names(str(tmp_path)) == ["tiny"]
+    assert status.summary(run.path, NOW).step == 2
+
+
+def test_a_users_mistake_is_told_in_one_line_without_the_log(tmp_path: Path) -> None:
+    run = Run(tmp_path / "tiny")
+    run.launch(1, "pretrain")
+    run.log(1, "Traceback (most recent call last)")
+    run.end(1, Cause.USER_ERROR, [], "no image has a caption")
+    view = status.detail(run.path, NOW)
+    assert (view.tail, view.attempts[0].message) == ([], "no image has a caption")
+
+
 def test_runs_are_found_by_name_and_by_path(tmp_path: Path) -> None:
     run = Run(tmp_path / "runs" / "tiny")
     (tmp_path / "runs" / "no-run").mkdir()

@@ -52,7 +52,7 @@ def test_a_taken_number_is_a_conflict_but_ones_own_event_is_not(tmp_path: Path) 
 
 
 def test_a_gap_is_an_error_that_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_LIST_AGAIN", (0.001,))
+    monkeypatch.setattr(store, "LIST_AGAIN", (0.001,))
     run = str(tmp_path)
     store.append(run, 1, created())
     store.append(run, 3, launched(1))
