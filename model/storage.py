@@ -121,6 +121,28 @@ def read(path: str, start: int = 0, length: int | None = None) -> bytes:
         raise StoreError(error.errno, f"reading {path}: {error.strerror or error}") from error
 
 
+def fetch(uri: str, target: Path) -> None:
+    """Copy what lies at a URI to the file `target`, whole or not at all; nothing if `target` is there already.
+
+    Raises StoreError, DiskFullError.
+    """
+    if target.exists():
+        return
+    import fsspec  # slow to import, and `dinoctl status` comes this way
+
+    with _named(uri, "fetching"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f".{target.name}.{new_nonce()}.tmp"
+        try:
+            with fsspec.open(uri, "rb") as source, temporary.open("xb") as copy:
+                shutil.copyfileobj(source, copy, 1 << 23)
+            temporary.replace(target)
+        except (ImportError, ValueError) as error:  # fsspec's, for a scheme that it does not know
+            raise StoreError(errno.EINVAL, f"fetching {uri}: {error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 def exists(path: str) -> bool:
     return local(path).exists()
 

@@ -92,7 +92,7 @@ def test_the_door_and_the_agent_are_free_of_torch(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_only_the_storage_touches_fsspec_and_nothing_pickles(name: str) -> None:
-    allowed = {"fsspec", "s3fs"} if name == "model.storage" else set()
+    allowed = {"model.storage": {"fsspec", "s3fs"}, "model.weights.pickled": {"pickle"}}.get(name, set())
     assert top(imports(name)) & {"fsspec", "s3fs", "pickle", "cloudpickle", "dill", "shelve"} <= allowed
 
 

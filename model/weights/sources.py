@@ -1,0 +1,261 @@
+"""Weights as they lie on a disk, whoever wrote them: found out what they are, and given under our names.
+
+    <run>/checkpoints/<phase>/<attempt>/<step>    a checkpoint of ours, each file's checksum verified
+    FOLDER with config.json and *.safetensors     Hugging Face's DINOv3ViTModel, or timm's local-dir
+    FOLDER with .metadata                         torch.distributed.checkpoint, as official training writes it
+    FILE.safetensors                              our names (which are the official ones), Hugging Face's or timm's
+    FILE.pth and others                           official, by torch.load(weights_only=True), mapped and not read
+
+Of a file with several networks, one is taken: the teacher, unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from model import checkpoint, config, contract, storage
+from model.config import Backbone
+from model.contract import CheckpointRef, File
+from model.weights import names, networks, outside, pickled, stream
+from model.weights.entries import Entries, Entry, WeightsError, compare, of, shapes
+
+NETWORKS = ("teacher", "student", "gram_teacher")
+
+OURS_KEY = "dinoctl.backbone"
+"""In the header of a safetensors file of ours: the backbone's settings, JSON."""
+
+ImageStats = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One network, with its heads if there are any."""
+
+    where: str
+    format: str  # ours, official, huggingface, timm
+    backbone: Backbone
+    own: Entries  # under our names: the backbone's bare, and `dino_head.*`, `ibot_head.*`
+    stated: bool  # the settings stand in the source: else they are told from the shapes
+    made: tuple[str, ...] = ()  # names that the source has not and that its kind implies
+    left: tuple[str, ...] = ()  # names of other networks and of what is no network
+    statistics: ImageStats | None = None  # mean and std that images are normalised with
+
+
+def open_source(where: str, like: Backbone | None = None, network: str = "teacher") -> Source:
+    """What lies at `where`, a path or a URI, read no further than names and shapes.
+
+    like: the backbone that it is to be, where the source itself does not tell. Raises WeightsError, CheckpointError,
+    StoreError.
+    """
+    path = local_copy(where)
+    if not path.exists():
+        raise WeightsError(f"no such file or folder: {where}")
+    if path.is_dir():
+        source = _folder(path, like, network)
+    else:
+        tensors, header = _file(path)
+        source = _tell(where, tensors, header, like, network)
+    mistakes = compare(
+        {name: shape for name, shape in shapes(source.own).items() if not networks.is_head(name)},
+        networks.expected(source.backbone),
+    )
+    if mistakes:
+        raise WeightsError(f"{where} is not a {source.backbone.arch}: {'; '.join(mistakes)}")
+    return replace(source, where=where)
+
+
+def local_copy(where: str) -> Path:
+    """The file itself; of a URI a copy in the cache, fetched the first time."""
+    if not storage.is_uri(where):
+        return Path(where).expanduser()
+    key = hashlib.sha256(where.encode()).hexdigest()[:16]
+    target = contract.cache_dir() / "weights" / key / where.rsplit("/", 1)[-1]
+    storage.fetch(where, target)
+    return target
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def _folder(path: Path, like: Backbone | None, network: str) -> Source:
+    if (path / "manifest.json").exists():
+        return _checkpoint(path, network)
+    if (path / pickled.INDEX).exists():
+        return _tell(str(path), pickled.open_folder(path), {}, like, network)
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise WeightsError(
+            f"{path} is no folder of weights: it has no manifest.json (a checkpoint of dinoctl), no *.safetensors "
+            f"(Hugging Face, timm) and no {pickled.INDEX} (torch.distributed.checkpoint)"
+        )
+    tensors: dict[str, Entry] = {}
+    for file in files:
+        tensors |= _safetensors(file)[0]
+    settings = path / "config.json"
+    described = json.loads(settings.read_bytes()) if settings.exists() else {}
+    source = _tell(str(path), tensors, {}, like, network, described)
+    return replace(source, statistics=_statistics(path / "preprocessor_config.json"))
+
+
+def _statistics(path: Path) -> ImageStats | None:
+    if not path.exists():
+        return None
+    values = json.loads(path.read_bytes())
+    return (tuple(values["image_mean"]), tuple(values["image_std"])) if "image_mean" in values else None
+
+
+def _checkpoint(path: Path, network: str) -> Source:
+    run, phase, attempt, step = path.absolute().parents[3], *path.absolute().parts[-3:]
+    ref = CheckpointRef(run=str(run), phase=phase, attempt=int(attempt), step=int(step))
+    manifest = checkpoint.read_manifest(ref)
+    parts = {"teacher": ("teacher_backbone", "teacher_heads")}.get(network, (network,))
+    missing = [part for part in parts if part not in manifest.parts]
+    if missing:
+        raise WeightsError(f"{path} has no {', '.join(missing)}, only {', '.join(sorted(manifest.parts))}")
+    tensors: dict[str, Entry] = {}
+    for part in parts:
+        for file in manifest.parts[part]:
+            tensors |= _safetensors(_verified(run / file.path, file))[0]
+    data = manifest.model["phase"]["data"]
+    return Source(
+        where=str(path),
+        format="ours",
+        backbone=config.read(config.Model, manifest.model["networks"]).backbone,
+        own={name.removeprefix("backbone."): value for name, value in tensors.items()},
+        stated=True,
+        left=tuple(f"part {part}" for part in sorted(manifest.parts.keys() - set(parts))),
+        statistics=(tuple(data["mean"]), tuple(data["std"])),
+    )
+
+
+def _verified(path: Path, file: File) -> Path:
+    """The same path, once size and checksum are those of the manifest; read in pieces."""
+    try:
+        with path.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path} is not there, though the manifest names it") from error
+    if (path.stat().st_size, digest) != (file.bytes, file.sha256):
+        raise WeightsError(f"{path} is not what its manifest says: torn or altered")
+    return path
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _file(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    if path.suffix == ".safetensors":
+        return _safetensors(path)
+    return _flat(pickled.open_file(path)), {}
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Entry]:
+    """The tensors in nested mappings, by their keys joined with dots."""
+    found: dict[str, Entry] = {}
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            if isinstance(value, Tensor):
+                found[f"{prefix}{key}"] = of(value)
+            else:
+                found |= _flat(value, f"{prefix}{key}.")
+    return found
+
+
+def _safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors, mapped from the file, and the strings of its header."""
+    try:
+        file: Any = safe_open(path, framework="pt")
+        tensors = {name: _lazy(file, name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        return tensors, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is no safetensors file: {error}") from error
+
+
+def _lazy(file: Any, name: str) -> Entry:
+    described = file.get_slice(name)
+    return Entry(tuple(described.get_shape()), _DTYPES[described.get_dtype()], partial(file.get_tensor, name))
+
+
+_DTYPES = {text: dtype for dtype, text in stream.DTYPES.items()}
+
+
+# --- what are these tensors? ------------------------------------------------------------------------------------------
+
+
+_OF_TIMM = (".gamma_1", ".q_bias", "reg_token", ".fc1_g.weight")
+
+
+def _tell(
+    where: str,
+    tensors: Entries,
+    header: Mapping[str, str],
+    like: Backbone | None,
+    network: str,
+    described: Mapping[str, Any] | None = None,
+) -> Source:
+    """The network of these names, in whichever of the namings they are."""
+    described = described or {}
+    if any(name.endswith("embeddings.cls_token") for name in tensors):
+        return _huggingface(where, tensors, described)
+    if "architecture" in described or any(name.endswith(_OF_TIMM) for name in tensors):
+        return _timm(where, tensors, described, like)
+    own, left = _choose(where, tensors, network)
+    if OURS_KEY in header:
+        backbone = config.read(Backbone, json.loads(header[OURS_KEY]))
+    else:
+        backbone = like or networks.recognise(own)
+    stated = OURS_KEY in header
+    return Source(where, "ours" if stated else "official", backbone, own, stated, left=left)
+
+
+def _choose(where: str, tensors: Entries, network: str) -> tuple[dict[str, Entry], tuple[str, ...]]:
+    """One backbone and its heads under bare names, and what is left out.
+
+    A backbone is where there is a cls_token. In official training files it is `teacher.backbone.*` (or
+    `model.teacher.backbone.*`, or `model_ema` for teacher); in the released ones it has no prefix.
+    """
+    prefixes = sorted(name.removesuffix("cls_token") for name in tensors if name.split(".")[-1] == "cls_token")
+    aliases = {"teacher": ("teacher", "model_ema")}.get(network, (network,))
+    chosen = [prefix for alias in aliases for prefix in prefixes if alias in prefix.split(".")]
+    if not chosen and network == "teacher":
+        other = {"student", "gram_teacher", "gram"}
+        chosen = [prefix for prefix in prefixes if not other & set(prefix.split("."))]
+    if not chosen:
+        there = ", ".join(prefix or "one backbone without a prefix" for prefix in prefixes) or "no cls_token at all"
+        raise WeightsError(f"{where} has no {network}: there is {there}")
+    backbone = chosen[0]
+    root = backbone.removesuffix("backbone.")
+    own = {}
+    for name, value in tensors.items():
+        bare = name.removeprefix(root)
+        if name.startswith(backbone) and not (backbone == root and networks.is_head(bare)):
+            own[name.removeprefix(backbone)] = value
+        elif name.startswith(root) and networks.is_head(bare):
+            own[bare] = value
+    taken = (backbone, *(f"{root}{head}." for head in networks.HEADS))
+    return own, tuple(name for name in tensors if not name.startswith(taken))
+
+
+def _huggingface(where: str, tensors: Entries, described: Mapping[str, Any]) -> Source:
+    """The encoder's layers are `layer.*` in files and `model.layer.*` in the model of transformers 5."""
+    if not described:
+        raise WeightsError(f"{where} has Hugging Face's names: name the folder that has its config.json too")
+    backbone = outside.from_huggingface(described)
+    theirs = {name.replace("model.layer.", "layer.", 1): value for name, value in tensors.items()}
+    own, made = names.translate_back(theirs, backbone, names.huggingface(backbone))
+    return Source(where, "huggingface", backbone, own, stated=True, made=tuple(made))
+
+
+def _timm(where: str, tensors: Entries, described: Mapping[str, Any], like: Backbone | None) -> Source:
+    backbone = outside.from_timm(shapes(tensors), described, like)
+    own, made = names.translate_back(tensors, backbone, names.timm(backbone))
+    return Source(where, "timm", backbone, own, stated=bool(described), made=tuple(made))

@@ -1,0 +1,58 @@
+"""A phase's `weights:` may name a file, a folder or a URI instead of a phase: what training begins with then.
+
+Public backbones have no heads; those begin fresh.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from model import config
+from model.networks.heads import ProjectionHead
+from model.weights import networks
+from model.weights.entries import WeightsError, compare, shapes
+from model.weights.sources import Source, open_source
+
+Shapes = dict[str, tuple[int, ...]]
+
+SEEN = ("heads", "norm_eps", "rope_base")
+"""Settings that no shape shows, and that change what the weights compute."""
+
+
+def mistakes(source: Source, model: config.Model) -> list[str]:
+    """Every reason why `source` does not fit the networks of `model`; none if it does."""
+    backbone = {name: shape for name, shape in shapes(source.own).items() if not networks.is_head(name)}
+    found = compare(backbone, networks.expected(model.backbone))
+    if source.stated:
+        found += [
+            f"{name} is {getattr(source.backbone, name)} there and {getattr(model.backbone, name)} in model.backbone"
+            for name in SEEN
+            if getattr(source.backbone, name) != getattr(model.backbone, name)
+        ]
+    for head, wanted in heads(model).items():
+        there = {name: shape for name, shape in shapes(source.own).items() if name.startswith(f"{head}.")}
+        found += compare(there, wanted) if there else []
+    return found
+
+
+def heads(model: config.Model) -> dict[str, Shapes]:
+    """Names and shapes of each head."""
+    with torch.device("meta"):
+        built = {name: ProjectionHead(head, model.backbone.dim) for name, head in model.heads.items()}
+    return {
+        head: {f"{head}.{name}": tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        for head, module in built.items()
+    }
+
+
+def open_fitting(where: str, model: config.Model) -> Source:
+    """The weights at `where`. Raises WeightsError with every mistake if they do not fit `model`."""
+    source = open_source(where, model.backbone)
+    if found := mistakes(source, model):
+        raise WeightsError(f"{where} ({source.format}) does not fit the job's model: {'; '.join(found)}")
+    return source
+
+
+def fresh_heads(source: Source) -> list[str]:
+    """The heads that the source has not."""
+    return [head for head in networks.HEADS if not any(name.startswith(f"{head}.") for name in source.own)]

@@ -1,0 +1,61 @@
+"""A safetensors file written tensor by tensor: the header from the shapes, then one tensor after the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from model.weights.entries import Entries, Entry, WeightsError
+
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+"""As the format spells them (https://huggingface.co/docs/safetensors)."""
+
+
+def write(path: Path, entries: Entries, metadata: Mapping[str, str]) -> int:
+    """Write a new file `path`, on disk when this returns. Returns its size in bytes.
+
+    At most one tensor is in memory. Raises FileExistsError, OSError, WeightsError for a dtype that the format lacks.
+    """
+    with path.open("xb") as file:
+        file.write(header(entries, metadata))
+        for name, entry in entries.items():
+            tensor = entry.read()
+            if (tuple(tensor.shape), tensor.dtype) != (entry.shape, entry.dtype):
+                raise WeightsError(f"{name} was read as {tensor.dtype} {list(tensor.shape)}, not as announced")
+            if entry.count:
+                file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()
+
+
+def header(entries: Entries, metadata: Mapping[str, str]) -> bytes:
+    """The length of the JSON (8 bytes, little endian), then the JSON, padded to 8 bytes so that tensors lie aligned."""
+    described: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, entry in entries.items():
+        size = _bytes(name, entry)
+        described[name] = {
+            "dtype": DTYPES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _bytes(name: str, entry: Entry) -> int:
+    if entry.dtype not in DTYPES:
+        raise WeightsError(f"{name} is {entry.dtype}, which safetensors has no name for")
+    return entry.count * entry.dtype.itemsize
