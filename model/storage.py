@@ -137,7 +137,9 @@ def fetch(uri: str, target: Path) -> None:
             with fsspec.open(uri, "rb") as source, temporary.open("xb") as copy:
                 shutil.copyfileobj(source, copy, 1 << 23)
             temporary.replace(target)
-        except (ImportError, ValueError) as error:  # fsspec's, for a scheme that it does not know
+        except OSError:
+            raise
+        except Exception as error:  # every backend of fsspec has exceptions of its own
             raise StoreError(errno.EINVAL, f"fetching {uri}: {error}") from error
         finally:
             temporary.unlink(missing_ok=True)
