@@ -131,6 +131,7 @@ class Attempt(Record, frozen=True):
     on_end: list[str]  # the command that the agent runs as its last act (a tick), in its own environment
     spec_digest: str
     code_digest: str
+    files: dict[str, str] = {}  # inputs that are no checkpoint of a run: path or URI of a file or folder of weights
     watch_seconds: float = 1.0  # how often the agent looks at its processes; progress chunks are at most this frequent
 
 

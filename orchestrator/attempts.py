@@ -58,6 +58,7 @@ def build(state: State, run_dir: str, number: int, phase: str, *, dry: bool = Fa
         nodes=1 if evaluation else int(resources["nodes"]),
         processes_per_node=1 if evaluation else int(resources["processes_per_node"]),
         threads=int(resources["threads"]),
+        files=handoff.files(state.spec, phase),
         code_dir=code.code_dir(run_dir, state.code_digest) if dry else code.verify(run_dir, state.code_digest),
         on_end=[sys.executable, "-P", "-m", "orchestrator.cli", "tick", run_dir],
         spec_digest=state.spec_digest,

@@ -89,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_job_commands(commands)
     _add_run_commands(commands)
     _add_step_commands(commands)
+    _add_weights(commands)
     return parser
 
 
@@ -166,6 +167,28 @@ def _add_run(commands: Commands, name: str, help_: str) -> argparse.ArgumentPars
     parser.add_argument("run", metavar="RUN")
     _add_runs(parser)
     return parser
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def _add_weights(commands: Commands) -> None:
+    weights = _add(commands, "weights", "look into weights, and bring them into another form")
+    actions = weights.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    info = _add(actions, "info", "names, shapes and number of parameters, of an architecture or of a file")
+    info.add_argument("what", metavar="ARCH_OR_FILE", help="a released architecture, or as SRC of `convert`")
+    _add_json(info)
+
+    convert = _add(actions, "convert", "checkpoints, official files, Hugging Face's and timm's, each into the others")
+    convert.add_argument("source", metavar="SRC", help="RUN, RUN#<phase>@<step>, a file, a folder or a URI")
+    convert.add_argument("target", metavar="DST", help="FILE.safetensors for ours and official, else a folder")
+    convert.add_argument("--to", choices=["ours", "official", "huggingface", "timm"], required=True)
+    networks = ["teacher", "student", "gram_teacher"]
+    for action in (info, convert):
+        action.add_argument("--arch", metavar="ARCH", help="the released architecture, where a file does not tell")
+        action.add_argument("--network", choices=networks, default="teacher", help="the teacher if absent")
+        _add_runs(action)
 
 
 def _add_runs(parser: argparse.ArgumentParser) -> None:

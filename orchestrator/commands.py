@@ -77,7 +77,7 @@ def plan(options: Options) -> int:
 
 
 def submit(options: Options) -> int:
-    from orchestrator import control, spec
+    from orchestrator import control, spec, weights_command
     from orchestrator.cluster import launchable
     from orchestrator.problems import SpecError
 
@@ -88,6 +88,8 @@ def submit(options: Options) -> int:
     if problems:
         raise SpecError(problems)
     resolved = spec.resolved(job)
+    if wrong := weights_command.problems(resolved):
+        raise SpecError(wrong)
     request = control.Request(name, resolved, cluster.model_dump(mode="json"), spec.digest(resolved))
     run_dir = control.absolute(f"{_runs(options, job.runs)}/{name}")
     if options.dry_run:
@@ -114,6 +116,12 @@ def _read(options: Options) -> tuple[Job, ClusterProfile]:
     for line in left_out:
         print(f"dinoctl: {line}", file=sys.stderr)
     return job, cluster
+
+
+def weights(options: Options) -> int:
+    from orchestrator import weights_command
+
+    return weights_command.run(options, _runs(options))
 
 
 # --- keeping a run going ----------------------------------------------------------------------------------------------

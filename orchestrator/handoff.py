@@ -34,6 +34,11 @@ PARTS_TAKEN: dict[str, tuple[str, ...]] = {
 
 GRAMMAR = "<phase>@<step>, <phase>@final or RUN#<phase>@<step>"
 
+FILE_INPUTS = ("weights",)
+"""Inputs that may also name a file, a folder or a URI of weights that no run of dinoctl made."""
+
+FILE_SUFFIXES = (".pth", ".pt", ".safetensors")
+
 _REFERENCE = re.compile(
     r"(?:(?P<run>[^#]+)#)?(?P<phase>[A-Za-z0-9_.-]+)@(?:(?P<step>[0-9]{1,15})|(?P<final>final)|best\((?P<best>[^()]+)\))"
 )
@@ -70,10 +75,28 @@ def parse(text: str) -> Reference:
     return Reference(match["phase"], int(step) if step else None, match["best"], match["run"])
 
 
+def is_file(name: str, text: str) -> bool:
+    """Whether the input `name` says where weights lie (a path or a URI) and refers to no checkpoint of a run."""
+    if name not in FILE_INPUTS or _REFERENCE.fullmatch(text.strip()) or "#" in text:
+        return False
+    return "/" in text or text.endswith(FILE_SUFFIXES)
+
+
+def files(spec: Spec, phase: str) -> dict[str, str]:
+    """The inputs of `phase` that are files, by input: path or URI."""
+    return {name: text for name, text in _written(spec, phase).items() if is_file(name, text)}
+
+
 def references(spec: Spec, phase: str) -> dict[str, Reference]:
     """What `phase` takes, by input. The evaluation takes the last SSL phase's backbone and the last text phase."""
     if phase == EVALUATE:
         return _evaluated(spec)
+    return {name: parse(text) for name, text in _written(spec, phase).items() if not is_file(name, text)}
+
+
+def _written(spec: Spec, phase: str) -> dict[str, str]:
+    if phase == EVALUATE:
+        return {}
     settings = spec["phases"][phase]
     written = {name: settings.get(name) for name in TAKES[settings["kind"]]}
     return {name: parse(text) for name, text in written.items() if text is not None}

@@ -127,7 +127,9 @@ def _phase(spec: Mapping[str, Any], name: str, phase: AnyPhase, model: Model, tf
 
 def _inputs(spec: Mapping[str, Any], stage: str) -> tuple[Input, ...]:
     taken = handoff.references(spec, stage).items()
-    return tuple(Input(name, str(ref), handoff.PARTS_TAKEN.get(name, ())) for name, ref in taken)
+    files = handoff.files(spec, stage).items()
+    of_phases = [Input(name, str(ref), handoff.PARTS_TAKEN.get(name, ())) for name, ref in taken]
+    return (*of_phases, *(Input(name, file, ("the backbone", "the heads that it has")) for name, file in files))
 
 
 def _views(phase: AnyPhase) -> tuple[str, ...]:

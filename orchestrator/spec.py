@@ -18,7 +18,7 @@ from pydantic import Field
 
 from model import contract, storage
 from model.config import PHASES, AnyPhase, Count, Evaluate, Model, Phase, PhaseBase, Section
-from orchestrator import checks, layers
+from orchestrator import checks, handoff, layers
 from orchestrator.checks import Draft
 from orchestrator.cluster import ClusterProfile, read_cluster
 from orchestrator.layers import SHARED
@@ -242,7 +242,12 @@ def _cluster(name: Any, problems: list[Problem]) -> ClusterProfile | None:
 
 
 def _make_absolute(merged: dict[str, Any]) -> None:
-    """A data folder is relative to where dinoctl was called; attempts may start elsewhere, and `resume` too."""
+    """A path is relative to where dinoctl was called; attempts may start elsewhere, and `resume` too."""
+    for phase in merged["phases"].values():
+        for name in handoff.FILE_INPUTS:
+            text = phase.get(name)
+            if isinstance(text, str) and handoff.is_file(name, text) and not storage.is_uri(text):
+                phase[name] = str(contract.data_folder(text).absolute())
     for section in (*merged["phases"].values(), merged.get("evaluate") or {}):
         path = section.get("data", {}).get("path")
         if path and not storage.is_uri(path) and not path.startswith("cache:"):
