@@ -88,7 +88,7 @@ def files(spec: Spec, phase: str) -> dict[str, str]:
 
 
 def references(spec: Spec, phase: str) -> dict[str, Reference]:
-    """What `phase` takes, by input. The evaluation takes the last SSL phase's backbone and the last text phase."""
+    """What `phase` takes of phases. The evaluation takes the last SSL phase's backbone and the last text phase."""
     if phase == EVALUATE:
         return _evaluated(spec)
     return {name: parse(text) for name, text in _written(spec, phase).items() if not is_file(name, text)}
@@ -98,8 +98,7 @@ def _written(spec: Spec, phase: str) -> dict[str, str]:
     if phase == EVALUATE:
         return {}
     settings = spec["phases"][phase]
-    written = {name: settings.get(name) for name in TAKES[settings["kind"]]}
-    return {name: parse(text) for name, text in written.items() if text is not None}
+    return {name: settings[name] for name in TAKES[settings["kind"]] if settings.get(name) is not None}
 
 
 def _evaluated(spec: Spec) -> dict[str, Reference]:
