@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data demo demo_seeds test check lint types unit jobs lock clean
+.PHONY: help setup data demo demo_seeds ablations test check lint types unit jobs lock clean
 
 help:           ## this list
 	@grep -E '^[a-z_]+: .*##|^[a-z_]+:  +##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -24,6 +24,9 @@ demo: data      ## the main job, on real images: about 8 minutes on 2 cores
 
 demo_seeds: data  ## the main job with three seeds, and their tables in one
 	$(BIN)/python -P -m tests.benchmarks.demo_seeds
+
+ablations: data ## v1's, v2's and v3's ablations on small images, and their curves in runs/ablations.png
+	$(BIN)/python -P -m tests.benchmarks.ablations
 
 test: setup     ## every test that this machine can run
 	$(BIN)/python -P -m pytest

@@ -91,7 +91,7 @@ def collapse(metrics: Mapping[str, float]) -> str:
         found.append(f"features vary along one direction: effective rank {rank:.3g}")
     if (cosine := metrics.get("health/cls_patch_cosine", -1.0)) > MOST_COSINE:
         found.append(f"patches repeat the CLS token: cosine {cosine:.4f}")
-    return "; ".join(found)
+    return ", and ".join(found)
 
 
 def _mean(values: Tensor) -> float:
