@@ -1,0 +1,197 @@
+"""Every loss, the schedules, masks and draws against the oracle's loops, in float64; gradients; closed forms."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model import config, draws, schedules
+from model.data.masks import block_mask, group_masks, masked_counts
+from model.losses.centering import centered
+from model.losses.contrastive import contrastive
+from model.losses.dino import crop_scales, dino_cross_entropy
+from model.losses.gram import Clamp, as_groups, gram, resize_features
+from model.losses.ibot import ibot_cross_entropy, mask_weights
+from model.losses.koleo import koleo
+from model.losses.sinkhorn import sinkhorn
+from model.networks.perturb import Layout, drop_path
+from tests.model.oracle import formulas
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def live(*shape: int, seed: int = 0) -> Tensor:
+    return randn(*shape, seed=seed).requires_grad_()
+
+
+def same(found: Tensor, expected: Tensor, *inputs: Tensor) -> None:
+    """Equal values to 1e-9, and equal gradients of `inputs`."""
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    if inputs:
+        ours, theirs = (torch.autograd.grad(loss, inputs, retain_graph=True) for loss in (found, expected))
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("students", "skip_same"), [(2, True), (2, False), (5, False)])
+def test_dino(students: int, skip_same: bool) -> None:
+    z, p = live(students, 4, 6), randn(2, 4, 6, seed=1).softmax(dim=-1)
+    same(dino_cross_entropy(z, p, 0.1, 4, skip_same=skip_same), formulas.dino(z, p, 0.1, skip_same=skip_same), z)
+    assert torch.autograd.gradcheck(lambda x: dino_cross_entropy(x, p, 0.5, 4, skip_same=skip_same), (z,))
+
+
+def test_dino_of_a_student_that_says_nothing_is_log_k() -> None:
+    p = randn(2, 3, 6).softmax(dim=-1)
+    assert float(dino_cross_entropy(torch.zeros_like(p), p, 0.1, 3)) == pytest.approx(math.log(6), rel=1e-12)
+
+
+def test_the_scales_of_eight_local_crops() -> None:
+    assert crop_scales(2, 8) == (2 / 18, 16 / 18)
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_sinkhorn(rows: int) -> None:
+    z = randn(rows, 5)
+    same(sinkhorn(z, 0.07), formulas.sinkhorn(z, 0.07))
+
+
+def test_sinkhorn_where_the_plain_formula_overflows() -> None:
+    z = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 0.0], [0.0, 0.0, 0.0]])
+    assert sinkhorn(z, 0.07).isfinite().all()
+    torch.testing.assert_close(sinkhorn(z, 0.07).sum(dim=1), torch.ones(3))
+
+
+def test_centering() -> None:
+    z, c = randn(6, 5), randn(1, 5, seed=1)
+    same(centered(z, c, 0.04), formulas.centered(z, c[0], 0.04))
+    same(centered(z, z[:1], 0.04)[:1], torch.full((1, 5), 0.2, dtype=torch.float64))  # at the centre: uniform
+
+
+def test_ibot() -> None:
+    masks = torch.rand(6, 8, generator=torch.Generator().manual_seed(0)) < 0.4
+    masks[2] = False
+    z, p = live(int(masks.sum()), 5), randn(int(masks.sum()), 5, seed=1).softmax(dim=-1)
+    weights = mask_weights(masks, torch.float64)
+    same(ibot_cross_entropy(z, p, weights, 0.1, 6), formulas.ibot(z, p, masks, 0.1), z)
+    assert torch.autograd.gradcheck(lambda x: ibot_cross_entropy(x, p, weights, 0.5, 6), (z,))
+
+
+def test_koleo() -> None:
+    x = live(8, 5)
+    for group in (2, 4, 8):
+        same(koleo(x, group, 8), formulas.koleo(x, group), x)
+    assert torch.autograd.gradcheck(lambda y: koleo(y, 4, 8), (x,))
+
+
+def test_koleo_of_opposite_pairs_is_minus_log_2() -> None:
+    x = randn(1, 5)
+    assert float(koleo(torch.cat([x, -x]), 2, 2)) == pytest.approx(-math.log(2), abs=1e-7)
+
+
+def test_gram() -> None:
+    x, y = live(3, 6, 4), randn(3, 6, 4, seed=1)
+    same(gram(x, y, 3), formulas.gram(x, y), x)
+    assert torch.autograd.gradcheck(lambda z: gram(z, y, 3), (x,))
+    turn = torch.linalg.qr(randn(4, 4, seed=2)).Q
+    assert float(gram(y, 3 * y @ turn, 3)) == pytest.approx(0, abs=1e-24)  # sees neither lengths nor rotations
+
+
+@pytest.mark.parametrize("clamp", ["both", "teacher"])
+def test_gram_without_negative_similarities(clamp: Clamp) -> None:
+    x, y = live(3, 6, 4), randn(3, 6, 4, seed=1)
+    same(gram(x, y, 3, clamp=clamp), formulas.gram(x, y, clamp), x)
+    assert not torch.allclose(gram(x, y, 3, clamp=clamp), gram(x, y, 3))
+
+
+def test_gram_of_a_batch() -> None:
+    """All patches of two images' two crops meet in one matrix."""
+    x, y = live(8, 6, 4), randn(8, 6, 4, seed=1)  # crop-major: crop 0 of four images, then crop 1
+    groups = [[0, 1, 4, 5], [2, 3, 6, 7]]
+    found = gram(as_groups(x, 2, 2), as_groups(y, 2, 2), 2)
+    expected = [formulas.gram(x[group].flatten(0, 1)[None], y[group].flatten(0, 1)[None]) for group in groups]
+    same(found, torch.stack(expected).mean(), x)
+
+
+@pytest.mark.parametrize(("size", "to"), [((6, 6), (4, 4)), ((5, 7), (4, 3)), ((3, 3), (4, 4))])
+def test_bicubic(size: tuple[int, int], to: tuple[int, int]) -> None:
+    x = randn(1, size[0] * size[1], 3)
+    same(resize_features(x, size, to)[0], formulas.bicubic(x[0], size, to))
+
+
+def test_contrastive() -> None:
+    x, y, scale = live(5, 4), live(5, 4, seed=1), torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    u, v = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
+    found = contrastive(u, v, scale, u.detach(), v.detach(), 0)
+    same(found, formulas.contrastive(u, v, scale), x, y, scale)
+
+
+# --- schedules, masks, draws ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"peak": 0.3},
+        {"start": 0.0, "peak": 1.0, "warmup_steps": 4},
+        {"start": 0.1, "peak": 1.0, "end": 0.01, "warmup_steps": 4},
+        {"start": 1.0, "peak": 0.5, "warmup_steps": 10, "warmup": "cosine"},
+        {"peak": 0.9, "end": 1.0, "decay": "linear"},
+    ],
+)
+def test_schedules(values: dict[str, Any]) -> None:
+    schedule = config.read(config.Schedule, values)
+    for step in range(13):
+        assert schedules.value(schedule, step, 13) == pytest.approx(formulas.ramp(values, step, 13), rel=1e-12)
+    assert schedules.value(schedule, 12, 13) == values.get("end", values["peak"])
+
+
+@pytest.mark.parametrize(("side", "total"), [(6, 174), (14, 974), (16, 1274), (32, 5114)])
+def test_how_many_patches_are_masked(side: int, total: int) -> None:
+    """The totals of the released collate function for 16 images of 96, 224, 256 and 512 pixels."""
+    counts = masked_counts(32, side * side, 0.5, (0.1, 0.5))
+    assert counts == formulas.masked_counts(32, side * side, 0.5, 0.1, 0.5)
+    assert sum(counts) == total
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_block_masks(seed: int) -> None:
+    for side, count in ((4, 3), (7, 24), (14, 90)):
+        found = block_mask(np.random.default_rng(seed), side, count)
+        assert found.tolist() == formulas.block_mask(np.random.default_rng(seed), side, count)
+        assert found.sum() == count
+
+
+def test_masks_of_a_group() -> None:
+    masks = group_masks(np.random.default_rng(0), 8, 6, 0.5, (0.1, 0.5))
+    assert sorted(masks.sum(axis=1))[-4:] == formulas.masked_counts(8, 36, 0.5, 0.1, 0.5)
+    assert sorted(masks.sum(axis=1))[:4] == [0] * 4
+
+
+def test_draws_by_name() -> None:
+    ours = draws.generator(3, "a/b", 4, "c").random(8)
+    assert ours.tolist() == formulas.generator(3, "a/b", 4, "c").random(8).tolist()
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.9])
+def test_drop_path(rate: float) -> None:
+    groups, size, copies, blocks = [3, 4], 4, 3, 2
+    found, factor = drop_path(rate, blocks, Layout("local", groups, size, copies), 1, "pretrain", 5)
+    kept, expected = formulas.kept_crops(rate, blocks, "local", groups, size, copies, 1, "pretrain", 5)
+    assert factor == expected
+    assert found is not None
+    for block in range(blocks):
+        for branch in range(2):
+            crops = {divmod(int(crop), len(groups) * size) for crop in found[block, branch]}
+            assert crops == kept[block][branch]
+            assert len(crops) == found.shape[2] == len(groups) * max(int(12 * (1 - rate)), 1)
