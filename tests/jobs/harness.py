@@ -222,14 +222,18 @@ class Moment:
 
 
 def hold(job: Job, phase: str, step: int = EVERY, *, between: bool = True) -> Moment:
-    """Wait until `step` of `phase` is sealed, then stop the ranks in their tracks (SIGSTOP).
+    """Wait until the phase's newest attempt has sealed `step` or a later one, then stop its ranks in their tracks.
 
     between: only once steps were trained since the last seal, so that a strike has something to destroy. Not by
     counting steps, which a busy machine gets wrong: the pulse of a step is younger than the last manifest.
     """
-    wait_until(lambda: any(at >= step for at, _ in job.sealed(phase)), f"{phase}@{step} to be sealed", pause=0.001)
-    intent = job.events("AttemptIntended")[-1]
-    assert intent["phase"] == phase, f"{phase} is over"
+
+    def sealed_by_the_newest() -> dict[str, Any] | None:
+        sealed = [by for at, by in job.sealed(phase) if at >= step]
+        newest = job.events("AttemptIntended")[-1] if sealed else None
+        return newest if newest is not None and newest["attempt"] in sealed else None
+
+    intent = wait_until(sealed_by_the_newest, f"{phase}@{step} to be sealed", pause=0.001)
     name = intent["launch_name"]
     pids = tuple(int(contract.pid_file(name, rank).read_text()) for rank in range(2))
     while True:
