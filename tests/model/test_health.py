@@ -58,3 +58,42 @@ torch.testing.assert_close(torch.tensor(shared), torch.tensor(alone))
 def test_two_ranks_measure_the_global_batch(tmp_path: Path) -> None:
     for result in run_ranks(TWO_RANKS, 2):
         assert result.returncode == 0, result.stderr
+
+
+def seen(assignments: torch.Tensor, **others: torch.Tensor) -> dict[str, float]:
+    class Shows:
+        def observe(self, targets: Any) -> Observed:
+            return Observed(assignments=targets, **others)
+
+    return health.measure(Shows(), assignments, cross_entropy=2.0)
+
+
+def test_a_healthy_teacher_is_not_called_collapsed() -> None:
+    features = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    sharp = torch.eye(16).repeat(4, 1) * 0.9 + 0.1 / 16
+    assert health.collapse(seen(sharp, features=features, closeness=torch.full((64,), 0.5))) == ""
+    assert health.collapse({}) == ""
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ([1.0, 0.0, 0.0, 0.0], "one dimension took over"),
+        ([0.25, 0.25, 0.25, 0.25], "it went flat"),
+        ([0.5, 0.5, 0.0, 0.0], "every image gets the same prototypes"),
+    ],
+)
+def test_which_way_assignments_collapsed(row: list[float], words: str) -> None:
+    assert words in health.collapse(seen(torch.tensor([row] * 32)))
+
+
+def test_collapsed_features_and_patches_are_named() -> None:
+    healthy = torch.eye(16).repeat(4, 1)
+    line = torch.randn(64, 1, generator=torch.Generator().manual_seed(0)) * torch.ones(1, 8)
+    assert "features vary along one direction" in health.collapse(seen(healthy, features=line))
+    assert "patches repeat the CLS" in health.collapse(seen(healthy, closeness=torch.ones(64)))
+
+
+def test_kl_is_cross_entropy_less_the_targets_entropy() -> None:
+    uniform = torch.full((4, 4), 0.25)
+    assert seen(uniform, targets=uniform)["health/kl"] == pytest.approx(2.0 - math.log(4))

@@ -192,3 +192,15 @@ def test_nothing_to_train():
     head = Head().requires_grad_(False)
     with pytest.raises(ValueError, match="nothing to train"):
         optim.build({"dino_head": head}, settings())
+
+
+def test_v1_clips_each_tensor_apart():
+    trained = {"dino_head": Head()}
+    for number, parameter in enumerate(trained["dino_head"].parameters()):
+        parameter.grad = torch.full_like(parameter, 0.001 if number else 100.0)
+    whole = torch.stack([p.grad.square().sum() for p in trained["dino_head"].parameters()]).sum().sqrt()
+    norms = optim.clip(trained, 3.0, "parameter")
+    torch.testing.assert_close(norms["dino_head"], whole)
+    first, *others = trained["dino_head"].parameters()
+    torch.testing.assert_close(first.grad.norm(), torch.tensor(3.0))
+    assert all(parameter.grad.eq(0.001).all() for parameter in others)
