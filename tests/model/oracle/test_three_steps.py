@@ -41,11 +41,11 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "local_weight": {"start": 1.0, "peak": 0.5, "warmup_steps": 3, "warmup": "cosine"},
     "gram_weight": {"start": 1.0, "peak": 2.0, "warmup_steps": 2, "warmup": "cosine"},
 }
-ORACLE = {
+ORACLE: dict[str, Any] = {
     **SCHEDULES, "clip": 0.3, "group": GROUP, "batch": BATCH, "koleo": 0.1, "student_temp": 0.1, "betas": (0.9, 0.99),
     "layer_decay": 0.9, "patch_lr": 0.2, "frozen_steps": 1, "refresh_every": 2,
 }  # fmt: skip
-PHASE = {
+PHASE: dict[str, Any] = {
     "kind": "gram",
     "gram_teacher": "pretrain@1",
     "steps": STEPS,
@@ -66,9 +66,10 @@ PHASE = {
 }  # fmt: skip
 
 
-def engine() -> Any:
+def engine(**losses: Any) -> Any:
     """The objective in float64, every parameter of every network moved."""
-    own = build(config.read_phase(PHASE), config.read(config.Model, MODEL), SEED, ORIGIN)
+    phase = {**PHASE, "losses": {**PHASE["losses"], **losses}}
+    own = build(config.read_phase(phase), config.read(config.Model, MODEL), SEED, ORIGIN)
     generator = torch.Generator().manual_seed(3)
     networks = own.networks()
     for module in (*networks.trained.values(), *networks.frozen.values()):
@@ -175,6 +176,23 @@ def assert_same_state(own: Any, optimizer: torch.optim.Optimizer, state: State, 
             assert_close(moments[f"exp_avg_sq/{network}.{name}"], state.second[network][name], f"second of {name}")
     for name, tensor in state.gram_teacher.items():
         assert_close(now.gram_teacher[name], tensor, f"step {step}, Gram teacher {name}")
+
+
+def test_two_steps_with_centres() -> None:
+    """Of version 1: centres in the place of Sinkhorn-Knopp, which follow the scores from zero."""
+    own = engine(centering="centering", center_momentum=0.9)
+    state, optimizer = copied(own), optim.build(own.networks().trained, own.settings.optim)
+    state.centers = {"dino_head": torch.zeros(12).double(), "ibot_head": torch.zeros(10).double()}
+    for step in range(2):
+        found = engine_step(own, optimizer, batch(step), Moment(step, STEPS, CLOCK + step))
+        settings = {**ORACLE, "center_momentum": 0.9}
+        expected = train_step(state, seen(batch(step), CLOCK + step), settings, step, STEPS)
+        for name, term in expected.items():
+            assert_close(found[name], term, f"step {step}, {name}")
+        heads = own.state()["teacher_heads"]
+        assert_close(heads["dino_center.center"][0], state.centers["dino_head"], "DINO's centre")
+        assert_close(heads["ibot_center.center"][0], state.centers["ibot_head"], "iBOT's centre")
+    assert_same_state(own, optimizer, state, 1)
 
 
 def test_the_comparison_would_see_a_small_fault() -> None:

@@ -35,6 +35,7 @@ class State:
     gram_teacher: Weights
     first: dict[str, Weights] = field(default_factory=dict)  # AdamW's moments
     second: dict[str, Weights] = field(default_factory=dict)
+    centers: Weights = field(default_factory=dict)  # by head; without any, Sinkhorn-Knopp makes the targets
 
 
 def train_step(state: State, seen: Seen, settings: dict, step: int, steps: int) -> dict[str, Tensor]:
@@ -43,7 +44,8 @@ def train_step(state: State, seen: Seen, settings: dict, step: int, steps: int) 
         network: {name: tensor.clone().requires_grad_(_learns(name)) for name, tensor in weights.items()}
         for network, weights in state.student.items()
     }
-    terms = losses(student, state.teacher, state.gram_teacher, seen, settings, step, steps)
+    means: Weights = {}
+    terms = losses(student, state, means, seen, settings, step, steps)
     terms["total"].backward()
     for network, weights in student.items():
         learnt = {name: tensor for name, tensor in weights.items() if tensor.requires_grad}
@@ -58,13 +60,18 @@ def train_step(state: State, seen: Seen, settings: dict, step: int, steps: int) 
         for name in weights:
             if _learns(name):
                 weights[name] = momentum * weights[name] + (1 - momentum) * state.student[network][name]
+    for name, center in state.centers.items():
+        state.centers[name] = settings["center_momentum"] * center + (1 - settings["center_momentum"]) * means[name]
     if (step + 1) % settings["refresh_every"] == 0:
         state.gram_teacher = dict(state.teacher["backbone"])
     return {name: term.detach() for name, term in terms.items()}
 
 
-def losses(student: dict[str, Weights], teacher: dict[str, Weights], gram_teacher: Weights, seen: Seen, settings: dict,
-           step: int, steps: int) -> dict[str, Tensor]:  # fmt: skip
+def losses(
+    student: dict[str, Weights], state: State, means: Weights, seen: Seen, settings: dict, step: int, steps: int
+) -> dict[str, Tensor]:
+    """The terms; `means` is filled with the teacher's mean scores by head."""
+    teacher = state.teacher
     images, grid = range(seen.masks.shape[1]), int(seen.masks.shape[2] ** 0.5)
     keys = [(crop, image) for crop in range(CROPS) for image in images]
     hidden = [(key, patch) for key in keys for patch in range(grid * grid) if seen.masks[key][patch]]
@@ -72,12 +79,17 @@ def losses(student: dict[str, Weights], teacher: dict[str, Weights], gram_teache
     said = {key: backbone(teacher["backbone"], seen.global_crops[key]) for key in keys}
     temperature = ramp(settings["teacher_temp"], step, steps)
     scores = torch.stack([head(teacher["dino_head"], said[key][0]) for key in keys])
-    targets = formulas.sinkhorn(scores, temperature).unflatten(0, (CROPS, -1))
+    means["dino_head"] = scores.mean(dim=0)
+    targets = _targets(scores, state.centers.get("dino_head"), temperature).unflatten(0, (CROPS, -1))
     scores = torch.stack([head(teacher["ibot_head"], said[key][1][patch]) for key, patch in hidden])
-    patch_targets = formulas.sinkhorn(scores, temperature)
+    means["ibot_head"] = scores.mean(dim=0)
+    patch_targets = _targets(scores, state.centers.get("ibot_head"), temperature)
     size = seen.gram_crops.shape[-1] // (seen.global_crops.shape[-1] // grid)
     anchors = torch.stack(
-        [formulas.bicubic(backbone(gram_teacher, seen.gram_crops[key])[1], (size, size), (grid, grid)) for key in keys]
+        [
+            formulas.bicubic(backbone(state.gram_teacher, seen.gram_crops[key])[1], (size, size), (grid, grid))
+            for key in keys
+        ]
     )
 
     own = {
@@ -110,6 +122,10 @@ def losses(student: dict[str, Weights], teacher: dict[str, Weights], gram_teache
         "gram": ramp(settings["gram_weight"], step, steps),
     }
     return {**terms, "total": torch.stack([weights[name] * term for name, term in terms.items()]).sum()}
+
+
+def _targets(scores: Tensor, center: Tensor | None, temperature: float) -> Tensor:
+    return formulas.sinkhorn(scores, temperature) if center is None else formulas.centered(scores, center, temperature)
 
 
 def _learns(name: str) -> bool:
