@@ -6,7 +6,7 @@ Everything is over the global batch. Measuring changes nothing of the training.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -65,6 +65,8 @@ def measure(objective: object, targets: object, cross_entropy: float | None = No
 
 LEAST_INFORMATION = 0.1
 """Nats that an assignment must say about the image; n images that are told apart give up to ln n."""
+FEWEST_PROTOTYPES = 3
+"""In use over the whole batch (exp of the entropy of the mean row), where there are many more to choose from."""
 LEAST_RANK = 1.5
 MOST_COSINE = 0.99
 EXTREME = 0.1
@@ -75,23 +77,34 @@ def collapse(metrics: Mapping[str, float]) -> str:
     """What has collapsed, in words, from `measure`'s metrics; empty if nothing has.
 
     Assignments are collapsed when they say nothing of the image: the mutual information of image and prototype, the
-    entropy of the mean row less the mean of the rows' entropies, is near 0. Entropy says then which way it went.
+    entropy of the mean row less the mean of the rows' entropies, is near 0, or next to no prototype is in use. Entropy
+    says then which way it went.
     """
-    found = []
-    if (information := metrics.get("health/information", math.inf)) < LEAST_INFORMATION:
-        entropy = metrics["health/entropy"]
-        most = entropy + information - math.log(metrics["health/prototypes_used"])  # ln K
-        if entropy < EXTREME * most:
-            found.append(f"one dimension took over: the teacher's entropy is {entropy:.3g} of at most {most:.3g} nats")
-        elif entropy > (1 - EXTREME) * most:
-            found.append(f"it went flat: the teacher's entropy is {entropy:.3g} of at most {most:.3g} nats")
-        else:
-            found.append(f"every image gets the same prototypes: they tell {information:.2g} nats about it")
+    found = [*_collapsed_assignments(metrics)]
     if (rank := metrics.get("health/effective_rank", math.inf)) < LEAST_RANK:
         found.append(f"features vary along one direction: effective rank {rank:.3g}")
     if (cosine := metrics.get("health/cls_patch_cosine", -1.0)) > MOST_COSINE:
         found.append(f"patches repeat the CLS token: cosine {cosine:.4f}")
     return ", and ".join(found)
+
+
+def _collapsed_assignments(metrics: Mapping[str, float]) -> Iterator[str]:
+    if "health/information" not in metrics:
+        return
+    information, entropy, used = (metrics[f"health/{name}"] for name in ("information", "entropy", "prototypes_used"))
+    most = entropy + information - math.log(used)  # ln K
+    in_use = used * math.exp(most)
+    if entropy < EXTREME * most and (
+        information < LEAST_INFORMATION or in_use < FEWEST_PROTOTYPES < math.exp(most) / 8
+    ):
+        yield (
+            f"one dimension took over: the teacher's entropy is {entropy:.3g} of at most {most:.3g} nats, "
+            f"{in_use:.1f} prototypes are in use"
+        )
+    elif information < LEAST_INFORMATION and entropy > (1 - EXTREME) * most:
+        yield f"it went flat: the teacher's entropy is {entropy:.3g} of at most {most:.3g} nats"
+    elif information < LEAST_INFORMATION:
+        yield f"every image gets the same prototypes: they tell {information:.2g} nats about it"
 
 
 def _mean(values: Tensor) -> float:

@@ -97,3 +97,9 @@ def test_collapsed_features_and_patches_are_named() -> None:
 def test_kl_is_cross_entropy_less_the_targets_entropy() -> None:
     uniform = torch.full((4, 4), 0.25)
     assert seen(uniform, targets=uniform)["health/kl"] == pytest.approx(2.0 - math.log(4))
+
+
+def test_two_prototypes_of_many_are_a_collapse_too() -> None:
+    two = torch.eye(256)[[7, 9]].repeat(16, 1)
+    assert "one dimension took over" in health.collapse(seen(two))
+    assert "2.0 prototypes are in use" in health.collapse(seen(two))
