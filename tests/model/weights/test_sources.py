@@ -282,7 +282,7 @@ def sparse(path: Path, backbone: Backbone) -> int:
     return path.stat().st_size
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads how much memory is anonymous from /proc")
+@pytest.mark.requires("proc")
 @pytest.mark.parametrize("to", ["huggingface", "ours"])
 def test_three_gigabytes_take_the_memory_of_one_tensor(to: str, tmp_path: Path) -> None:
     backbone = networks.named("vit7b16", depth=5)
