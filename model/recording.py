@@ -77,6 +77,12 @@ def due(settings: config.AnyPhase, moment: Moment) -> bool:
     return isinstance(settings, config.SslPhase) and settings.debug.record_step == moment.step + 1
 
 
+def record_if_due(job: Job, batch: Batch, moment: Moment) -> None:
+    """To be called as a step begins."""
+    if due(job.settings, moment):
+        record(job, batch, moment)
+
+
 def record(job: Job, batch: Batch, moment: Moment) -> None:
     """Compute the step once more, on every rank, and write it down; each rank its file. Changes nothing of training.
 

@@ -42,8 +42,7 @@ def train(job: Job) -> Cause:
     began = time.monotonic()
     for batch in (one.to(job.device) for one in job.loader):
         moment = Moment(step=job.loop.step, steps=settings.steps, clock=job.loop.clock)
-        if recording.due(settings, moment):
-            recording.record(job, batch, moment)
+        recording.record_if_due(job, batch, moment)
         targets = objective.targets(batch, moment)
         terms = _backward(job, batch, targets, moment)
         parallel.reduce_gradients(p for network in trained.values() for p in network.parameters() if p.requires_grad)
@@ -62,7 +61,6 @@ def train(job: Job) -> Cause:
             metrics |= health.measure(objective, targets, metrics.get("loss/dino_global"))
         if job.loop.step == settings.steps and (collapsed := health.collapse(metrics)):
             job.progress.note(f"collapsed: {collapsed}")
-
         _tell_skipped(job)
         job.progress.step(job.loop.step, settings.optim.batch_size / (time.monotonic() - began), metrics)
         pulse.touch()

@@ -18,7 +18,7 @@ from tests.orchestrator.written import Run
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "jobs" / "demo.yaml")
-COMMANDS = ["validate", "plan", "submit", "schema", "status", "logs", "cancel", "resume", "watch", "tick"]
+COMMANDS = ["validate", "plan", "submit", "schema", "status", "logs", "cancel", "resume", "watch", "tick", "replay"]
 HEAVY = ["torch", "mlflow", "pydantic", "numpy", "fsspec", "yaml", "sqlalchemy", "requests"]
 
 
