@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model import config
 from model.data import augment
-from model.data.augment import Colours, Recipe, ssl_views
+from model.data.augment import Colours, Recipe, as_released, ssl_views
 from model.data.views import SslViews, resolution_at
 
 CLOSE = 2 / 255
@@ -189,3 +189,9 @@ def test_resolutions_are_drawn_by_their_ratio_one_a_step() -> None:
     drawn = [resolution_at(0, "highres", crops_, clock).global_size for clock in range(2000)]
     assert [drawn.count(s) / 2000 for s in (32, 48, 64)] == pytest.approx([0.3, 0.6, 0.1], abs=0.04)
     assert drawn == [resolution_at(0, "highres", crops_, clock).global_size for clock in range(2000)]
+
+
+def test_the_released_blur_has_its_probability_inverted() -> None:
+    released = as_released(config.Augment())
+    assert (released.blur_global_1, released.blur_global_2, released.blur_local) == (0.0, 0.9, 0.5)
+    assert released.solarize_global_2 == config.Augment().solarize_global_2
