@@ -125,7 +125,7 @@ def _checkpoint(path: Path, network: str) -> Source:
     for part in parts:
         for file in manifest.parts[part]:
             tensors |= _safetensors(_verified(run / file.path, file))[0]
-    data = manifest.model["phase"]["data"]
+    data = config.read(config.Data, manifest.model["phase"]["data"])
     return Source(
         where=str(path),
         format="ours",
@@ -133,7 +133,7 @@ def _checkpoint(path: Path, network: str) -> Source:
         own={name.removeprefix("backbone."): value for name, value in tensors.items()},
         stated=True,
         left=tuple(f"part {part}" for part in sorted(manifest.parts.keys() - set(parts))),
-        statistics=(tuple(data["mean"]), tuple(data["std"])),
+        statistics=(data.mean, data.std),
     )
 
 

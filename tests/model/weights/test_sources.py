@@ -149,7 +149,7 @@ def test_an_index_cannot_name_files_elsewhere(tmp_path: Path) -> None:
 def sealed(run_dir: Path) -> Path:
     attempt = make_attempt(run_dir)
     parts = {"teacher_backbone": state(1), "teacher_heads": heads(), "student": {"backbone.cls_token": torch.zeros(1)}}
-    data = {"mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0]}
+    data = {"path": "images", "mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0]}
     checkpoint.seal(attempt, 5, parts, {}, {"step": 5}, {"networks": MODEL, "phase": {"data": data}})
     return run_dir / "checkpoints" / "pretrain" / "1" / "5"
 
