@@ -67,7 +67,7 @@ LEAST_INFORMATION = 0.1
 """Nats that an assignment must say about the image; n images that are told apart give up to ln n."""
 FEWEST_PROTOTYPES = 3
 """In use over the whole batch (exp of the entropy of the mean row), where there are many more to choose from."""
-LEAST_RANK = 1.5
+LEAST_RANK = 1.2
 MOST_COSINE = 0.99
 EXTREME = 0.1
 """Entropy below this share of ln K, or above one minus it, is at that end."""
