@@ -17,7 +17,7 @@ from model import checkpoint, config, optim, parallel, storage
 from model.checkpoint import CheckpointError
 from model.contract import Attempt, CheckpointRef, File, Manifest
 from model.data.index import Index, build_or_read
-from model.data.loader import Loader
+from model.data.loader import MOST_NAMES, Loader
 from model.objectives import base
 from model.objectives.base import Objective
 from model.progress import Progress
@@ -79,6 +79,8 @@ def begin(attempt: Attempt, stop: Stop, device: torch.device) -> Job:
     progress = Progress(attempt, settings.steps)
     # Outside of what is tried again below: there a rank may fail alone, so nothing there may wait for another rank.
     index = _index(settings, attempt.run_dir)
+    if index.skipped:
+        progress.note(_left_out(index))
     make = partial(_make, attempt, settings, index, device, stop, progress)
     failures = []
     for ref in attempt.resume:
@@ -134,6 +136,12 @@ def _index(settings: config.AnyPhase, run_dir: str) -> Index:
         build_or_read(settings.data, run_dir)
     parallel.gather_text("the index is there")
     return build_or_read(settings.data, run_dir)
+
+
+def _left_out(index: Index) -> str:
+    last = ", ".join(f"{one.path} ({one.reason})" for one in index.skipped[-MOST_NAMES:])
+    total = len(index.entries) + len(index.skipped)
+    return f"{len(index.skipped)} of {total} images are unreadable and left out, last: {last}"
 
 
 def _make(
