@@ -211,7 +211,7 @@ def detail(run_dir: str, now: float) -> Detail:
         forked_from=f"{fork.run}#{fork.phase}@{fork.step}" if fork else None,
         stages=[_stage(run_dir, run, stage) for stage in run.stages],
         attempts=[_attempt(attempt) for attempt in run.attempts],
-        tail=_tail(run_dir, failed.number) if failed and not _is_users(failed) else [],
+        tail=_tail(run_dir, failed) if failed else [],
         runbook=failures.runbook(failed.end.cause) if failed and failed.end else None,
         report=report.read(run_dir),
     )
@@ -256,13 +256,15 @@ def _last_failure(run: State) -> AttemptState | None:
     return last if last and last.end and last.end.cause not in quiet else None
 
 
-def _is_users(failed: AttemptState) -> bool:
-    """A user's mistake is told in one line; where in our code it was noticed helps nobody (`logs` has it)."""
-    return failed.end is not None and failed.end.cause is Cause.USER_ERROR
+TOLD = {Cause.USER_ERROR, Cause.DISK_FULL, Cause.BAD_CHECKPOINT}
+"""Ends whose message says it all; where in our code they were noticed helps nobody (`logs` has it)."""
 
 
-def _tail(run_dir: str, attempt: int) -> list[str]:
-    """What the agent kept of the failure (a traceback, stacks), or the end of its log."""
+def _tail(run_dir: str, failed: AttemptState) -> list[str]:
+    """What the agent kept of the failure (a traceback, stacks, more names), or the end of its log."""
+    if failed.end is not None and failed.end.cause in TOLD:
+        return []
+    attempt = failed.number
     path = f"{run_dir}/{contract.outcome_file(attempt)}"
     try:
         text = contract.decode(storage.read(path), Outcome, path).detail
