@@ -18,8 +18,8 @@ from model.checkpoint import CheckpointError
 from model.contract import Attempt, CheckpointRef, File, Manifest
 from model.data.index import Index, build_or_read
 from model.data.loader import MOST_NAMES, Loader
-from model.objectives import base
 from model.objectives.base import Objective
+from model.objectives.build import build
 from model.progress import Progress
 from model.stopping import Stop
 from model.weights import networks, start
@@ -156,7 +156,7 @@ def _make(
     """The job at `loop`, with networks and optimizer fresh."""
     with _user_errors():
         model = config.read(config.Model, attempt.model)
-        objective = base.build(settings, model, attempt.seed, loop.origin)
+        objective = build(settings, model, attempt.seed, loop.origin)
     built = objective.networks()
     for network in (*built.trained.values(), *built.frozen.values()):
         network.to(device)

@@ -17,12 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-
-from model import config
 
 if TYPE_CHECKING:
     from model.data.views import Views
@@ -107,18 +105,6 @@ class Objective(Protocol[B_contra, T]):
         """Hand-off at the phase's first step: `name` is init, weights, gram_teacher or vision_tower, as in the spec.
         Raises ValueError for a name that this kind of phase does not take."""
         ...
-
-
-def build(settings: config.AnyPhase, model: config.Model, seed: int, origin: str) -> Objective[Any, Any]:
-    """The objective of a phase, its networks freshly initialised from `seed`; `origin` names the streams of draws."""
-    # Imported here, as the objectives import this module.
-    if isinstance(settings, config.TextPhase):
-        from model.objectives.text import TextObjective
-
-        return TextObjective(settings, model, seed, origin)
-    from model.objectives.ssl import SslObjective
-
-    return SslObjective(settings, model, seed, origin)
 
 
 def network_state(networks: dict[str, nn.Module]) -> State:

@@ -9,7 +9,8 @@ from torch import multiprocessing, nn
 from model import config, parallel
 from model.data.batch import SslBatch
 from model.health import measure
-from model.objectives.base import Moment, build
+from model.objectives.base import Moment
+from model.objectives.build import build
 from model.schedules import value
 
 BATCH, GROUP, PATCH = 8, 2, 4

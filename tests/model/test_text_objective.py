@@ -11,7 +11,8 @@ from model.data.batch import PairBatch
 from model.networks.init import create
 from model.networks.text import TextTower, VisionHead
 from model.networks.vit import Features
-from model.objectives.base import Moment, build
+from model.objectives.base import Moment
+from model.objectives.build import build
 
 BACKBONE = {"arch": "custom", "dim": 32, "depth": 2, "heads": 2, "patch_size": 8, "layer_scale": 1.0}
 HEAD = {"prototypes": 8, "hidden": 8, "bottleneck": 4}

@@ -15,7 +15,8 @@ from torch import Tensor
 from model import config, optim
 from model.data.batch import SslBatch
 from model.data.masks import group_masks
-from model.objectives.base import Moment, build
+from model.objectives.base import Moment
+from model.objectives.build import build
 from tests.model.oracle import formulas
 from tests.model.oracle.network import HEADS, PATCH, Disturbed, backbone
 from tests.model.oracle.training import CROPS, Seen, State, train_step
