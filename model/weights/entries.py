@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,8 +33,27 @@ Entries = Mapping[str, Entry]
 
 
 def of(tensor: Tensor) -> Entry:
-    """Of a tensor that is in memory, or mapped from a file."""
+    """Of a tensor that is in memory."""
     return Entry(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def in_file(path: Path, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Entry:
+    """Of the contiguous tensor that begins `offset` bytes into a file.
+
+    Read, not mapped: torch and safetensors map privately, which a machine with less memory than the file refuses.
+    """
+    return Entry(tuple(shape), dtype, partial(_read, path, offset, tuple(shape), dtype))
+
+
+def _read(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    tensor = torch.empty(shape, dtype=dtype)
+    if tensor.numel():
+        with path.open("rb") as file:
+            file.seek(offset)
+            wanted = tensor.reshape(-1).view(torch.uint8).numpy().data
+            if file.readinto(wanted) != wanted.nbytes:
+                raise WeightsError(f"{path} ends within a tensor: the file is torn")
+    return tensor
 
 
 def filled(shape: Sequence[int], dtype: torch.dtype, value: float) -> Entry:

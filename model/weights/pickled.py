@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from model.weights.entries import Entry, WeightsError
+from model.weights.entries import Entry, WeightsError, in_file, of
 
 INDEX = ".metadata"
 
@@ -68,15 +70,52 @@ class _Reader(filesystem.FileSystemReader):
         return self.index
 
 
-def open_file(path: Path) -> Any:
-    """What torch.save wrote: tensors, mapped from the file, in nested mappings. Raises WeightsError."""
+def open_file(path: Path) -> dict[str, Entry]:
+    """The tensors that torch.save wrote, not read yet, by the keys of its nested mappings joined with dots.
+
+    torch tells where they lie when it loads under its FakeTensorMode, without reading them. Files of before torch 1.6,
+    which do not tell, are read whole. Raises WeightsError.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with FakeTensorMode():
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = dict(_flat(content))
+        if any(getattr(tensor.untyped_storage(), _OFFSET, None) is None for tensor in tensors.values()):
+            return {name: of(value) for name, value in _flat(torch.load(path, map_location="cpu", weights_only=True))}
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise WeightsError(f"{path} holds more than tensors, and is not unpickled: {reason}") from error
+        asked = next((f" ({line.strip()})" for line in str(error).splitlines() if "GLOBAL" in line), "")
+        raise WeightsError(
+            f"{path} holds more than tensors, or is no file of torch.save; it is not unpickled{asked}"
+        ) from error
     except (RuntimeError, OSError, EOFError) as error:
-        raise WeightsError(f"{path} is no file of torch.save that can be mapped: {error}") from error
+        raise WeightsError(f"{path} is no file of torch.save: {error}") from error
+    return {name: _entry(path, tensor) for name, tensor in tensors.items()}
+
+
+_OFFSET = "_checkpoint_offset"
+"""Where in the file a storage lies (torch's notes on serialization, "torch.load under FakeTensorMode")."""
+
+
+def _flat(content: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested mappings."""
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            if isinstance(value, Tensor):
+                yield f"{prefix}{key}", value
+            else:
+                yield from _flat(value, f"{prefix}{key}.")
+
+
+def _entry(path: Path, tensor: Tensor) -> Entry:
+    """Of a tensor without content. One that is a part of its storage is cut out of the whole of it."""
+    storage, size = tensor.untyped_storage(), tensor.dtype.itemsize
+    start = getattr(storage, _OFFSET) + tensor.storage_offset() * size
+    shape, strides = tuple(tensor.shape), tensor.stride()
+    if tensor.is_contiguous():
+        return in_file(path, start, shape, tensor.dtype)
+    span = 1 + sum((side - 1) * stride for side, stride in zip(shape, strides, strict=True)) if tensor.numel() else 0
+    flat = in_file(path, start, (span,), tensor.dtype)
+    return Entry(shape, tensor.dtype, lambda: flat.read().as_strided(shape, strides).contiguous())
 
 
 def open_folder(folder: Path) -> dict[str, Entry]:

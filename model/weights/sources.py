@@ -4,7 +4,7 @@
     FOLDER with config.json and *.safetensors     Hugging Face's DINOv3ViTModel, or timm's local-dir
     FOLDER with .metadata                         torch.distributed.checkpoint, as official training writes it
     FILE.safetensors                              our names (which are the official ones), Hugging Face's or timm's
-    FILE.pth and others                           official, by torch.load(weights_only=True), mapped and not read
+    FILE.pth and others                           official, by torch.load(weights_only=True)
 
 Of a file with several networks, one is taken: the teacher, unless told otherwise.
 """
@@ -15,18 +15,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from model import checkpoint, config, contract, storage
 from model.config import Backbone
 from model.contract import CheckpointRef, File
 from model.weights import names, networks, outside, pickled, stream
-from model.weights.entries import Entries, Entry, WeightsError, compare, of, shapes
+from model.weights.entries import Entries, Entry, WeightsError, compare, shapes
 
 NETWORKS = ("teacher", "student", "gram_teacher")
 
@@ -99,7 +95,7 @@ def _folder(path: Path, like: Backbone | None, network: str) -> Source:
         )
     tensors: dict[str, Entry] = {}
     for file in files:
-        tensors |= _safetensors(file)[0]
+        tensors |= stream.open_file(file)[0]
     settings = path / "config.json"
     described = json.loads(settings.read_bytes()) if settings.exists() else {}
     source = _tell(str(path), tensors, {}, like, network, described)
@@ -124,7 +120,7 @@ def _checkpoint(path: Path, network: str) -> Source:
     tensors: dict[str, Entry] = {}
     for part in parts:
         for file in manifest.parts[part]:
-            tensors |= _safetensors(_verified(run / file.path, file))[0]
+            tensors |= stream.open_file(_verified(run / file.path, file))[0]
     data = config.read(config.Data, manifest.model["phase"]["data"])
     return Source(
         where=str(path),
@@ -154,38 +150,8 @@ def _verified(path: Path, file: File) -> Path:
 
 def _file(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     if path.suffix == ".safetensors":
-        return _safetensors(path)
-    return _flat(pickled.open_file(path)), {}
-
-
-def _flat(content: Any, prefix: str = "") -> dict[str, Entry]:
-    """The tensors in nested mappings, by their keys joined with dots."""
-    found: dict[str, Entry] = {}
-    if isinstance(content, Mapping):
-        for key, value in content.items():
-            if isinstance(value, Tensor):
-                found[f"{prefix}{key}"] = of(value)
-            else:
-                found |= _flat(value, f"{prefix}{key}.")
-    return found
-
-
-def _safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The tensors, mapped from the file, and the strings of its header."""
-    try:
-        file: Any = safe_open(path, framework="pt")
-        tensors = {name: _lazy(file, name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        return tensors, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is no safetensors file: {error}") from error
-
-
-def _lazy(file: Any, name: str) -> Entry:
-    described = file.get_slice(name)
-    return Entry(tuple(described.get_shape()), _DTYPES[described.get_dtype()], partial(file.get_tensor, name))
-
-
-_DTYPES = {text: dtype for dtype, text in stream.DTYPES.items()}
+        return stream.open_file(path)
+    return pickled.open_file(path), {}
 
 
 # --- what are these tensors? ------------------------------------------------------------------------------------------

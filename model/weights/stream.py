@@ -1,4 +1,4 @@
-"""A safetensors file written tensor by tensor: the header from the shapes, then one tensor after the other."""
+"""Safetensors files tensor by tensor. Written: the header from the shapes, then one tensor after the other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from model.weights.entries import Entries, Entry, WeightsError
+from model.weights.entries import Entries, Entry, WeightsError, in_file
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -18,6 +18,36 @@ DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 """As the format spells them (https://huggingface.co/docs/safetensors)."""
+
+_TYPES = {text: dtype for dtype, text in DTYPES.items()}
+
+
+LONGEST_HEADER = 100_000_000
+"""Bytes; the format's own limit."""
+
+
+def open_file(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors of a file, not read yet, and the strings of its header. Raises WeightsError if it is torn."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            described = json.loads(file.read(length)) if length <= LONGEST_HEADER else {}
+        metadata = described.pop("__metadata__", {})
+        entries = {name: _entry(path, 8 + length, size, **about) for name, about in described.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise WeightsError(f"{path} is no safetensors file, or a torn one: {error}") from error
+    if not entries:
+        raise WeightsError(f"{path} is no safetensors file, or holds no tensors")
+    return entries, metadata
+
+
+def _entry(path: Path, start: int, size: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Entry:
+    first, last = data_offsets
+    entry = in_file(path, start + first, shape, _TYPES[dtype])
+    if not 0 <= first <= last <= size - start or entry.count * entry.dtype.itemsize != last - first:
+        raise ValueError(f"a tensor of {dtype} {shape} cannot lie at {data_offsets}")
+    return entry
 
 
 def write(path: Path, entries: Entries, metadata: Mapping[str, str]) -> int:
