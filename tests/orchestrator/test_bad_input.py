@@ -20,7 +20,7 @@ from orchestrator.problems import Problem, SpecError
 from orchestrator.spec import read_job
 
 ROOT = Path(__file__).parents[2]
-TINY = (ROOT / "tests/orchestrator/bad_input.yaml").read_text()
+TINY = (ROOT / "tests/orchestrator/valid.yaml").read_text()
 
 
 @pytest.fixture

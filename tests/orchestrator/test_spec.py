@@ -17,7 +17,7 @@ from orchestrator.yaml_reader import dump, read_yaml
 
 ROOT = Path(__file__).parents[2]
 JOBS = [*sorted((ROOT / "jobs").glob("*.yaml")), ROOT / "tests/jobs/tiny.yaml"]
-TINY = str(ROOT / "tests/jobs/tiny.yaml")
+TINY = str(ROOT / "tests/orchestrator/valid.yaml")
 V3_7B = str(ROOT / "jobs/v3_7b.yaml")
 
 
