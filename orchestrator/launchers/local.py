@@ -23,6 +23,9 @@ from model.contract import Attempt, Claim
 from orchestrator.launchers.base import LaunchError, LaunchState, Observation, Query
 
 LABEL = "DINOCTL_ATTEMPT"
+START_SECONDS = 5.0
+"""How long the kernel may take to begin a new process."""
+
 KILL_SECONDS = 10.0
 """How long killed processes may take to be gone."""
 
@@ -64,7 +67,9 @@ class LocalLauncher:
             )
         except OSError as error:
             raise LaunchError(f"{attempt.launch_name} could not be started here: {error}") from error
-        return _handle(psutil.Process(pid))
+        process = psutil.Process(pid)
+        _wait_for_exec(process)
+        return _handle(process)
 
     def observe(self, queries: Sequence[Query]) -> list[Observation]:
         agents = [row for row in _table() if row.is_agent]
@@ -84,6 +89,14 @@ class LocalLauncher:
         for row in _its(query, [row for row in rows if row.is_agent]):
             with suppress(psutil.NoSuchProcess):
                 row.process.send_signal(signal.SIGTERM)
+
+
+def _wait_for_exec(process: psutil.Process) -> None:
+    """posix_spawn returns a moment before the kernel shows the new command line, by which the agent is known."""
+    deadline = time.monotonic() + START_SECONDS
+    with suppress(psutil.NoSuchProcess):
+        while not process.cmdline() and time.monotonic() < deadline:
+            time.sleep(0.001)
 
 
 def end_orphans(run_dir: str) -> None:
