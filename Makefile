@@ -28,8 +28,7 @@ demo_seeds: data  ## the main job with three seeds, and their tables in one
 ablations: data ## v1's, v2's and v3's ablations on small images, and their curves in runs/ablations.png
 	$(BIN)/python -P -m tests.benchmarks.ablations
 
-test: setup     ## every test that this machine can run
-	$(BIN)/python -P -m pytest
+test: unit jobs ## every test that this machine can run
 
 check: lint types unit   ## the quick part: under 3 minutes
 
@@ -39,8 +38,11 @@ lint: setup     ## style
 types: setup    ## mypy --strict on both houses
 	$(BIN)/mypy
 
-unit: setup     ## tests that start no jobs
-	$(BIN)/python -P -m pytest -m "not jobs"
+unit: setup     ## tests that start no jobs, on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m "not jobs" -n 2 --dist loadfile
+
+jobs: setup     ## real torchrun jobs, killed and resumed
+	$(BIN)/python -P -m pytest -m jobs
 
 lock: setup     ## pin today's newest versions again
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --all-extras --upgrade pyproject.toml -o constraints.txt

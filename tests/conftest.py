@@ -38,9 +38,6 @@ REQUIREMENTS: dict[str, tuple[Callable[[], bool], str]] = {
 }
 """Name -> whether it is here, and how to get it."""
 
-left_out: Counter[str] = Counter()
-
-
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "requires(name): needs something of the machine, see tests/conftest.py")
 
@@ -52,11 +49,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if not is_here():
             if name in demanded:
                 pytest.fail(f"DINOCTL_REQUIRE names {name}, which is not here: {how}", pytrace=False)
-            left_out[name] += 1
             pytest.skip(f"{name} is not here: {how}")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if left_out:
-        parts = [f"{count} for want of {name} ({REQUIREMENTS[name][1]})" for name, count in left_out.items()]
+    reports = terminalreporter.stats.get("skipped", [])  # also those of other processes (pytest-xdist)
+    reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in reports)
+    if reasons:
+        parts = [f"{count} as {reason}" for reason, count in reasons.items()]
         terminalreporter.write_line(f"left out: {'; '.join(parts)}")
