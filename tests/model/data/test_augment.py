@@ -52,7 +52,7 @@ def _repeat(operation: Callable[[Tensor, float], Tensor], x: Tensor, factor: flo
     return x
 
 
-@pytest.mark.parametrize(("colours", "reference"), REFERENCES, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("colours", "reference"), REFERENCES, ids=[str(colours) for colours, _ in REFERENCES])
 def test_each_operation_is_torchvisions(colours: Colours, reference: Callable[[Tensor], Tensor]) -> None:
     x = crops()
     assert (distorted(x, colours) - reference(x)).abs().max() < CLOSE
