@@ -38,6 +38,7 @@ REQUIREMENTS: dict[str, tuple[Callable[[], bool], str]] = {
 }
 """Name -> whether it is here, and how to get it."""
 
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "requires(name): needs something of the machine, see tests/conftest.py")
 
