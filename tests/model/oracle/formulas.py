@@ -78,7 +78,8 @@ def koleo(features: Tensor, group: int) -> Tensor:
 
 def gram(students: Tensor, teachers: Tensor, clamp: str = "none") -> Tensor:
     """arXiv 2508.10104, equation 2 (mean over the entries). [crops, N, D]. clamp: negative similarities count as 0,
-    of "both", or of the "teacher" and of the student where the teacher's is negative too."""
+    of "both", or of the "teacher" and of the student where the teacher's is negative too; or as the released code
+    does, of the "teacher alone"."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for student, teacher in zip(students, teachers, strict=True):
         xs, xg = (torch.stack([unit(x, 1e-12) for x in features]) for features in (student, teacher))
@@ -103,8 +104,9 @@ def contrastive(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
     return total / (2 * len(images))
 
 
-def bicubic(features: Tensor, size: tuple[int, int], to: tuple[int, int]) -> Tensor:
-    """Keys' kernel with a = -0.75, half-pixel centres, borders repeated, no antialiasing. [h * w, D] row by row."""
+def bicubic(features: Tensor, size: tuple[int, int], to: tuple[int, int], offset: float = 0.0) -> Tensor:
+    """Keys' kernel with a = -0.75, half-pixel centres, borders repeated, no antialiasing. [h * w, D] row by row.
+    offset: what the sampling adds to each new side, as DINO's learnt positions do."""
 
     def kernel(x: float) -> float:
         x, a = abs(x), -0.75
@@ -113,7 +115,7 @@ def bicubic(features: Tensor, size: tuple[int, int], to: tuple[int, int]) -> Ten
         return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0.0
 
     def taps(target: int, old: int, new: int) -> list[tuple[int, float]]:
-        at = (target + 0.5) * old / new - 0.5
+        at = (target + 0.5) * old / (new + offset) - 0.5
         first = math.floor(at) - 1
         return [(min(max(first + n, 0), old - 1), kernel(at - first - n)) for n in range(4)]
 
@@ -129,6 +131,8 @@ def bicubic(features: Tensor, size: tuple[int, int], to: tuple[int, int]) -> Ten
 
 def ramp(values: dict, step: int, steps: int) -> float:
     """DINOv3's second form: to `peak` in `warmup_steps`, then to `end` at the last of `steps`. Both ends included."""
+    if values.get("form") == "v1":
+        return _every_epoch(values, steps)[step // values.get("hold_steps", 1)]
     shapes = {"linear": lambda x: x, "cosine": lambda x: 0.5 - 0.5 * math.cos(math.pi * x)}
     peak, warmup = values["peak"], values.get("warmup_steps", 0)
     if step < warmup:
@@ -137,6 +141,24 @@ def ramp(values: dict, step: int, steps: int) -> float:
     rest = steps - 1 - warmup
     share = (step - warmup) / rest if rest > 0 else 0.0
     return peak + (values.get("end", peak) - peak) * shapes[values.get("decay", "cosine")](share)
+
+
+def _every_epoch(values: dict, steps: int) -> list[float]:
+    """DINO's `cosine_scheduler`, whole: a warm-up whose last value is the peak, then cosine(0), cosine(1 / n) ..
+    cosine((n - 1) / n) of the way. An epoch is `hold_steps`."""
+    epoch, peak = values.get("hold_steps", 1), values["peak"]
+    epochs, warmup = math.ceil(steps / epoch), math.ceil(values.get("warmup_steps", 0) / epoch)
+    start, end = values.get("start", peak), values.get("end", peak)
+    rising = [start + (peak - start) * i / (warmup - 1) if warmup > 1 else start for i in range(warmup)]
+    rest = epochs - warmup
+    return rising + [end + 0.5 * (peak - end) * (1 + math.cos(math.pi * i / rest)) for i in range(rest)]
+
+
+def learning_rate(values: dict, step: int, steps: int, batch: int) -> float:
+    """v3: 4 sqrt(batch / 1024) times the whole schedule; v1: batch / 256 times its peak alone."""
+    if values.get("form") == "v1":
+        return ramp({**values, "peak": values["peak"] * batch / 256}, step, steps)
+    return ramp(values, step, steps) * 4 * math.sqrt(batch / 1024)
 
 
 # --- masks and draws --------------------------------------------------------------------------------------------------
@@ -187,19 +209,35 @@ def block_mask(rng: np.random.Generator, side: int, count: int) -> list[list[boo
     return mask
 
 
-def kept_crops(
-    rate: float, blocks: int, kind: str, groups: list[int], size: int, copies: int, seed: int, origin: str, clock: int
-) -> tuple[list[list[set[tuple[int, int]]]], float]:
-    """Batch-subset drop path of each group apart: for each block, for attention and FFN, the (crop, image) that keep
-    their residual; and by what it is multiplied."""
+def residuals(
+    rates: list[float], kind: str, groups: list[int], size: int, copies: int, seed: int, origin: str, clock: int
+) -> dict[tuple[int, int], list[tuple[float, float]]]:
+    """Batch-subset drop path, each group of `size` images apart, at a rate for each block. By (crop, image): for each
+    block, by what attention's and FFN's residual is multiplied; 0 where it is dropped."""
     crops = copies * size
-    keep = max(int(crops * (1 - rate)), 1)
-    chosen: list[list[set[tuple[int, int]]]] = [[set(), set()] for _ in range(blocks)]
+    images = range(len(groups) * size)
+    factors = {(crop, image): [[0.0, 0.0] for _ in rates] for crop in range(copies) for image in images}
     for slot, group in enumerate(groups):
         rng = generator(seed, f"{origin}/drop-path/{kind}", clock, group)
-        orders = rng.permuted(np.tile(np.arange(crops), (blocks, 2, 1)), axis=2)
-        for block in range(blocks):
+        orders = rng.permuted(np.tile(np.arange(crops), (len(rates), 2, 1)), axis=2)
+        for block, rate in enumerate(rates):
+            keep = max(int(crops * (1 - rate)), 1)
             for branch in range(2):
                 for crop in orders[block, branch, :keep]:
-                    chosen[block][branch].add((int(crop) // size, slot * size + int(crop) % size))
-    return chosen, crops / keep
+                    key = int(crop) // size, slot * size + int(crop) % size
+                    factors[key][block][branch] = crops / keep
+    return {key: [(attention, ffn) for attention, ffn in blocks] for key, blocks in factors.items()}
+
+
+def bends(
+    blocks: int, shift: float, jitter: float, rescale: float, kind: str, group: int, seed: int, origin: str, clock: int
+) -> list[tuple[tuple[float, float], tuple[float, float]]]:
+    """What RoPE's coordinates (y, x) suffer in each block: what is added, and then multiplied with. Rounded to fp32,
+    which the engine hands over. With one draw for all blocks, the first is it."""
+    rng = generator(seed, f"{origin}/rope/{kind}", clock, group)
+    drawn = []
+    for u in rng.uniform(-1, 1, (blocks, 5)):
+        factors = [jitter ** u[2 + axis] * rescale ** u[4] for axis in range(2)]
+        moved = (float(np.float32(u[0] * shift)), float(np.float32(u[1] * shift)))
+        drawn.append((moved, (float(np.float32(factors[0])), float(np.float32(factors[1])))))
+    return drawn

@@ -1,52 +1,49 @@
-"""DINOv3's student and teacher again, one crop at a time, from tensors by name. Imports nothing of model/."""
+"""The backbones and heads of DINO, v2 and v3 again, one crop at a time, from tensors by name: what is there of them
+says which version it is. Imports nothing of model/."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Weights = dict[str, Tensor]
+from tests.model.oracle.formulas import bicubic
 
-HEADS, PATCH, EPS = 2, 4, 1e-5
+Weights = dict[str, Tensor]
+Pair = tuple[float, float]
+
+HEADS, PATCH, EPS, POSITION_OFFSET = 2, 4, 1e-5, 0.1
 
 
 @dataclass(frozen=True)
 class Disturbed:
-    """What one crop suffers in training."""
+    """What one crop suffers in training. Both lists have an entry a block."""
 
-    shift: tuple[float, float] = (0.0, 0.0)
-    scale: tuple[float, float] = (1.0, 1.0)
-    keeps: tuple[tuple[bool, bool], ...] = ()  # by block: whether attention and FFN have their residual; (): all
-    factor: float = 1.0  # of the residuals that are kept
+    bends: Sequence[tuple[Pair, Pair]] = ()  # RoPE's (y, x): what is added, then multiplied with; (): left alone
+    residuals: Sequence[Pair] = ()  # what attention's and FFN's residual is multiplied by, 0: dropped; (): 1
 
 
 def backbone(w: Weights, image: Tensor, mask: Tensor | None = None, how: Disturbed | None = None, *, local: bool = False
              ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The normalised CLS [D] and patches [N, D] of an image [3, H, W]; mask: bool [N]."""
     how = how or Disturbed()
-    rows, columns = image.shape[1] // PATCH, image.shape[2] // PATCH
-    tokens = [w["cls_token"][0, 0], *w["storage_tokens"][0]]
-    prefix = len(tokens)
-    for r in range(rows):
-        for c in range(columns):
-            square = image[:, r * PATCH : (r + 1) * PATCH, c * PATCH : (c + 1) * PATCH]
-            embedded = (w["patch_embed.proj.weight"] * square).sum(dim=(1, 2, 3)) + w["patch_embed.proj.bias"]
-            tokens.append(w["mask_token"][0] if mask is not None and mask[r * columns + c] else embedded)
-    x = torch.stack(tokens)
-    places = [((2 * (r + 0.5) / rows - 1), (2 * (c + 0.5) / columns - 1)) for r in range(rows) for c in range(columns)]
-    places = [((y + how.shift[0]) * how.scale[0], (z + how.shift[1]) * how.scale[1]) for y, z in places]
+    grid = image.shape[1] // PATCH, image.shape[2] // PATCH
+    x = _tokens(w, image, grid, mask)
+    prefix = len(x) - grid[0] * grid[1]
     depth = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("blocks."))
     for number in range(depth):
         block = {name.split(".", 2)[2]: tensor for name, tensor in w.items() if name.startswith(f"blocks.{number}.")}
-        attends, thinks = how.keeps[number] if how.keeps else (True, True)
-        if attends:
-            x = x + how.factor * block["ls1.gamma"] * _attention(block, _norm(block, "norm1", x), places, prefix, w)
-        if thinks:
-            x = x + how.factor * block["ls2.gamma"] * _mlp(block, _norm(block, "norm2", x))
-    first = _norm(w, "local_cls_norm" if local else "norm", x[:prefix])
+        attention, ffn = how.residuals[number] if how.residuals else (1.0, 1.0)
+        angles = _angles(w, grid, how.bends[number] if how.bends else ((0.0, 0.0), (1.0, 1.0)))
+        if attention:
+            residual = _attention(block, _norm(block, "norm1", x), angles, prefix)
+            x = x + attention * block.get("ls1.gamma", 1.0) * residual
+        if ffn:
+            x = x + ffn * block.get("ls2.gamma", 1.0) * _ffn(block, _norm(block, "norm2", x))
+    first = _norm(w, "local_cls_norm" if local and "local_cls_norm.weight" in w else "norm", x[:prefix])
     return first[0], _norm(w, "norm", x[prefix:])
 
 
@@ -55,39 +52,82 @@ def head(w: Weights, x: Tensor) -> Tensor:
     for layer in (0, 2, 4):
         x = w[f"mlp.{layer}.weight"] @ x + w[f"mlp.{layer}.bias"]
         x = _gelu(x) if layer < 4 else x
-    return w["last_layer.weight"] @ (x / x.square().sum().sqrt().clamp(min=1e-12))
+    x = x / x.square().sum().sqrt().clamp(min=1e-12)
+    if "last_layer.weight" in w:
+        return w["last_layer.weight"] @ x
+    pairs = zip(w["last_layer.weight_g"], w["last_layer.weight_v"], strict=True)
+    return torch.stack([g[0] * (v @ x) / v.square().sum().sqrt() for g, v in pairs])
 
 
-def _attention(block: Weights, x: Tensor, places: list[tuple[float, float]], prefix: int, w: Weights) -> Tensor:
+def _tokens(w: Weights, image: Tensor, grid: tuple[int, int], mask: Tensor | None) -> Tensor:
+    """[CLS, registers, patches], with their learnt positions in versions 1 and 2."""
+    patches = []
+    for r in range(grid[0]):
+        for c in range(grid[1]):
+            square = image[:, r * PATCH : (r + 1) * PATCH, c * PATCH : (c + 1) * PATCH]
+            embedded = (w["patch_embed.proj.weight"] * square).sum(dim=(1, 2, 3)) + w["patch_embed.proj.bias"]
+            patches.append(w["mask_token"][0] if mask is not None and mask[r * grid[1] + c] else embedded)
+    cls, registers = w["cls_token"][0, 0], list(w["storage_tokens"][0]) if "storage_tokens" in w else []
+    if "pos_embed" in w:
+        cls, table = cls + w["pos_embed"][0, 0], w["pos_embed"][0, 1:]
+        side = math.isqrt(len(table))
+        places = table if grid == (side, side) else bicubic(table, (side, side), grid, POSITION_OFFSET)
+        patches = [patch + place for patch, place in zip(patches, places, strict=True)]
+    return torch.stack([cls, *registers, *patches])
+
+
+def _angles(w: Weights, grid: tuple[int, int], bend: tuple[Pair, Pair]) -> list[Tensor] | None:
+    """By how much each patch's channels turn, half a head of them: y's, then x's. None without RoPE."""
+    if "rope_embed.periods" not in w:
+        return None
+    (shift_y, shift_x), (scale_y, scale_x) = bend
+    periods, angles = w["rope_embed.periods"], []
+    for r in range(grid[0]):
+        for c in range(grid[1]):
+            y = (2 * (r + 0.5) / grid[0] - 1 + shift_y) * scale_y
+            x = (2 * (c + 0.5) / grid[1] - 1 + shift_x) * scale_x
+            angles.append(torch.cat([2 * math.pi * y / periods, 2 * math.pi * x / periods]))
+    return angles
+
+
+def _attention(block: Weights, x: Tensor, angles: list[Tensor] | None, prefix: int) -> Tensor:
     dim = x.shape[1]
     width = dim // HEADS
-    bias = block["attn.qkv.bias"].clone()
-    bias[dim : 2 * dim] = 0  # keys have none
+    bias = block.get("attn.qkv.bias", torch.zeros(3 * dim).double()).clone()
+    if "attn.qkv.bias_mask" in block:
+        bias[dim : 2 * dim] = 0  # keys have none
     q, k, v = (x @ block["attn.qkv.weight"].T + bias).split(dim, dim=1)
     out = []
     for number in range(HEADS):
         part = slice(number * width, (number + 1) * width)
-        queries = _rope(q[:, part], places, prefix, w["rope_embed.periods"])
-        keys = _rope(k[:, part], places, prefix, w["rope_embed.periods"])
+        queries, keys = _turn(q[:, part], angles, prefix), _turn(k[:, part], angles, prefix)
         scores = (queries @ keys.T / math.sqrt(width)).exp()
         out.append(scores / scores.sum(dim=1, keepdim=True) @ v[:, part])
     return torch.cat(out, dim=1) @ block["attn.proj.weight"].T + block["attn.proj.bias"]
 
 
-def _rope(x: Tensor, places: list[tuple[float, float]], prefix: int, periods: Tensor) -> Tensor:
-    """Turn the channels (i, i + half) of each patch; the first quarter of the angles is y's, the second x's."""
+def _turn(x: Tensor, angles: list[Tensor] | None, prefix: int) -> Tensor:
+    """The channels (i, i + half) of each patch."""
+    if angles is None:
+        return x
     half = x.shape[1] // 2
     turned = [x[:prefix]]
-    for row, (y, z) in zip(x[prefix:], places, strict=True):
-        angle = torch.cat([2 * math.pi * y / periods, 2 * math.pi * z / periods])
+    for row, angle in zip(x[prefix:], angles, strict=True):
         a, b = row[:half], row[half:]
         turned.append(torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()])[None])
     return torch.cat(turned)
 
 
-def _mlp(block: Weights, x: Tensor) -> Tensor:
-    hidden = _gelu(x @ block["mlp.fc1.weight"].T + block["mlp.fc1.bias"])
-    return hidden @ block["mlp.fc2.weight"].T + block["mlp.fc2.bias"]
+def _ffn(block: Weights, x: Tensor) -> Tensor:
+    """An MLP, or SwiGLU: w3(silu(w1 x) * w2 x), w1 and w2 one above the other in version 2."""
+
+    def linear(name: str, rows: Tensor) -> Tensor:
+        return rows @ block[f"mlp.{name}.weight"].T + block[f"mlp.{name}.bias"]
+
+    if "mlp.fc1.weight" in block:
+        return linear("fc2", _gelu(linear("fc1", x)))
+    gate, value = linear("w12", x).chunk(2, dim=1) if "mlp.w12.weight" in block else (linear("w1", x), linear("w2", x))
+    return linear("w3", gate / (1 + (-gate).exp()) * value)
 
 
 def _gelu(x: Tensor) -> Tensor:

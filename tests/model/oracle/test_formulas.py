@@ -20,7 +20,7 @@ from model.losses.gram import Clamp, as_groups, gram, resize_features
 from model.losses.ibot import ibot_cross_entropy, mask_weights
 from model.losses.koleo import koleo
 from model.losses.sinkhorn import sinkhorn
-from model.networks.perturb import Layout, drop_path
+from model.networks.perturb import Layout, Perturbation, perturbation, rope_draws
 from tests.model.oracle import formulas
 
 
@@ -183,15 +183,49 @@ def test_draws_by_name() -> None:
     assert ours.tolist() == formulas.generator(3, "a/b", 4, "c").random(8).tolist()
 
 
-@pytest.mark.parametrize("rate", [0.1, 0.3, 0.9])
-def test_drop_path(rate: float) -> None:
-    groups, size, copies, blocks = [3, 4], 4, 3, 2
-    found, factor = drop_path(rate, blocks, Layout("local", groups, size, copies), 1, "pretrain", 5)
-    kept, expected = formulas.kept_crops(rate, blocks, "local", groups, size, copies, 1, "pretrain", 5)
-    assert factor == expected
-    assert found is not None
+def crops_factors(noise: Perturbation, layout: Layout, blocks: int) -> dict[tuple[int, int], list[tuple[float, float]]]:
+    """By (crop, image): what each block multiplies the residual of attention and of FFN with."""
+    images = len(layout.groups) * layout.group_size
+    found = {divmod(crop, images): [(1.0, 1.0)] * blocks for crop in range(layout.copies * images)}
     for block in range(blocks):
-        for branch in range(2):
-            crops = {divmod(int(crop), len(groups) * size) for crop in found[block, branch]}
-            assert crops == kept[block][branch]
-            assert len(crops) == found.shape[2] == len(groups) * max(int(12 * (1 - rate)), 1)
+        kept = noise.kept(block)
+        if kept is not None:
+            assert len(set(kept.attention.tolist())) == len(kept.attention) == len(kept.ffn)
+            for (crop, image), factors in found.items():
+                at = crop * images + image
+                factors[block] = (kept.scale * (at in kept.attention), kept.scale * (at in kept.ffn))
+    return found
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.9])
+@pytest.mark.parametrize("depth", ["uniform", "linear"])
+def test_drop_path(rate: float, depth: str) -> None:
+    """Uniform over depth (v3), and rising from 0 in the first block to `rate` in the last (v1)."""
+    settings = config.Backbone.model_validate(
+        {"arch": "vits16", "depth": 4, "drop_path": rate, "drop_path_depth": depth}
+    )
+    layout = Layout("local", [3, 4], 4, 3)
+    rates = [rate] * 4 if depth == "uniform" else [0.0, rate / 3, 2 * rate / 3, rate]
+    expected = formulas.residuals(rates, "local", [3, 4], 4, 3, 1, "pretrain", 5)
+    found = crops_factors(perturbation(settings, layout, 1, "pretrain", 5), layout, 4)
+    assert found.keys() == expected.keys()
+    for key, factors in expected.items():
+        np.testing.assert_allclose(found[key], factors, rtol=1e-12, err_msg=str(key))
+    for block, share in enumerate(rates):  # 24 crops; of each group's 12 int(12 (1 - rate)) are kept, one at least
+        kept = sum(factors[block][0] > 0 for factors in found.values())
+        assert kept == 2 * max(math.floor(12 * (1 - share)), 1)
+
+
+@pytest.mark.parametrize("per_block", [False, True])
+def test_rope_draws(per_block: bool) -> None:
+    values = {"rope_shift": 0.1, "rope_jitter": 1.2, "rope_rescale": 2.0, "rope_per_block": per_block}
+    settings = config.Backbone.model_validate({"arch": "vits16", "depth": 3, **values})
+    found = rope_draws(settings, Layout("global", [3, 4], 2, 2), 1, "pretrain", 5)
+    assert found is not None
+    for slot, group in enumerate((3, 4)):
+        drawn = formulas.bends(3, 0.1, 1.2, 2.0, "global", group, 1, "pretrain", 5)
+        for block in range(3):
+            shift, scale = drawn[block if per_block else 0]
+            for crop in (slot * 2, slot * 2 + 1, 4 + slot * 2, 5 + slot * 2):
+                assert found.at(block).shift[crop].tolist() == pytest.approx(shift, rel=1e-6)
+                assert found.at(block).scale[crop].tolist() == pytest.approx(scale, rel=1e-6)
