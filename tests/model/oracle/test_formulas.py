@@ -18,7 +18,7 @@ from model.losses.contrastive import contrastive
 from model.losses.dino import crop_scales, dino_cross_entropy
 from model.losses.gram import Clamp, as_groups, gram, resize_features
 from model.losses.ibot import ibot_cross_entropy, mask_weights
-from model.losses.koleo import koleo
+from model.losses.koleo import koleo, koleo_gathered
 from model.losses.sinkhorn import sinkhorn
 from model.networks.perturb import Layout, Perturbation, perturbation, rope_draws
 from tests.model.oracle import formulas
@@ -56,6 +56,14 @@ def test_dino_of_a_student_that_says_nothing_is_log_k() -> None:
     assert float(dino_cross_entropy(torch.zeros_like(p), p, 0.1, 3)) == pytest.approx(math.log(6), rel=1e-12)
 
 
+def test_all_pairs_at_once() -> None:
+    """Version 1 has one mean over the teacher's two crops and all of the student's: the two terms, weighed, are it."""
+    z, p = live(2 + 3, 4, 6), randn(2, 4, 6, seed=1).softmax(dim=-1)
+    among_globals, with_locals = crop_scales(2, 3)
+    found = among_globals * dino_cross_entropy(z[:2], p, 0.1, 4, skip_same=True)
+    same(found + with_locals * dino_cross_entropy(z[2:], p, 0.1, 4), formulas.dino(z, p, 0.1, skip_same=True), z)
+
+
 def test_the_scales_of_eight_local_crops() -> None:
     assert crop_scales(2, 8) == (2 / 18, 16 / 18)
 
@@ -64,6 +72,12 @@ def test_the_scales_of_eight_local_crops() -> None:
 def test_sinkhorn(rows: int) -> None:
     z = randn(rows, 5)
     same(sinkhorn(z, 0.07), formulas.sinkhorn(z, 0.07))
+
+
+def test_targets_have_no_gradient() -> None:
+    z = live(6, 5)
+    assert not sinkhorn(z, 0.07).requires_grad
+    assert not centered(z, z[:1], 0.07).requires_grad
 
 
 def test_sinkhorn_where_the_plain_formula_overflows() -> None:
@@ -94,6 +108,15 @@ def test_koleo() -> None:
     assert torch.autograd.gradcheck(lambda y: koleo(y, 4, 8), (x,))
 
 
+@pytest.mark.parametrize("group", [4, 8])
+def test_koleo_gathered(group: int) -> None:
+    """Ranks of two images: their shares and gradients, each with its own rows live, are those of all at once."""
+    x, together = live(8, 5), []
+    for first in range(0, 8, 2):
+        together.append(koleo_gathered(x[first : first + 2], x.detach(), first, group, 8))
+    same(torch.stack(together).sum(), formulas.koleo(x, group), x)
+
+
 def test_koleo_of_opposite_pairs_is_minus_log_2() -> None:
     x = randn(1, 5)
     assert float(koleo(torch.cat([x, -x]), 2, 2)) == pytest.approx(-math.log(2), abs=1e-7)
@@ -107,11 +130,16 @@ def test_gram() -> None:
     assert float(gram(y, 3 * y @ turn, 3)) == pytest.approx(0, abs=1e-24)  # sees neither lengths nor rotations
 
 
-@pytest.mark.parametrize("clamp", ["both", "teacher"])
-def test_gram_without_negative_similarities(clamp: Clamp) -> None:
+@pytest.mark.parametrize(("clamp", "student", "name"), [
+    ("both", True, "both"), ("teacher", True, "teacher"), ("teacher", False, "teacher alone"),
+])  # fmt: skip
+def test_gram_without_negative_similarities(clamp: Clamp, student: bool, name: str) -> None:
     x, y = live(3, 6, 4), randn(3, 6, 4, seed=1)
-    same(gram(x, y, 3, clamp=clamp), formulas.gram(x, y, clamp), x)
-    assert not torch.allclose(gram(x, y, 3, clamp=clamp), gram(x, y, 3))
+    found = gram(x, y, 3, clamp=clamp, clamped_student=student)
+    same(found, formulas.gram(x, y, name), x)
+    others = [formulas.gram(x, y, other) for other in ("none", "both", "teacher", "teacher alone") if other != name]
+    assert not any(torch.allclose(found, other) for other in others)
+    assert torch.autograd.gradcheck(lambda z: gram(z, y, 3, clamp=clamp, clamped_student=student), (x,))
 
 
 def test_gram_of_a_batch() -> None:
@@ -134,6 +162,12 @@ def test_contrastive() -> None:
     u, v = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
     found = contrastive(u, v, scale, u.detach(), v.detach(), 0)
     same(found, formulas.contrastive(u, v, scale), x, y, scale)
+    assert torch.autograd.gradcheck(lambda a, b, s: contrastive(a, b, s, a.detach(), b.detach(), 0), (x, y, scale))
+
+
+def test_contrastive_of_what_cannot_be_told_apart_is_log_b() -> None:
+    x = torch.ones(5, 4, dtype=torch.float64) / 2
+    assert float(contrastive(x, x, torch.tensor(9.0), x, x, 0)) == pytest.approx(math.log(5), rel=1e-12)
 
 
 # --- schedules, masks, draws ------------------------------------------------------------------------------------------
@@ -147,13 +181,28 @@ def test_contrastive() -> None:
         {"start": 0.1, "peak": 1.0, "end": 0.01, "warmup_steps": 4},
         {"start": 1.0, "peak": 0.5, "warmup_steps": 10, "warmup": "cosine"},
         {"peak": 0.9, "end": 1.0, "decay": "linear"},
+        {"peak": 1.0, "end": 0.1, "form": "v1"},
+        {"start": 0.0, "peak": 1.0, "end": 0.1, "warmup_steps": 1, "form": "v1"},
+        {"start": 0.0, "peak": 1.0, "end": 0.1, "warmup_steps": 4, "form": "v1"},
+        {"start": 0.04, "peak": 0.07, "warmup_steps": 9, "hold_steps": 3, "form": "v1"},
+        {"peak": 0.04, "end": 0.4, "hold_steps": 4, "form": "v1"},
     ],
 )
 def test_schedules(values: dict[str, Any]) -> None:
     schedule = config.read(config.Schedule, values)
     for step in range(13):
         assert schedules.value(schedule, step, 13) == pytest.approx(formulas.ramp(values, step, 13), rel=1e-12)
-    assert schedules.value(schedule, 12, 13) == values.get("end", values["peak"])
+    if schedule.form == "v2":
+        assert schedules.value(schedule, 12, 13) == values.get("end", values["peak"])
+
+
+@pytest.mark.parametrize(("form", "scaling"), [("v1", "linear_256"), ("v2", "sqrt_wrt_1024")])
+def test_learning_rates(form: str, scaling: str) -> None:
+    lr = {"start": 0.0, "peak": 1e-3, "end": 1e-6, "warmup_steps": 3, "form": form}
+    optim = config.read(config.Optim, {"batch_size": 768, "group_size": 8, "lr": lr, "lr_scaling": scaling})
+    for step in range(13):
+        expected = formulas.learning_rate(lr, step, 13, 768)
+        assert schedules.learning_rate(optim, step, 13) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(("side", "total"), [(6, 174), (14, 974), (16, 1274), (32, 5114)])

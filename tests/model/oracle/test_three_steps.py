@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from model import optim
+from model.objectives.base import Moment
 from tests.model.oracle.engine import (
     BATCH,
     DEPTH,
@@ -93,6 +94,28 @@ def test_two_steps_with_centres() -> None:
     centering = {"centering": "centering", "center_momentum": 0.8}
     phase = {**PHASE, "losses": {**PHASE["losses"], **centering}}
     assert_same_steps(Case(MODEL, phase, {**ORACLE, "center_momentum": 0.8}), 2)
+
+
+def test_gradients_are_the_slopes_of_the_loss() -> None:
+    """Along a random direction of all weights: central differences of the whole loss, with every term in it."""
+    own, moment, one = engine(CASE), Moment(1, STEPS, 31), batch(CASE, 1)
+    parameters = [p for network in own.networks().trained.values() for p in network.parameters()]
+    generator = torch.Generator().manual_seed(1)
+    way = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters]
+    targets = own.targets(one, moment)
+
+    def loss(along: float) -> torch.Tensor:
+        with torch.no_grad():
+            for parameter, direction in zip(parameters, way, strict=True):
+                parameter.add_(direction, alpha=along)
+        total: torch.Tensor = own.loss(one, targets, moment)["total"]
+        return total
+
+    loss(0.0).backward()
+    slope = sum(float((p.grad * d).sum()) for p, d in zip(parameters, way, strict=True) if p.grad is not None)
+    step = 1e-6
+    after, before = loss(step).item(), loss(-2 * step).item()
+    assert slope == pytest.approx((after - before) / (2 * step), rel=1e-6)
 
 
 def test_the_comparison_would_see_a_small_fault() -> None:
