@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +51,23 @@ def _compare(path: tuple[str, ...], before: Any, after: Any) -> Iterator[Change]
             yield from _compare((*path, str(key)), before.get(key, ABSENT), after.get(key, ABSENT))
     elif before != after:
         yield Change(path, before, after)
+
+
+def taken_up(recorded: Any, reread: Any, wanted: Any) -> Any:
+    """`wanted`, without the defaults that have come since and that nobody changed: the code that is pinned to the run
+    may not know them. reread: `recorded` with those defaults filled in."""
+    if not all(isinstance(value, Mapping) for value in (recorded, reread, wanted)):
+        return recorded if wanted == reread else wanted
+    return {
+        key: taken_up(recorded[key], reread[key], value) if key in recorded else value
+        for key, value in wanted.items()
+        if key in recorded or key not in reread or value != reread[key]
+    }
+
+
+def digest(spec: Mapping[str, Any]) -> str:
+    """sha256 of a resolved spec. The order of the keys counts, as phases are in order."""
+    return hashlib.sha256(json.dumps(spec, separators=(",", ":")).encode()).hexdigest()
 
 
 def refused(state: State, found: Sequence[Change]) -> list[Change]:

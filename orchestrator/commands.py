@@ -90,7 +90,7 @@ def submit(options: Options) -> int:
     resolved = spec.resolved(job)
     if wrong := weights_command.problems(resolved):
         raise SpecError(wrong)
-    request = control.Request(name, resolved, cluster.model_dump(mode="json"), spec.digest(resolved))
+    request = control.Request(name, resolved, cluster.model_dump(mode="json"), spec.reread)
     run_dir = control.absolute(f"{_runs(options, job.runs)}/{name}")
     if options.dry_run:
         from orchestrator import dry_run

@@ -11,16 +11,12 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from typing import Any
 
 import msgspec
 
 from model import storage
 from model.contract import (
-    EVALUATE,
-    FORMAT,
-    CheckpointRef,
     Outcome,
     Watcher,
     boot_id,
@@ -32,13 +28,13 @@ from model.contract import (
     now,
     outcome_file,
 )
-from orchestrator import amend, attempts, code, handoff, store
+from orchestrator import amend, attempts, code, handoff, store, submission
 from orchestrator.decide import POLL_SECONDS, Action, Rest, Seen, Wait, decide, missing_since
-from orchestrator.events import Cancelled, Resumed, RunCreated, SpecAmended, StopRequested
-from orchestrator.handoff import HandoffError
+from orchestrator.events import Cancelled, Resumed, StopRequested
 from orchestrator.launchers.base import Launcher
-from orchestrator.perform import ControlError, append, insist, load, perform, query
-from orchestrator.state import Desired, IllegalEvent, Situation, State, apply, fold
+from orchestrator.perform import ControlError, insist, load, perform, query
+from orchestrator.state import Desired, IllegalEvent, Situation, State, fold
+from orchestrator.submission import Request, SpecChangedError
 
 __all__ = [
     "ControlError",
@@ -70,37 +66,12 @@ SETTLE_ELSEWHERE = 30.0
 
 
 @dataclass(frozen=True)
-class Request:
-    """A job to submit: resolved spec and cluster profile as plain mappings, under the name of the run."""
-
-    run: str
-    spec: dict[str, Any]
-    cluster: dict[str, Any]
-    spec_digest: str
-
-
-@dataclass(frozen=True)
 class Submitted:
     """`what`: created, attached (it is under way or done), resumed or amended."""
 
     what: str
     state: State
     changes: tuple[amend.Change, ...] = ()
-
-
-class SpecChangedError(ControlError):
-    """The run has another spec; `changes` are the differences, `refused` those that no amendment takes up."""
-
-    def __init__(self, run: str, changes: list[amend.Change], refused: list[amend.Change]) -> None:
-        self.changes, self.refused = changes, refused
-        if refused:
-            advice = (
-                "these are fixed once their phase has begun; begin a new run: submit --run NEW [--fork RUN#PHASE@STEP]"
-            )
-        else:
-            advice = "submit with --amend to take them up, or begin a new run with --run NEW"
-        lines = "\n".join(f"  {change}" for change in refused or changes)
-        super().__init__(f"run {run} is there already with another spec:\n{lines}\n{advice}")
 
 
 def submit(run_dir: str, request: Request, *, by: str, fork: str | None = None, amending: bool = False) -> Submitted:
@@ -111,19 +82,19 @@ def submit(run_dir: str, request: Request, *, by: str, fork: str | None = None, 
     Raises SpecChangedError, ControlError, HandoffError for a reference that cannot be met, LogError.
     """
     run_dir = absolute(run_dir)
-    request = replace(request, spec=_plain(request.spec), cluster=_plain(request.cluster))
+    request = submission.plain(request)
     state = fold(store.read(run_dir))
     if state is None:
         try:
-            return Submitted("created", _create(run_dir, request, fork))
+            return Submitted("created", submission.create(run_dir, request, fork))
         except store.Conflict:  # somebody submitted it at this very moment
             state = load(run_dir)
-    if fork is not None and not _is_fork_of(state, attempts.find(handoff.parse(fork), run_dir)):
+    if fork is not None and not submission.is_fork_of(state, attempts.find(handoff.parse(fork), run_dir)):
         raise ControlError(f"run {request.run} is there already and was not forked from {fork}; choose another --run")
-    changes = _changes(state, request)
+    changes = submission.differences(state, request)
     if changes:
         try:
-            state = _amend(run_dir, state, request, changes, amending)
+            state = submission.take_up(run_dir, state, request, changes, amending)
         except store.Conflict:  # the run went on meanwhile, and what may change has to be looked at again
             return submit(run_dir, request, by=by, fork=fork, amending=amending)
     stopped = state.desired is not Desired.RUNNING or state.failed is not None
@@ -176,90 +147,6 @@ def cancel(run_dir: str, *, by: str) -> State:
 
 def absolute(run_dir: str) -> str:
     return run_dir.rstrip("/") if storage.is_uri(run_dir) else os.path.abspath(run_dir)
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """As the log will give it back, so that equal specs compare equal."""
-    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(values))
-    return plain
-
-
-def _create(run_dir: str, request: Request, fork: str | None) -> State:
-    """The first event, once all that can be checked is; only then the code is copied. Raises Conflict."""
-    run_id = os.urandom(16).hex()
-    event = RunCreated(
-        at=now(), nonce=new_nonce(), format=FORMAT, run=request.run, run_id=run_id, spec=request.spec,
-        cluster=request.cluster, spec_digest=request.spec_digest, code_digest="", version=version("dinoctl"),
-        forked_from=_fork(run_dir, request, fork, run_id) if fork else None,
-    )  # fmt: skip
-    try:
-        _check_references(apply(None, event), run_dir)
-    except IllegalEvent as error:
-        raise ControlError(f"run {request.run}: {error}") from error
-    store.prove(run_dir)
-    event = msgspec.structs.replace(event, code_digest=code.pin(run_dir))
-    store.append(run_dir, 1, event)
-    return apply(None, event)
-
-
-def _fork(run_dir: str, request: Request, fork: str, run_id: str) -> CheckpointRef:
-    """The checkpoint that a fork begins with, pinned. Its networks and kind of phase must be those of the new spec."""
-    reference = handoff.parse(fork)
-    if reference.run is None:
-        raise HandoffError(f"--fork {fork}: name the run too, as RUN#{fork}")
-    found = attempts.find(reference, run_dir)
-    if found.phase not in request.spec["phases"]:
-        raise ControlError(
-            f"--fork {fork}: the new spec has no phase {found.phase}; it needs that phase to go on from it"
-        )
-    other = load(found.run)
-    kinds = [spec["phases"][found.phase]["kind"] for spec in (other.spec, request.spec)]
-    networks = amend.changes({"model": other.spec["model"]}, {"model": request.spec["model"]})
-    if kinds[0] != kinds[1] or networks:
-        what = (
-            "\n".join(f"  {change}" for change in networks) or f"  phases.{found.phase}.kind: {kinds[0]} -> {kinds[1]}"
-        )
-        raise ControlError(f"--fork {fork}: a fork goes on with the same networks and kind of phase:\n{what}")
-    return attempts.take(run_id, run_dir, reference, [])
-
-
-def _is_fork_of(state: State, found: CheckpointRef) -> bool:
-    fork = state.created.forked_from
-    return fork is not None and (fork.run, fork.phase, fork.step) == (found.run, found.phase, found.step)
-
-
-def _changes(state: State, request: Request) -> list[amend.Change]:
-    profile = amend.changes({"cluster": state.cluster}, {"cluster": request.cluster})
-    return [*amend.changes(state.spec, request.spec), *profile]
-
-
-def _amend(run_dir: str, state: State, request: Request, changes: list[amend.Change], amending: bool) -> State:
-    refused = amend.refused(state, changes)
-    if refused or not amending:
-        raise SpecChangedError(request.run, changes, refused)
-    event = SpecAmended(
-        at=now(), nonce=new_nonce(), spec=request.spec, cluster=request.cluster, spec_digest=request.spec_digest,
-        changed=[".".join(change.path) for change in changes],
-    )  # fmt: skip
-    try:
-        _check_references(apply(state, event), run_dir)
-        return append(run_dir, state, event)
-    except IllegalEvent as error:
-        raise ControlError(f"run {request.run} cannot be amended so: {error}") from error
-
-
-def _check_references(state: State, run_dir: str) -> None:
-    """Every input that can be known now is there: checkpoints of other runs, pinned, and of phases that are over."""
-    over = {stage.name for stage in state.stages if state.is_over(stage)}
-    for stage in state.stages:
-        if stage.name in over:
-            continue
-        for name, written in handoff.references(state.spec, stage.name).items():
-            reference = attempts.inherit(state, written)
-            if reference.run is not None and stage.name != EVALUATE:
-                attempts.take(state.created.run_id, run_dir, reference, [name])
-            elif reference.phase in over and reference.run is None:
-                handoff.own(state.spec, reference, state.accepted(), run_dir)
 
 
 # --- the tick ---------------------------------------------------------------------------------------------------------

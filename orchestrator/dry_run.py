@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from model.contract import FORMAT
 from orchestrator import amend, attempts, code, handoff, launchers, store
-from orchestrator.control import Request
 from orchestrator.events import RunCreated
 from orchestrator.state import State, fold
+from orchestrator.submission import Request, differences
 
 RUN_ID = "0" * 32
 """Stands for the id that a new run draws."""
@@ -23,7 +23,7 @@ def show(run_dir: str, request: Request, *, fork: str | None) -> str:
         state = _created(run_dir, request, fork)
         lines.append(f"# a new run; its id, {RUN_ID[:8]}..., is drawn when it is submitted")
     else:
-        lines += [f"# differs from the run that is there: {change}" for change in _changes(state, request)]
+        lines += [f"# differs from the run that is there: {change}" for change in differences(state, request)]
     if state.live:
         return "\n".join([*lines, f"# attempt {state.live.number} of {state.live.phase} is under way"])
     if state.next_stage is None:
@@ -38,14 +38,9 @@ def show(run_dir: str, request: Request, *, fork: str | None) -> str:
 def _created(run_dir: str, request: Request, fork: str | None) -> State:
     event = RunCreated(
         at=0.0, nonce="", format=FORMAT, run=request.run, run_id=RUN_ID, spec=request.spec, cluster=request.cluster,
-        spec_digest=request.spec_digest, code_digest=code.digest(code.installed()), version="",
+        spec_digest=amend.digest(request.spec), code_digest=code.digest(code.installed()), version="",
         forked_from=attempts.find(handoff.parse(fork), run_dir) if fork else None,
     )  # fmt: skip
     created = fold([event])
     assert created is not None
     return created
-
-
-def _changes(state: State, request: Request) -> list[amend.Change]:
-    profile = amend.changes({"cluster": state.cluster}, {"cluster": request.cluster})
-    return [*amend.changes(state.spec, request.spec), *profile]

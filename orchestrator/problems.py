@@ -33,6 +33,11 @@ class Problem:
     def path(self) -> str:
         return dotted(self.at)
 
+    @property
+    def line_of_it(self) -> str:
+        """`phases.gram.steps: not allowed here, found 0`."""
+        return f"{self.path}: {self.message}" + (f", found {self.found}" if self.found else "")
+
     def placed(self, file: str, lines: Mapping[Path, int]) -> Problem:
         """The same problem in `file`, on the line of its path or of the nearest one above it that is written."""
         above = (self.at[:length] for length in range(len(self.at), 0, -1))

@@ -7,8 +7,6 @@ checked across sections (`orchestrator.checks`).
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -17,7 +15,7 @@ from typing import Annotated, Any, TypeVar, cast
 from pydantic import Field
 
 from model import contract, storage
-from model.config import PHASES, AnyPhase, Count, Evaluate, Model, Phase, PhaseBase, Section
+from model.config import PHASES, AnyPhase, Count, Evaluate, Model, Phase, PhaseBase, Section, read
 from orchestrator import checks, handoff, layers
 from orchestrator.checks import Draft
 from orchestrator.cluster import ClusterProfile, read_cluster
@@ -92,9 +90,14 @@ def resolved(job: Job) -> dict[str, Any]:
     return job.model_dump(mode="json")
 
 
-def digest(spec: Mapping[str, Any]) -> str:
-    """sha256 of a resolved spec. The order of the keys counts, as phases are in order."""
-    return hashlib.sha256(json.dumps(spec, separators=(",", ":")).encode()).hexdigest()
+def reread(spec: Mapping[str, Any], cluster: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A resolved spec and cluster profile that some dinoctl recorded, as this one resolves them: with the defaults that
+    have come since. Raises SpecError with all that this one does not know or does not allow."""
+    _, problems = _sections(dict(spec))
+    profile, more = validate(ClusterProfile, cluster, ("cluster",))
+    if problems or more or profile is None:
+        raise SpecError([*problems, *more])
+    return resolved(read(Job, spec)), profile.model_dump(mode="json")
 
 
 def name_problems(run: str) -> list[Problem]:
@@ -155,14 +158,20 @@ def _unknown_keys(values: Mapping[str, Any]) -> list[Problem]:
 
 
 def _draft(merged: dict[str, Any]) -> tuple[Draft, list[Problem]]:
-    """The parts of the job that are valid by themselves, and the problems of the others."""
-    problems = [*_head(merged), *_tracking(merged)]
+    """The job with its cluster, as far as both could be read, and the problems of the rest."""
+    draft, problems = _sections(merged)
+    problems += _tracking(merged)
+    return replace(draft, cluster=_cluster(merged.get("cluster", "local"), problems)), problems
+
+
+def _sections(merged: Mapping[str, Any]) -> tuple[Draft, list[Problem]]:
+    """The sections of the job that are valid by themselves, and the problems of the others."""
+    problems = _head(merged)
     model = _section(Model, merged, "model", problems)
     evaluate = _section(Evaluate, merged, "evaluate", problems) if merged.get("evaluate") is not None else None
     raw = _raw_phases(merged, problems)
     phases = {name: phase for name, values in raw.items() if (phase := _phase(name, values, problems)) is not None}
-    cluster = _cluster(merged.get("cluster", "local"), problems)
-    return Draft(raw, list(merged["phases"]) if raw else [], phases, model, evaluate, cluster), problems
+    return Draft(raw, list(merged["phases"]) if raw else [], phases, model, evaluate, None), problems
 
 
 def _head(merged: Mapping[str, Any]) -> list[Problem]:

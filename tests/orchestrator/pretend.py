@@ -23,6 +23,7 @@ from model.contract import (
 )
 from orchestrator import code, control
 from orchestrator.launchers.base import LaunchError, LaunchState, Observation, Query
+from orchestrator.state import State
 
 HEALTH = {"stall_seconds": 60.0, "notice_seconds": 5.0, "non_finite_steps": 3}
 RESOURCES = {"nodes": 1, "processes_per_node": 2, "threads": 1}
@@ -53,7 +54,7 @@ CLUSTER = {"name": "here", "launcher": "local"}
 
 
 def request(spec: dict[str, Any] | None = None, run: str = "demo", **cluster: Any) -> control.Request:
-    return control.Request(run, spec or job_spec(), {**CLUSTER, **cluster}, "digest")
+    return control.Request(run, spec or job_spec(), {**CLUSTER, **cluster}, lambda *recorded: recorded)
 
 
 def tiny_code(folder: Path, patch: pytest.MonkeyPatch) -> None:
@@ -154,3 +155,38 @@ class PretendLauncher:
     @property
     def job(self) -> Job:
         return self.jobs[-1]
+
+
+class Bench:
+    """A runs folder, a stand-in cluster and a clock that is moved by hand."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.now = 1000.0
+        self.launcher = PretendLauncher(clock=lambda: self.now)
+
+    def dir(self, run: str = "demo") -> str:
+        return str(self.folder / run)
+
+    def submit(self, spec: dict[str, Any] | None = None, run: str = "demo", **options: Any) -> control.Submitted:
+        return control.submit(self.dir(run), request(spec, run), by="test", **options)
+
+    def controller(self, run: str = "demo") -> control.Controller:
+        return control.controller(self.dir(run), self.launcher, command="test", settle_seconds=5.0)
+
+    def tick(self, this: control.Controller | None = None, seconds: float = 1.0) -> control.TickResult:
+        self.now += seconds
+        return control.tick(this or self.controller(), self.now)
+
+    def drive(self, run: str = "demo", until: str | None = None, ticks: int = 100) -> State:
+        """Ticks, with every job trained to its end, until the run rests or stage `until` is under way."""
+        this = self.controller(run)
+        for _ in range(ticks):
+            state = self.tick(this, 10.0).state
+            if state.status != "running" or (until and state.live and state.live.phase == until):
+                return state
+            for job in self.launcher.jobs:
+                if job.running and not job.ended:
+                    job.train(10)
+                    job.end(Cause.DONE)
+        raise AssertionError("the run does not come to rest")

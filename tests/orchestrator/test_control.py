@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import textwrap
@@ -12,59 +11,15 @@ from typing import Any
 import pytest
 
 from model import storage
-from model.contract import EVALUATE, Cause, CheckpointRef, closed_file, manifest_file
+from model.contract import EVALUATE, Cause, CheckpointRef, closed_file
 from orchestrator import attempts, code, control, store
-from orchestrator.control import ControlError, SpecChangedError
+from orchestrator.control import ControlError
 from orchestrator.decide import AskToStop, Rest, Wait
 from orchestrator.events import AttemptIntended, AttemptLaunched
 from orchestrator.handoff import HandoffError
-from orchestrator.state import State
-from tests.orchestrator.pretend import PretendLauncher, job_spec, phase, request, tiny_code
+from tests.orchestrator.pretend import Bench, PretendLauncher, job_spec, phase
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-class Bench:
-    """A runs folder, a stand-in cluster and a clock that is moved by hand."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.now = 1000.0
-        self.launcher = PretendLauncher(clock=lambda: self.now)
-
-    def dir(self, run: str = "demo") -> str:
-        return str(self.folder / run)
-
-    def submit(self, spec: dict[str, Any] | None = None, run: str = "demo", **options: Any) -> control.Submitted:
-        return control.submit(self.dir(run), request(spec, run), by="test", **options)
-
-    def controller(self, run: str = "demo") -> control.Controller:
-        return control.controller(self.dir(run), self.launcher, command="test", settle_seconds=5.0)
-
-    def tick(self, this: control.Controller | None = None, seconds: float = 1.0) -> control.TickResult:
-        self.now += seconds
-        return control.tick(this or self.controller(), self.now)
-
-    def drive(self, run: str = "demo", until: str | None = None, ticks: int = 100) -> State:
-        """Ticks, with every job trained to its end, until the run rests or stage `until` is under way."""
-        this = self.controller(run)
-        for _ in range(ticks):
-            state = self.tick(this, 10.0).state
-            if state.status != "running" or (until and state.live and state.live.phase == until):
-                return state
-            for job in self.launcher.jobs:
-                if job.running and not job.ended:
-                    job.train(10)
-                    job.end(Cause.DONE)
-        raise AssertionError("the run does not come to rest")
-
-
-@pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    tiny_code(tmp_path, monkeypatch)
-    bench = Bench(tmp_path / "runs")
-    monkeypatch.setattr(control, "now", lambda: bench.now)
-    return bench
 
 
 # --- the way of a run -------------------------------------------------------------------------------------------------
@@ -412,158 +367,6 @@ def test_events_are_in_the_order_that_survives_a_crash(bench: Bench) -> None:
     bench.tick()
     assert kinds == [AttemptIntended]
     assert isinstance(store.read(bench.dir())[-1], AttemptLaunched)
-
-
-# --- submitting again, amending, forking ------------------------------------------------------------------------------
-
-
-def test_the_same_spec_attaches(bench: Bench) -> None:
-    bench.submit()
-    bench.tick()
-    assert bench.submit().what == "attached"
-    assert len(store.read(bench.dir())) == 3
-
-
-def test_a_changed_spec_is_refused_with_its_differences(bench: Bench) -> None:
-    bench.submit()
-    spec = job_spec()
-    spec["phases"]["gram"]["steps"] = 8
-    spec["tracking"]["enabled"] = True
-    with pytest.raises(SpecChangedError) as caught:
-        bench.submit(spec)
-    assert "phases.gram.steps: 4 -> 8" in str(caught.value)
-    assert "tracking.enabled: False -> True" in str(caught.value)
-    assert "--amend" in str(caught.value)
-    assert len(store.read(bench.dir())) == 1
-
-
-@pytest.mark.parametrize(
-    ("path", "allowed"),
-    [
-        (("phases", "pretrain", "health", "stall_seconds"), True),
-        (("phases", "pretrain", "resources", "processes_per_node"), True),
-        (("phases", "pretrain", "checkpoints", "every"), True),
-        (("phases", "pretrain", "data", "workers"), True),
-        (("phases", "pretrain", "data", "path"), False),
-        (("phases", "pretrain", "optim", "lr"), False),
-        (("phases", "pretrain", "steps"), False),
-        (("phases", "gram", "optim", "lr"), True),
-        (("phases", "gram", "steps"), True),
-        (("evaluate", "split"), True),
-        (("tracking", "enabled"), True),
-        (("cluster",), True),
-        (("seed",), False),
-        (("model", "backbone", "dim"), False),
-    ],
-)
-def test_an_amendment_takes_up_what_is_operational_or_has_not_begun(
-    bench: Bench, path: tuple[str, ...], allowed: bool
-) -> None:
-    bench.submit()
-    bench.tick()
-    spec = job_spec()
-    section = spec
-    for key in path[:-1]:
-        section = section[key]
-    section[path[-1]] = 3
-    if not allowed:
-        with pytest.raises(SpecChangedError, match=r"fixed once their phase has begun"):
-            bench.submit(spec, amending=True)
-        return
-    submitted = bench.submit(spec, amending=True)
-    assert submitted.what == "amended"
-    assert [change.path for change in submitted.changes] == [path]
-    assert submitted.state.spec == spec
-
-
-def test_a_changed_cluster_profile_is_a_change_too(bench: Bench) -> None:
-    bench.submit()
-    with pytest.raises(SpecChangedError, match=r"cluster.sustained_tflops: \(not there\) -> 3"):
-        control.submit(bench.dir(), request(sustained_tflops=3), by="test")
-
-
-def test_an_amendment_cannot_name_a_checkpoint_that_was_not_kept(bench: Bench) -> None:
-    bench.submit()
-    bench.drive(until="gram")
-    spec = job_spec()
-    spec["phases"]["text"]["vision_tower"] = "pretrain@1"
-    with pytest.raises(HandoffError, match="sealed steps: 2, 4"):
-        bench.submit(spec, amending=True)
-
-
-def test_a_fork_takes_over_what_came_before_and_pins_it(bench: Bench) -> None:
-    bench.submit()
-    bench.drive(until="text")
-    spec = job_spec()
-    spec["phases"]["gram"]["optim"]["lr"] = 0.01
-    assert bench.submit(spec, run="new", fork="demo#gram@2").what == "created"
-    assert bench.submit(spec, run="new", fork="demo#gram@2").what == "attached"
-    with pytest.raises(ControlError, match="was not forked from"):
-        bench.submit(spec, run="new", fork="demo#gram@4")
-    assert bench.drive("new").status == "done"
-    old, new = bench.dir(), bench.dir("new")
-    gram, text, evaluation = [job.attempt for job in bench.launcher.jobs if job.attempt.run == "new"]
-    assert gram.resume == [CheckpointRef(run=old, phase="gram", attempt=2, step=2)]
-    assert gram.inputs["init"] == CheckpointRef(run=old, phase="pretrain", attempt=1, step=4)
-    assert text.inputs["vision_tower"] == CheckpointRef(run=new, phase="gram", attempt=1, step=4)
-    assert evaluation.inputs["backbone"].run == new
-    pins = {name.rsplit("-", 2)[0] + name[-10:] for name in storage.names(f"{old}/pins")}
-    assert len(storage.names(f"{old}/pins")) == 3, pins
-    pin = json.loads(storage.read(f"{old}/pins/pretrain-1-2-{gram.run_id}-gram_teacher.json"))
-    assert pin == {"run": new, "run_id": gram.run_id, "parts": ["teacher_backbone"]}
-
-
-def test_a_fork_of_a_fork_finds_the_first_run(bench: Bench) -> None:
-    bench.submit()
-    bench.drive()
-    bench.submit(run="second", fork="demo#gram@4")
-    bench.drive("second")
-    bench.submit(run="third", fork="second#gram@4")
-    assert bench.drive("third").status == "done"
-    text = next(job.attempt for job in bench.launcher.jobs if job.attempt.run == "third")
-    assert text.inputs["vision_tower"] == CheckpointRef(run=bench.dir(), phase="gram", attempt=2, step=4)
-
-
-@pytest.mark.parametrize(
-    ("fork", "error", "why"),
-    [
-        ("gram@2", HandoffError, "name the run too"),
-        ("nobody#gram@2", HandoffError, "there is no run at"),
-        ("demo#what@2", HandoffError, "has the phases"),
-        ("demo#pretrain@3", HandoffError, "no such checkpoint"),
-        ("demo#pretrain@best(loss)", HandoffError, "by a metric"),
-        ("demo@2", HandoffError, "name the run too"),
-    ],
-)
-def test_a_fork_from_nowhere_is_refused(bench: Bench, fork: str, error: type[Exception], why: str) -> None:
-    bench.submit()
-    bench.drive(until="text")
-    with pytest.raises(error, match=why):
-        bench.submit(run="new", fork=fork)
-    assert store.read(bench.dir("new")) == []
-
-
-def test_a_fork_needs_the_same_networks(bench: Bench) -> None:
-    bench.submit()
-    bench.drive(until="text")
-    spec = job_spec()
-    spec["model"]["backbone"]["dim"] = 128
-    with pytest.raises(ControlError, match=r"model.backbone.dim: 64 -> 128"):
-        bench.submit(spec, run="new", fork="demo#gram@2")
-
-
-def test_a_live_runs_sealed_checkpoint_can_be_taken(bench: Bench) -> None:
-    bench.submit()
-    bench.tick()
-    bench.launcher.job.train(2)
-    spec = job_spec()
-    spec["phases"]["pretrain"]["weights"] = "demo#pretrain@2"
-    bench.submit(spec, run="new")
-    bench.tick(bench.controller("new"))
-    assert bench.launcher.job.attempt.inputs["weights"].step == 2
-    storage.remove(f"{bench.dir()}/{manifest_file('pretrain', 1, 2)}")
-    with pytest.raises(HandoffError, match="no such checkpoint"):
-        bench.submit(spec, run="newer")
 
 
 def test_there_is_no_run_to_load(bench: Bench) -> None:

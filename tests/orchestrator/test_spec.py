@@ -9,10 +9,11 @@ import jsonschema
 import pytest
 import yaml
 
+from orchestrator.amend import digest
 from orchestrator.cluster import launchable, profiles, read_cluster
 from orchestrator.problems import SpecError
 from orchestrator.schema import job_schema
-from orchestrator.spec import Job, digest, not_there_yet, read_job, resolved
+from orchestrator.spec import Job, not_there_yet, read_job, resolved
 from orchestrator.yaml_reader import dump, read_yaml
 
 ROOT = Path(__file__).parents[2]
