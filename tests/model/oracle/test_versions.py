@@ -160,7 +160,7 @@ def test_grams_options(options: dict[str, Any], said: dict[str, Any]) -> None:
 
 def test_official_quirks() -> None:
     """docs/parity.md, traps 3 and 11: RoPE drawn anew in each block, and a student that is never clamped. Trap 1, bf16,
-    is below, as a float64 network turns in float64; trap 2 is in tests/model/data/test_augment.py."""
+    is below, as a float64 network turns in float64; trap 2 is in tests/model/data/test_quirks.py."""
     options = {"remove_only_teacher_neg": True}
     case = gram_case(options, {"clamp": "teacher alone", "bend_per_block": True}, quirks=True)
     assert_same_steps(case, 2)
