@@ -29,22 +29,36 @@ class Disturbed:
 def backbone(w: Weights, image: Tensor, mask: Tensor | None = None, how: Disturbed | None = None, *, local: bool = False
              ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The normalised CLS [D] and patches [N, D] of an image [3, H, W]; mask: bool [N]."""
-    how = how or Disturbed()
+    prefix, patches = tokens(w, image, mask, how, local=local)
+    return prefix[0], patches
+
+
+def tokens(w: Weights, image: Tensor, mask: Tensor | None = None, how: Disturbed | None = None, *, local: bool = False
+           ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same with the registers: [1 + registers, D] and [N, D]."""
     grid = image.shape[1] // PATCH, image.shape[2] // PATCH
-    x = _tokens(w, image, grid, mask)
+    x = _embed(w, image, grid, mask)
     prefix = len(x) - grid[0] * grid[1]
+    x = blocks(w, x, how or Disturbed(), grid, prefix)
+    first = norm(w, "local_cls_norm" if local and "local_cls_norm.weight" in w else "norm", x[:prefix])
+    return first, norm(w, "norm", x[prefix:])
+
+
+def blocks(
+    w: Weights, x: Tensor, how: Disturbed, grid: tuple[int, int] = (0, 0), prefix: int = 0, *, causal: bool = False
+) -> Tensor:
+    """All of them on one sequence [n, D], whose tokens after `prefix` are the patches of a grid, if it has any."""
     depth = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("blocks."))
     for number in range(depth):
         block = {name.split(".", 2)[2]: tensor for name, tensor in w.items() if name.startswith(f"blocks.{number}.")}
         attention, ffn = how.residuals[number] if how.residuals else (1.0, 1.0)
         angles = _angles(w, grid, how.bends[number] if how.bends else ((0.0, 0.0), (1.0, 1.0)))
         if attention:
-            residual = _attention(block, _norm(block, "norm1", x), angles, prefix)
+            residual = _attention(block, norm(block, "norm1", x), angles, prefix, causal=causal)
             x = x + attention * block.get("ls1.gamma", 1.0) * residual
         if ffn:
-            x = x + ffn * block.get("ls2.gamma", 1.0) * _ffn(block, _norm(block, "norm2", x))
-    first = _norm(w, "local_cls_norm" if local and "local_cls_norm.weight" in w else "norm", x[:prefix])
-    return first[0], _norm(w, "norm", x[prefix:])
+            x = x + ffn * block.get("ls2.gamma", 1.0) * _ffn(block, norm(block, "norm2", x))
+    return x
 
 
 def head(w: Weights, x: Tensor) -> Tensor:
@@ -59,7 +73,7 @@ def head(w: Weights, x: Tensor) -> Tensor:
     return torch.stack([g[0] * (v @ x) / v.square().sum().sqrt() for g, v in pairs])
 
 
-def _tokens(w: Weights, image: Tensor, grid: tuple[int, int], mask: Tensor | None) -> Tensor:
+def _embed(w: Weights, image: Tensor, grid: tuple[int, int], mask: Tensor | None) -> Tensor:
     """[CLS, registers, patches], with their learnt positions in versions 1 and 2."""
     patches = []
     for r in range(grid[0]):
@@ -90,7 +104,7 @@ def _angles(w: Weights, grid: tuple[int, int], bend: tuple[Pair, Pair]) -> list[
     return angles
 
 
-def _attention(block: Weights, x: Tensor, angles: list[Tensor] | None, prefix: int) -> Tensor:
+def _attention(block: Weights, x: Tensor, angles: list[Tensor] | None, prefix: int, *, causal: bool) -> Tensor:
     dim = x.shape[1]
     width = dim // HEADS
     bias = block.get("attn.qkv.bias", torch.zeros(3 * dim).double()).clone()
@@ -102,6 +116,7 @@ def _attention(block: Weights, x: Tensor, angles: list[Tensor] | None, prefix: i
         part = slice(number * width, (number + 1) * width)
         queries, keys = _turn(q[:, part], angles, prefix), _turn(k[:, part], angles, prefix)
         scores = (queries @ keys.T / math.sqrt(width)).exp()
+        scores = scores.tril() if causal else scores  # a token sees none that follow it
         out.append(scores / scores.sum(dim=1, keepdim=True) @ v[:, part])
     return torch.cat(out, dim=1) @ block["attn.proj.weight"].T + block["attn.proj.bias"]
 
@@ -134,7 +149,7 @@ def _gelu(x: Tensor) -> Tensor:
     return x * (1 + torch.erf(x / math.sqrt(2))) / 2
 
 
-def _norm(w: Weights, name: str, x: Tensor) -> Tensor:
+def norm(w: Weights, name: str, x: Tensor) -> Tensor:
     mean = x.mean(dim=1, keepdim=True)
     variance = (x - mean).square().mean(dim=1, keepdim=True)
     return (x - mean) / (variance + EPS).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
