@@ -33,6 +33,9 @@ from model.watch import LINGER_SECONDS, Requests, Watch, closed, dump_stacks, lo
 
 PR_SET_CHILD_SUBREAPER = 36
 
+RESERVED_BYTES = 1 << 16
+"""More than any outcome takes: a cause, a message, the ends of a few logs."""
+
 
 def main(attempt_yaml: str) -> int:
     """Run the attempt to its end. Returns the exit code of the contract."""
@@ -46,6 +49,7 @@ def main(attempt_yaml: str) -> int:
     if refusal is not None:
         say(f"{attempt.launch_name}: {refusal.value}, nothing was started")
         return contract.EXIT_CODES[refusal]
+    _set_aside(attempt)
     outcome = _run(attempt, attempt_yaml, requests)
     _publish(attempt, outcome)
     _last_act(attempt)
@@ -76,6 +80,18 @@ def _claim(attempt: Attempt) -> Cause | None:
         say(str(error))
         return Cause.STORE_LOST
     return None
+
+
+def _reserve(attempt: Attempt) -> str:
+    return f"{attempt.run_dir}/{contract.attempt_dir(attempt.attempt)}/reserve"
+
+
+def _set_aside(attempt: Attempt) -> None:
+    """Room for the outcome, so that it can be told even on a disk without a free byte."""
+    try:
+        storage.publish(_reserve(attempt), os.urandom(RESERVED_BYTES))  # nothing that a file system could compress
+    except storage.StoreError as error:  # the ranks will find the disk full too, and it is theirs to name
+        say(f"no room is set aside for the outcome: {error}")
 
 
 def _run(attempt: Attempt, attempt_yaml: str, requests: Requests) -> Outcome:
@@ -228,6 +244,7 @@ def _living() -> list[psutil.Process]:
 def _publish(attempt: Attempt, outcome: Outcome) -> None:
     say(f"{attempt.launch_name}: {outcome.cause.value}: {outcome.message}")
     try:
+        storage.remove(_reserve(attempt))  # a disk without a free byte has room for the outcome now
         storage.publish(f"{attempt.run_dir}/{contract.outcome_file(attempt.attempt)}", contract.encode(outcome))
     except storage.StoreError as error:  # the log and the exit code still say it
         say(f"the outcome could not be published: {error}")

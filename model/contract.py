@@ -9,6 +9,7 @@ A run's directory, every path relative to it:
     code/<digest>/model/                the read-only copy of model/ that the attempts run
     attempts/<n>/attempt.yaml           all that attempt n is told; its only argument
     attempts/<n>/claim.json             who trains attempt n (published exclusively, before rendezvous)
+    attempts/<n>/reserve                room that the agent gives up for its last word, should the disk be full
     attempts/<n>/closed.json            the controller ended attempt n: nothing it seals from now on counts
     attempts/<n>/outcome.json           how attempt n ended, in its agent's words
     attempts/<n>/ranks/<rank>.json      how one rank ended, in its own words
@@ -147,9 +148,7 @@ class Manifest(Record, frozen=True):
     phase: str
     attempt: int
     step: int
-    parts: dict[
-        str, list[File]
-    ]  # student, optimizer, teacher_backbone, teacher_heads, gram_teacher, loop: those it has
+    parts: dict[str, list[File]]  # by name, those of PARTS that it has
     loop: dict[str, Any]  # everything that is not a tensor: step, clocks, counters
     model: dict[str, Any]  # architecture, patch size, normalisation, dtypes: an evaluation needs no spec
     world: dict[str, int]  # nodes, processes

@@ -29,10 +29,10 @@ from model.contract import (
     outcome_file,
 )
 from orchestrator import amend, attempts, code, handoff, store, submission
-from orchestrator.decide import POLL_SECONDS, Action, Rest, Seen, Wait, decide, missing_since
+from orchestrator.decide import POLL_SECONDS, Action, Close, Fail, Rest, Seen, Wait, decide, missing_since
 from orchestrator.events import Cancelled, Resumed, StopRequested
 from orchestrator.launchers.base import Launcher
-from orchestrator.perform import ControlError, insist, load, perform, query
+from orchestrator.perform import ControlError, close, insist, load, perform, query
 from orchestrator.state import Desired, IllegalEvent, Situation, State, fold
 from orchestrator.submission import Request, SpecChangedError
 
@@ -97,8 +97,8 @@ def submit(run_dir: str, request: Request, *, by: str, fork: str | None = None, 
             state = submission.take_up(run_dir, state, request, changes, amending)
         except store.Conflict:  # the run went on meanwhile, and what may change has to be looked at again
             return submit(run_dir, request, by=by, fork=fork, amending=amending)
-    stopped = state.desired is not Desired.RUNNING or state.failed is not None
-    if stopped and state.situation is not Situation.DONE:
+    state = _with_its_end(run_dir, state)
+    if state.situation is not Situation.DONE and _stands(state):
         return Submitted("resumed", resume(run_dir, by=by), tuple(changes))
     return Submitted("amended" if changes else "attached", state, tuple(changes))
 
@@ -109,16 +109,37 @@ def resume(run_dir: str, *, by: str, new_code: bool = False) -> State:
     new_code: from now on with the installed model/, no longer claimed to be bit-exact. Raises ControlError.
     """
     run_dir = absolute(run_dir)
-    state = load(run_dir)
+    state = _with_its_end(run_dir, load(run_dir))
     if state.situation is Situation.DONE:
         raise ControlError(f"run {state.created.run} is done; there is nothing to resume")
-    if state.status == "running" and state.desired is Desired.RUNNING and not new_code:
+    if not _stands(state) and not new_code:
         return state
     digest = code.pin(run_dir) if new_code else None
     try:
         return insist(run_dir, Resumed(at=now(), nonce=new_nonce(), by=by, code_digest=digest))
     except IllegalEvent as error:
         raise ControlError(f"run {state.created.run}: {error}") from error
+
+
+def _with_its_end(run_dir: str, state: State) -> State:
+    """The state once the end of the live attempt is in the log, if it has said it and nobody has taken it in, as after
+    a full disk: what a user asks for now comes after that end, and answers it."""
+    outcome = _outcome(run_dir, state.live.number) if state.live else None
+    if outcome is None:
+        return state
+    clock = now()
+    end = decide(state, Seen(outcome=outcome), clock)
+    assert isinstance(end, Close)
+    try:
+        return close(run_dir, state, end, clock)
+    except store.Conflict:  # somebody else takes it in
+        return load(run_dir)
+
+
+def _stands(state: State) -> bool:
+    """Whether it goes on only if a user says so; also if nobody has yet drawn that conclusion from its last end."""
+    asked = state.desired is not Desired.RUNNING or state.failed is not None
+    return asked or isinstance(decide(state, Seen(), now()), Fail)
 
 
 def request_stop(run_dir: str, *, by: str, hard: bool = False) -> State:

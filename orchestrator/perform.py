@@ -134,11 +134,17 @@ def _ask_to_stop(run_dir: str, state: State, launcher: Launcher, action: AskToSt
 
 
 def _close(run_dir: str, state: State, launcher: Launcher, action: Close, clock: float) -> State:
-    """Close the attempt, then say so in the log with exactly those checkpoints that were sealed when it was closed."""
+    if action.gone:
+        assert state.live is not None
+        launcher.cancel(query(run_dir, state, state.live), hard=True)
+    return close(run_dir, state, action, clock)
+
+
+def close(run_dir: str, state: State, action: Close, clock: float) -> State:
+    """End the attempt, which said so itself or of which nothing is left, with exactly those checkpoints that were
+    sealed when it was closed. Raises Conflict."""
     attempt = state.live
     assert attempt is not None
-    if action.gone:
-        launcher.cancel(query(run_dir, state, attempt), hard=True)
     path = f"{run_dir}/{closed_file(attempt.number)}"
     sealed = [] if attempt.phase == EVALUATE else attempts.sealed_steps(run_dir, attempt.phase, attempt.number)
     with suppress(storage.AlreadyPublished):  # whoever closed it first decided what counts

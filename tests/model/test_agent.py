@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -93,6 +94,31 @@ def test_a_failure_is_named_with_its_log(tmp_path: Path, behaviour: str, cause: 
     assert case.outcome.cause is cause
     assert says in case.outcome.message
     assert behaviour.partition(":")[0] in case.outcome.detail
+
+
+FULL = """
+import shutil, sys
+from contextlib import suppress
+with open(sys.argv[1] + "/filler", "wb", buffering=0) as out, suppress(OSError):
+    while out.write(bytes(4096)):
+        pass
+assert shutil.disk_usage(sys.argv[1]).free == 0
+"""
+
+
+@pytest.mark.requires("mount")
+def test_the_outcome_is_told_on_a_disk_without_a_free_byte(tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(tmp_path)], check=True)
+    try:
+        case = make(tmp_path, ["steps:100000"])
+        process = agent(case)
+        wait_for(case.pulsing)
+        subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], check=True)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == contract.EXIT_CODES[case.outcome.cause]
+        assert not (tmp_path / contract.attempt_dir(1) / "reserve").exists()
+    finally:
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
 
 
 def test_one_signal_seals_and_stops(tmp_path: Path) -> None:

@@ -144,6 +144,23 @@ def test_a_failure_without_hope_ends_the_run_with_advice(bench: Bench) -> None:
     assert bench.drive().status == "done"
 
 
+@pytest.mark.parametrize("again", ["submit", "resume"])
+def test_an_end_that_could_not_be_logged_is_named_and_the_user_goes_on(bench: Bench, again: str) -> None:
+    """The disk was full when the attempt ended, and has room again: nobody has taken that end in yet."""
+    bench.submit()
+    bench.tick()
+    bench.launcher.job.train(2)
+    bench.launcher.job.end(Cause.DISK_FULL)
+    if again == "submit":
+        assert bench.submit().what == "resumed"
+    else:
+        control.resume(bench.dir(), by="test")
+    state = control.load(bench.dir())
+    assert state.attempts[0].end is not None
+    assert (state.attempts[0].end.cause, state.attempts[0].end.steps) == (Cause.DISK_FULL, [2])
+    assert bench.drive().status == "done"
+
+
 def test_a_launcher_that_refuses_spends_its_budget(bench: Bench) -> None:
     bench.submit()
     bench.launcher.refuses = True
