@@ -54,6 +54,7 @@ def _head(view: Detail, now: float) -> list[Text]:
     if run.watch:
         style = "" if run.watch.pid else "yellow"  # nobody: the run stands still
         lines.append(Text.assemble("watched by ", (watched(run.watch, now), style)))
+        lines += [Text(f"cannot be read: {error}", style="yellow") for error in run.watch.unreadable]
     return [*lines, Text("")]
 
 

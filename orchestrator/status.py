@@ -25,11 +25,13 @@ class RunNotFoundError(LookupError):
 
 
 class Watch(msgspec.Struct, frozen=True, kw_only=True):
-    """Who keeps a run going. Nobody: `host` and `pid` are None and `since` is when somebody last looked, if ever."""
+    """Who keeps a run going. Nobody: `host` and `pid` are None and `since` is when somebody last looked, if ever.
+    `unreadable`: heartbeats that cannot be read, and why."""
 
     host: str | None
     pid: int | None
     since: float | None
+    unreadable: list[str] = []
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
@@ -162,11 +164,12 @@ def _summary(run_dir: str, run: State, now: float) -> Summary:
 
 
 def _watch(run_dir: str, now: float) -> Watch:
-    watchers = store.watchers(run_dir)
+    watchers, unreadable = store.watchers(run_dir), store.unreadable_watchers(run_dir)
     for watcher in watchers:
         if store.is_alive(watcher, now):
-            return Watch(host=watcher.host, pid=watcher.pid, since=watcher.started)
-    return Watch(host=None, pid=None, since=watchers[0].seen_at if watchers else None)
+            return Watch(host=watcher.host, pid=watcher.pid, since=watcher.started, unreadable=unreadable)
+    since = watchers[0].seen_at if watchers else None
+    return Watch(host=None, pid=None, since=since, unreadable=unreadable)
 
 
 def _why(run: State) -> tuple[Cause | None, str]:

@@ -18,6 +18,7 @@ from model.contract import (
     EVENTS_DIR,
     FORMAT,
     WATCHERS_DIR,
+    ContractError,
     Watcher,
     boot_id,
     decode,
@@ -144,20 +145,26 @@ def prove(run_dir: str) -> None:
 
 
 def heartbeat(run_dir: str, watcher: Watcher) -> None:
-    """Note that `watcher` has just looked, and forget those that are gone.
+    """Note that `watcher` has just looked, and forget those that are gone and those that nobody can read.
 
     This note is newer than theirs, so "nobody watches, since ..." can still be said from it.
     """
     mine = _watcher_name(watcher)
     for name, other in _watchers(run_dir):
-        if name != mine and not is_alive(other, watcher.seen_at):
+        if name != mine and (isinstance(other, ContractError) or not is_alive(other, watcher.seen_at)):
             storage.remove(f"{run_dir}/{WATCHERS_DIR}/{name}")
     storage.replace(f"{run_dir}/{WATCHERS_DIR}/{mine}", encode(watcher))
 
 
 def watchers(run_dir: str) -> list[Watcher]:
-    """All heartbeats, the newest first; `is_alive` says which of them still watch."""
-    return sorted((watcher for _, watcher in _watchers(run_dir)), key=lambda watcher: -watcher.seen_at)
+    """All heartbeats that can be read, the newest first; `is_alive` says which of them still watch."""
+    readable = [watcher for _, watcher in _watchers(run_dir) if isinstance(watcher, Watcher)]
+    return sorted(readable, key=lambda watcher: -watcher.seen_at)
+
+
+def unreadable_watchers(run_dir: str) -> list[str]:
+    """What is wrong with each heartbeat that cannot be read; the next one of anybody removes it."""
+    return [str(error) for _, error in _watchers(run_dir) if isinstance(error, ContractError)]
 
 
 def is_alive(watcher: Watcher, now: float) -> bool:
@@ -181,14 +188,18 @@ def process_is_there(host: str, boot: str, pid: int, started: float) -> bool | N
         return False
 
 
-def _watchers(run_dir: str) -> Iterator[tuple[str, Watcher]]:
+def _watchers(run_dir: str) -> Iterator[tuple[str, Watcher | ContractError]]:
+    """By file name. A torn one is given as what is wrong with it: who watches decides nothing that a run computes."""
     for name in storage.names(f"{run_dir}/{WATCHERS_DIR}"):
         path = f"{run_dir}/{WATCHERS_DIR}/{name}"
         try:
             data = storage.read(path)
         except FileNotFoundError:  # another heartbeat has just removed it
             continue
-        yield name, decode(data, Watcher, path)
+        try:
+            yield name, decode(data, Watcher, path)
+        except ContractError as error:
+            yield name, error
 
 
 def _watcher_name(watcher: Watcher) -> str:

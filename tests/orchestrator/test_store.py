@@ -129,6 +129,18 @@ def test_a_heartbeat_replaces_those_of_the_gone(tmp_path: Path) -> None:
     assert [(w.host, w.seen_at) for w in store.watchers(run)] == [(hostname(), 100.0), ("elsewhere", 99.0)]
 
 
+def test_a_torn_heartbeat_is_told_and_hinders_nobody(tmp_path: Path) -> None:
+    run = str(tmp_path)
+    store.heartbeat(run, watcher(99.0, host="elsewhere"))
+    (tmp_path / "watchers" / "torn.json").write_bytes(b'{"host":"far')
+    assert [w.host for w in store.watchers(run)] == ["elsewhere"]
+    (said,) = store.unreadable_watchers(run)
+    assert f"{run}/watchers/torn.json: not a Watcher" in said
+    store.heartbeat(run, watcher(100.0))
+    assert store.unreadable_watchers(run) == []
+    assert [w.host for w in store.watchers(run)] == [hostname(), "elsewhere"]
+
+
 def test_reading_a_log_imports_neither_torch_nor_pydantic() -> None:
     code = (
         "import sys, orchestrator.store; print({'torch', 'pydantic', 'mlflow', 'numpy', 'psutil'} & set(sys.modules))"
