@@ -126,9 +126,14 @@ def take(run_id: str, run_dir: str, reference: Reference, names: Sequence[str]) 
     pin = Pin(run=run_dir, run_id=run_id, parts=tuple(part for part in PARTS if part in parts))
     by = "-".join([run_id, *(names or ["fork"])])
     storage.publish(f"{found.run}/{pin_file(found.phase, found.attempt, found.step, by)}", encode(pin))
+    must_be_there(reference, found)
+    return found
+
+
+def must_be_there(reference: Reference, found: CheckpointRef) -> None:
+    """Raises HandoffError if retention, or somebody, has removed what the log tells of."""
     if not storage.exists(f"{found.run}/{manifest_file(found.phase, found.attempt, found.step)}"):
         raise HandoffError(f"{reference}: that checkpoint is no longer there: {found.path}")
-    return found
 
 
 def find(reference: Reference, beside: str) -> CheckpointRef:
@@ -152,7 +157,9 @@ def find(reference: Reference, beside: str) -> CheckpointRef:
     if not attempts:
         steps = ", ".join(str(at) for at in sorted({at for _, at in sealed})) or "none"
         raise HandoffError(f"{reference}: no such checkpoint; {run_dir} has sealed steps of {reference.phase}: {steps}")
-    return CheckpointRef(run=run_dir, phase=reference.phase, attempt=max(attempts), step=step)
+    found = CheckpointRef(run=run_dir, phase=reference.phase, attempt=max(attempts), step=step)
+    must_be_there(reference, found)
+    return found
 
 
 def locate(run: str, beside: str) -> str:

@@ -14,10 +14,12 @@ from typing import Any
 
 from model import contract, storage
 from model.config import AnyPhase, Data, Evaluate, Model, Resources, SslPhase, TextPhase
-from orchestrator import handoff
+from orchestrator import attempts, handoff
 from orchestrator.cluster import ClusterProfile
 from orchestrator.handoff import SSL_KINDS, TAKES, HandoffError, Reference
 from orchestrator.problems import Path, Problem, did_you_mean, listed, shown
+from orchestrator.state import IllegalEvent
+from orchestrator.store import LogError
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Draft:
     model: Model | None
     evaluate: Evaluate | None
     cluster: ClusterProfile | None
+    runs: str | None = None  # the folder of runs in which checkpoints of other runs are looked for; None: nowhere
 
 
 def all_problems(draft: Draft, *, check_data: bool) -> list[Problem]:
@@ -106,6 +109,8 @@ def _reference(draft: Draft, phase: str, name: str, reference: Reference) -> Ite
     at, text = ("phases", phase, name), str(reference)
     if reference.best is not None:
         yield Problem("choosing a checkpoint by a metric is not there yet", at, found=text, allowed=handoff.GRAMMAR)
+    elif reference.run is not None and draft.runs is not None:
+        yield from _of_another_run(reference, at, draft.runs)
     if reference.run is not None:
         return
     earlier = list(draft.names[: draft.names.index(phase)])
@@ -119,6 +124,17 @@ def _reference(draft: Draft, phase: str, name: str, reference: Reference) -> Ite
                       hint=f"move {reference.phase} above {phase}")  # fmt: skip
     else:
         yield from _meets(draft, name, at, reference)
+
+
+def _of_another_run(reference: Reference, at: Path, runs: str) -> Iterator[Problem]:
+    """What `submit` would say of it too. Of a run on a bucket nothing is known from here."""
+    beside = os.path.abspath(os.path.join(runs, "this"))
+    if storage.is_uri(attempts.locate(str(reference.run), beside)):
+        return
+    try:
+        attempts.find(reference, beside)
+    except (HandoffError, LogError, IllegalEvent, contract.ContractError, storage.StoreError) as error:
+        yield Problem(str(error), at)
 
 
 def _meets(draft: Draft, name: str, at: Path, reference: Reference) -> Iterator[Problem]:

@@ -45,7 +45,7 @@ def validate(options: Options) -> int:
     from orchestrator import spec
     from orchestrator.yaml_reader import dump
 
-    job, _ = _read(options)
+    job, _ = _read(options, check_runs=True)
     resolved = spec.resolved(job)
     if options.json:
         print_json({"valid": True, "problems": [], "job": resolved})
@@ -67,7 +67,7 @@ def schema(options: Options) -> int:
 def plan(options: Options) -> int:
     from orchestrator import plan as plans
 
-    job, cluster = _read(options)
+    job, cluster = _read(options, check_runs=True)
     planned = plans.make_plan(job, cluster)
     if options.json:
         print_json(planned.as_mapping())
@@ -104,13 +104,17 @@ def submit(options: Options) -> int:
     return _go_on(run_dir, options)
 
 
-def _read(options: Options) -> tuple[Job, ClusterProfile]:
-    """The job and its cluster's profile. Raises SpecError with every mistake in both."""
+def _read(options: Options, *, check_runs: bool = False) -> tuple[Job, ClusterProfile]:
+    """The job and its cluster's profile. Raises SpecError with every mistake in both.
+
+    check_runs: look for checkpoints of other runs. `submit` does that itself, and of a run that is there only for what
+    it still has to take.
+    """
     from orchestrator.cluster import read_cluster
     from orchestrator.spec import leave_out_uncaptioned, read_job
 
     overrides = [*options.overrides, *([f"cluster={options.cluster}"] if options.cluster else [])]
-    job = read_job(options.file, overrides)
+    job = read_job(options.file, overrides, check_runs=check_runs, runs=getattr(options, "runs", None) or "")
     cluster = read_cluster(job.cluster)
     job, left_out = leave_out_uncaptioned(job, cluster)
     for line in left_out:

@@ -35,6 +35,8 @@ PhaseName = Annotated[str, Field(pattern=f"^{PHASE_PATTERN}$", description=PHASE
 
 S = TypeVar("S", bound=Section)
 
+DEFAULT_RUNS = "runs"
+
 
 class Tracking(Section):
     """Where the run shows in MLflow."""
@@ -50,22 +52,27 @@ class Job(Section):
     name: Name = Field(description=NAME_RULE)
     seed: Count = 0
     cluster: str = Field("local", description="a profile in clusters/, or a file")
-    runs: str = Field("runs", description="folder that holds the runs")
+    runs: str = Field(DEFAULT_RUNS, description="folder that holds the runs")
     model: Model
     phases: dict[PhaseName, Phase] = Field(description="in the order in which they run")
     evaluate: Evaluate | None = None
     tracking: Tracking = Tracking()
 
 
-def read_job(file: str, overrides: Iterable[str] = (), *, check_data: bool = True) -> Job:
+def read_job(
+    file: str, overrides: Iterable[str] = (), *, check_data: bool = True, check_runs: bool = False, runs: str = ""
+) -> Job:
     """The job in `file` with `a.b.c=value` laid over it.
 
-    check_data: look whether the data folders are there. Raises SpecError with every problem at once.
+    check_data: look whether the data folders are there. check_runs: look whether checkpoints of other runs are, in the
+    folder `runs` or else in the job's own. Raises SpecError with every problem at once.
     """
     values, source, problems = layers.override(read_yaml(file), file, overrides)
     problems += _unknown_keys(values)
     merged, unused = layers.merge({k: v for k, v in values.items() if k in TOP_KEYS}, source)
     draft, mistakes = _draft(merged)
+    if check_runs:
+        draft = replace(draft, runs=runs or str(merged.get("runs", DEFAULT_RUNS)))
     problems += [*unused, *mistakes, *checks.all_problems(draft, check_data=check_data)]
     if problems:
         raise SpecError(source.place_all(problems))

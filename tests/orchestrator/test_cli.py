@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from model.contract import Cause, ContractError
+from model import storage
+from model.contract import Cause, ContractError, manifest_file
 from model.storage import DiskFullError, StoreError
 from orchestrator import cli, commands, mistakes
 from tests.orchestrator.written import Run
@@ -222,6 +223,53 @@ def test_a_log_that_contradicts_itself_is_no_traceback(tmp_path: Path, capsys: p
     files[2].write_bytes(files[1].read_bytes())
     assert cli.main(["status", "tiny"]) == 2
     assert "contradicts itself" in capsys.readouterr().err
+
+
+def test_a_torn_heartbeat_blocks_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Run(tmp_path / "runs" / "tiny").watched(host="elsewhere")
+    torn = tmp_path / "runs" / "tiny" / "watchers" / "torn.json"
+    torn.write_text("{")
+    assert cli.main(["status"]) == 0
+    assert "unreadable" not in capsys.readouterr().out
+    assert cli.main(["status", "tiny"]) == 0
+    said = capsys.readouterr().out
+    assert f"cannot be read: {torn}" in said
+    assert "tiny: running" in said
+    assert cli.main(["cancel", "tiny"]) == 0
+    assert not torn.exists()
+
+
+# --- what is of another run -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["validate", "plan"])
+@pytest.mark.parametrize(
+    ("reference", "why"),
+    [
+        ("nobody#pretrain@4", "nobody#pretrain@4: there is no run at {runs}/nobody"),
+        ("tiny#pretrain@3", "tiny#pretrain@3: no such checkpoint; {runs}/tiny has sealed steps of pretrain: 4, 6"),
+        ("tiny#what@4", "tiny#what@4: run tiny has the phases pretrain, gram"),
+        ("tiny#pretrain@4", "tiny#pretrain@4: that checkpoint is no longer there"),
+        ("torn#pretrain@4", "000001.json: not the first event of a run"),
+        ("tiny#pretrain@6", ""),
+    ],
+)
+def test_checkpoints_of_other_runs_are_looked_for(
+    command: str, reference: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(tmp_path / "runs" / "tiny")
+    run.done()
+    storage.publish(f"{run.path}/{manifest_file('pretrain', 1, 6)}", b"{}")
+    (tmp_path / "runs" / "torn" / "events").mkdir(parents=True)
+    (tmp_path / "runs" / "torn" / "events" / "000001.json").write_text("{")
+    code = cli.main(job(command, f"phases.pretrain.weights={reference}"))
+    said = capsys.readouterr().err
+    assert (code, "1 mistake" in said) == ((2, True) if why else (0, False)), said
+    assert why.format(runs=tmp_path / "runs") in said
+    assert not why or "phases.pretrain.weights" in said
+    if why and "torn" not in reference:
+        assert cli.main(job("submit", f"phases.pretrain.weights={reference}", "--run=new")) == 2
+        assert why.format(runs=tmp_path / "runs") in capsys.readouterr().err
 
 
 def test_the_folder_of_runs_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
