@@ -288,6 +288,7 @@ class PhaseBase(Section):
     resources: Resources = Resources()
     checkpoints: Checkpoints
     health: Health = Health()
+    debug: Debug = Debug()
 
 
 class SslPhase(PhaseBase):
@@ -319,8 +320,6 @@ class SslPhase(PhaseBase):
                 f"optim.batch_size {self.optim.batch_size}"
             )
         return self
-
-    debug: Debug = Debug()
 
 
 class PretrainPhase(SslPhase):

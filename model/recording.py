@@ -8,11 +8,12 @@ docs/replay.md describes the file for other writers. No pickle: tensors, and one
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import msgspec
 import safetensors.torch
@@ -21,12 +22,14 @@ from safetensors import SafetensorError, safe_open
 
 from model import checkpoint, config, contract, parallel, storage
 from model.contract import CheckpointRef
-from model.data.batch import Batch, SslBatch
+from model.data.batch import Batch
 from model.job import Job
 from model.networks.perturb import Perturbation
 from model.networks.rope import RopeDraws
+from model.objectives import kinds
 from model.objectives.base import Moment, State, network_state
-from model.objectives.step import Draws, Scalars, SslInputs, SslNetworks, SslOutputs, step
+from model.objectives.kinds import Kind
+from model.objectives.pure import Inputs, Outputs, StepNetworks
 
 FORMAT = 1
 HEADER = "dinoctl-step"
@@ -41,12 +44,14 @@ class RecordingError(ValueError):
 
 
 class Header(contract.Record, frozen=True):
-    """All of a recorded step that is no tensor."""
+    """All of a recorded step that is no tensor. Numbers that are not finite, which JSON has not, are spelt in strings:
+    "inf", "-inf", "nan"."""
 
     format: int
     model: dict[str, Any]  # model.config.Model: how the networks are built
-    scalars: Scalars
-    draws: list[dict[str, dict[str, Any]]]  # a micro-batch: numbers of the perturbation by view, `global` and `local`
+    scalars: dict[str, Any]  # the kind's
+    draws: list[dict[str, dict[str, Any]]]  # a micro-batch: numbers of the perturbation by view: `global`, `local`, ...
+    added: dict[str, Any] = msgspec.field(default_factory=dict)  # how a text phase's own networks are built
     answers: int | None = None  # how many `answers.<i>` there are; absent: this rank was alone
     weights: CheckpointRef | None = None  # of these networks, where the file does not hold them itself
     made_by: dict[str, Any] = msgspec.field(default_factory=dict)  # for a person: run, phase, step, rank, versions
@@ -55,18 +60,10 @@ class Header(contract.Record, frozen=True):
 @dataclass(frozen=True)
 class RecordedStep:
     header: Header
+    kind: Kind
     weights: State  # `student.*`, `teacher.*`, `gram_teacher.*`; empty where the header names a checkpoint
-    inputs: SslInputs
+    inputs: Inputs[Any, Any, Any]  # of the kind's types
     results: dict[str, float]  # `terms.<name>` and `gradient_norms.<network>`
-
-
-@runtime_checkable
-class Recordable(Protocol):
-    """An objective whose step is `objectives.step.step`. One whose is not, has no such methods."""
-
-    def step_networks(self) -> SslNetworks: ...
-
-    def step_inputs(self, batch: SslBatch, moment: Moment, micro_batches: int) -> SslInputs: ...
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -74,7 +71,7 @@ class Recordable(Protocol):
 
 def due(settings: config.AnyPhase, moment: Moment) -> bool:
     """Whether `debug.record_step` asks for the step that begins now."""
-    return isinstance(settings, config.SslPhase) and settings.debug.record_step == moment.step + 1
+    return settings.debug.record_step == moment.step + 1
 
 
 def record_if_due(job: Job, batch: Batch, moment: Moment) -> None:
@@ -89,20 +86,18 @@ def record(job: Job, batch: Batch, moment: Moment) -> None:
     To be called where no gradients are held, before the update or where there is none. A file that cannot be written
     is told of and stops nothing.
     """
-    if not isinstance(job.objective, Recordable) or not isinstance(batch, SslBatch):
-        return
+    added = kinds.added(job.settings)
     networks = job.objective.step_networks()
     inputs = job.objective.step_inputs(batch, moment, job.settings.optim.accumulate)
     with parallel.recorded() as answers:
-        outputs = step(networks, inputs)
-    many = tuple(answers) if parallel.world() > 1 else None
-    inputs = SslInputs(inputs.batch, inputs.draws, inputs.scalars, many)
+        outputs = kinds.of(added).step(networks, inputs)
+    inputs = replace(inputs, answers=tuple(answers) if parallel.world() > 1 else None)
     made_by = _provenance(job, moment)
     weights = network_tensors(networks)
     size = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
     too_large = size > MOST_WEIGHTS
     held, named = ({}, job.last_sealed) if too_large else (weights, None)
-    data = pack(job.attempt.model, held, inputs, results(outputs), made_by, named)
+    data = pack(job.attempt.model, held, inputs, results(outputs), made_by, named, added)
     name = contract.recorded_file(job.attempt.attempt, moment.step + 1, parallel.rank())
     try:
         storage.publish(f"{job.attempt.run_dir}/{name}", data)
@@ -112,18 +107,12 @@ def record(job: Job, batch: Batch, moment: Moment) -> None:
         job.progress.note(f"recorded step {moment.step + 1}: dinoctl replay {job.attempt.run_dir}/{name}")
 
 
-def network_tensors(networks: SslNetworks) -> State:
+def network_tensors(networks: StepNetworks) -> State:
     """All weights under the names of the file."""
-    tensors = network_state(
-        {f"student.{name}": module for name, module in networks.student.all().items()}
-        | {f"teacher.{name}": module for name, module in networks.teacher.all().items()}
-    )
-    if networks.gram_teacher is not None:
-        tensors |= network_state({"gram_teacher.backbone": networks.gram_teacher})
-    return tensors
+    return network_state(networks.named())
 
 
-def results(outputs: SslOutputs) -> dict[str, float]:
+def results(outputs: Outputs) -> dict[str, float]:
     """`terms.<name>`, and `gradient_norms.<network>`: the L2 norm of the gradients of each network."""
     values = {f"terms.{name}": float(term) for name, term in outputs.terms.items()}
     squares: dict[str, float] = {}
@@ -136,34 +125,46 @@ def results(outputs: SslOutputs) -> dict[str, float]:
 def pack(
     model: Mapping[str, Any],
     weights: State,
-    inputs: SslInputs,
+    inputs: Inputs[Any, Any, Any],
     said: Mapping[str, float],
     made_by: Mapping[str, Any],
     checkpoint_of: CheckpointRef | None = None,
+    added: Mapping[str, Any] | None = None,
 ) -> bytes:
     """The bytes of a file."""
     tensors = dict(weights)
-    for field in fields(SslBatch):
-        tensor = getattr(inputs.batch, field.name)
+    for name, tensor in vars(inputs.batch).items():
         if tensor is not None:
-            tensors[f"batch.{field.name}"] = tensor
+            tensors[f"batch.{name}"] = tensor
     draws = []
     for number, micro in enumerate(inputs.draws):
-        views = {"global": micro.of_global} | ({"local": micro.of_local} if micro.of_local else {})
+        views = {name.removeprefix("of_"): drawn for name, drawn in vars(micro).items() if drawn is not None}
         draws.append({view: _unpack(tensors, f"draws.{number}.{view}", drawn) for view, drawn in views.items()})
     tensors |= {f"answers.{number}": answer for number, answer in enumerate(inputs.answers or ())}
     tensors |= {name: torch.tensor(value, dtype=torch.float64) for name, value in said.items()}
     header = Header(
         format=FORMAT,
         model=dict(model),
-        scalars=inputs.scalars,
+        scalars=msgspec.to_builtins(inputs.scalars),
         draws=draws,
+        added=dict(added or {}),
         answers=None if inputs.answers is None else len(inputs.answers),
         weights=checkpoint_of,
         made_by=dict(made_by),
     )
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return safetensors.torch.save(whole, {HEADER: contract.encode(header).decode()})
+    text = msgspec.json.encode(_spelt(msgspec.to_builtins(header))).decode()
+    return safetensors.torch.save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {HEADER: text}
+    )
+
+
+def _spelt(value: Any) -> Any:
+    """With every number that is not finite as a string; msgspec would write null for it."""
+    if isinstance(value, dict):
+        return {name: _spelt(held) for name, held in value.items()}
+    if isinstance(value, list | tuple):
+        return [_spelt(held) for held in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _unpack(tensors: State, prefix: str, drawn: Perturbation) -> dict[str, Any]:
@@ -198,29 +199,26 @@ def _provenance(job: Job, moment: Moment) -> dict[str, Any]:
 def read(path: str) -> RecordedStep:
     """A recorded step, on the CPU. Raises RecordingError if the file is none or lacks something."""
     header, tensors = _read(path)
+    kind = kinds.of(header.added)
     try:
-        draws = tuple(
-            Draws(
-                of_global=_perturbation(tensors, f"draws.{number}.global", views["global"]),
-                of_local=_perturbation(tensors, f"draws.{number}.local", views["local"]) if "local" in views else None,
-            )
-            for number, views in enumerate(header.draws)
-        )
+        scalars: Any = msgspec.convert(header.scalars, kind.scalars, strict=False)  # else strings are no numbers
+        draws = tuple(_draws(kind, tensors, number, views) for number, views in enumerate(header.draws))
         answers = None if header.answers is None else tuple(tensors[f"answers.{i}"] for i in range(header.answers))
-        held: dict[str, Any] = {field.name: tensors.get(f"batch.{field.name}") for field in fields(SslBatch)}
-        if missing := [name for name, tensor in held.items() if tensor is None and name != "gram_crops"]:
-            raise RecordingError(f"{path}: it holds no batch.{', no batch.'.join(missing)}")
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, msgspec.ValidationError) as error:
         raise RecordingError(
             f"{path}: not a whole recorded step: {error}; docs/replay.md says what it holds"
         ) from error
-    batch = SslBatch(**held)
+    held: dict[str, Any] = {field.name: tensors.get(f"batch.{field.name}") for field in fields(kind.batch)}
+    if missing := [name for name, tensor in held.items() if tensor is None and name != "gram_crops"]:
+        raise RecordingError(f"{path}: it holds no batch.{', no batch.'.join(missing)}")
+    batch = kind.batch(**held)
     if not draws or len(batch.positions) % len(draws):
         raise RecordingError(f"{path}: {len(batch.positions)} images are not {len(draws)} equal micro-batches")
     return RecordedStep(
         header=header,
+        kind=kind,
         weights=_under(tensors, "student", "teacher", "gram_teacher"),
-        inputs=SslInputs(batch, draws, header.scalars, answers),
+        inputs=Inputs(batch, draws, scalars, answers),
         results={name: float(value) for name, value in _under(tensors, "terms", "gradient_norms").items()},
     )
 
@@ -263,6 +261,14 @@ def _read(path: str) -> tuple[Header, State]:
     if header.format != FORMAT:
         raise RecordingError(f"{path}: of format {header.format}, and this dinoctl reads {FORMAT}")
     return header, tensors
+
+
+def _draws(kind: Kind, tensors: State, number: int, views: Mapping[str, Mapping[str, Any]]) -> Any:
+    """Of micro-batch `number`. Raises TypeError for views that the kind has not, or lacks."""
+    drawn: dict[str, Any] = {
+        f"of_{view}": _perturbation(tensors, f"draws.{number}.{view}", numbers) for view, numbers in views.items()
+    }
+    return kind.draws(**drawn)
 
 
 def _perturbation(tensors: State, prefix: str, numbers: Mapping[str, Any]) -> Perturbation:

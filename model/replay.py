@@ -17,10 +17,8 @@ from torch import Tensor
 
 from model import config, recording
 from model.checkpoint import CheckpointError
-from model.data.batch import SslBatch
-from model.objectives.base import State, copy_strictly
-from model.objectives.ssl import create_networks
-from model.objectives.step import Draws, Scalars, SslInputs, SslNetworks, step
+from model.objectives.base import copy_strictly
+from model.objectives.pure import Inputs, StepNetworks
 from model.recording import RecordedStep
 
 SAME, DIFFERENT, WRONG_INPUT = 0, 1, 2
@@ -53,13 +51,14 @@ def replay(recorded: RecordedStep, device: str = "cpu", *, double: bool = False)
     `double`: in float64, to tell rounding from a fault; so is a file of float64 images. Raises RecordingError or
     ValueError if weights and networks do not fit, CheckpointError if the checkpoint that holds them is not there.
     """
-    double = double or recorded.inputs.batch.global_crops.dtype == torch.float64
-    model = config.read(config.Model, recorded.header.model)
-    networks = _networks(model, recording.weights_of(recorded), recorded.header.scalars)
-    for module in networks.all():
+    double = double or any(
+        tensor is not None and tensor.dtype == torch.float64 for tensor in vars(recorded.inputs.batch).values()
+    )
+    networks = _networks(recorded)
+    for module in networks.named().values():
         module.to(device, torch.float64 if double else None)
     inputs = _on(recorded.inputs, device, double=double)
-    return recording.results(step(networks, inputs))
+    return recording.results(recorded.kind.step(networks, inputs))
 
 
 def compare(recorded: Mapping[str, float], replayed: Mapping[str, float]) -> list[Row]:
@@ -68,28 +67,23 @@ def compare(recorded: Mapping[str, float], replayed: Mapping[str, float]) -> lis
     return [Row(name, recorded.get(name), replayed.get(name)) for name in names]
 
 
-def _networks(model: config.Model, weights: State, scalars: Scalars) -> SslNetworks:
-    networks = create_networks(
-        model,
-        seed=0,
-        gram_teacher=any(name.startswith("gram_teacher.") for name in weights),
-        centering=scalars.centering,
-        official_quirks=scalars.official_quirks,
-    )
+def _networks(recorded: RecordedStep) -> StepNetworks:
+    header, weights = recorded.header, recording.weights_of(recorded)
+    model = config.read(config.Model, header.model)
+    networks = recorded.kind.create(model, header.added, recorded.inputs.scalars, weights)
     copy_strictly(recording.network_tensors(networks), weights, "the recorded step")
     return networks
 
 
-def _on(inputs: SslInputs, device: str, *, double: bool) -> SslInputs:
-    batch = inputs.batch.to(device)
+def _on(inputs: Inputs[Any, Any, Any], device: str, *, double: bool) -> Inputs[Any, Any, Any]:
+    batch, scalars = inputs.batch.to(device), inputs.scalars
     if double:
-        changed: dict[str, Any] = {name: _double(tensor) for name, tensor in vars(batch).items()}
-        batch = SslBatch(**changed)
+        batch = replace(batch, **{name: _double(tensor) for name, tensor in vars(batch).items()})
+        scalars = replace(scalars, compute="fp32")
     draws = tuple(
-        Draws(micro.of_global.to(torch.device(device)), micro.of_local and micro.of_local.to(torch.device(device)))
+        replace(micro, **{view: drawn.to(torch.device(device)) for view, drawn in vars(micro).items() if drawn})
         for micro in inputs.draws
     )
-    scalars = replace(inputs.scalars, compute="fp32") if double else inputs.scalars
     return replace(inputs, batch=batch, draws=draws, scalars=scalars)
 
 
@@ -108,7 +102,7 @@ def main(arguments: Sequence[str]) -> int:
     except (ValueError, CheckpointError) as error:  # RecordingError and pydantic's errors are ValueErrors
         print(f"dinoctl: {options.file} cannot be replayed: {error}", file=sys.stderr)
         return WRONG_INPUT
-    tolerance = options.tolerance or TOLERANCES[recorded.header.scalars.compute]
+    tolerance = options.tolerance or TOLERANCES[recorded.inputs.scalars.compute]
     rows = compare(recorded.results, replayed)
     print(_about(recorded))
     print(_table(rows, tolerance))
@@ -130,13 +124,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _about(recorded: RecordedStep) -> str:
-    header, batch = recorded.header, recorded.inputs.batch
+    header, batch, scalars = recorded.header, recorded.inputs.batch, recorded.inputs.scalars
     by = header.made_by
     lines = [
         f"{by.get('phase', 'somebody')} step {by.get('step', '?')}, rank {by.get('rank', 0)} of {by.get('world', 1)}, "
         f"attempt {by.get('attempt', '?')} of {by.get('run', 'another writer')}",
-        f"{len(batch.positions)} of {header.scalars.images} images in {len(recorded.inputs.draws)} micro-batches, "
-        f"products in {header.scalars.compute}",
+        f"{len(batch.positions)} of {scalars.images} images in {len(recorded.inputs.draws)} micro-batches, "
+        f"products in {scalars.compute}",
     ]
     if header.weights is not None and not recorded.weights:
         behind = by["step"] - 1 - header.weights.step if "step" in by else 0

@@ -22,8 +22,8 @@ from model import checkpoint, contract, health, optim, parallel, recording, stor
 from model.contract import Attempt, Cause, CheckpointRef, RankEnd
 from model.data.batch import Batch
 from model.job import Job, begin
-from model.objectives import base
 from model.objectives.base import Moment
+from model.objectives.pure import Slices
 from model.stopping import Stop
 from model.worker import DivergedError
 
@@ -75,7 +75,7 @@ def train(job: Job) -> Cause:
     return Cause.DONE
 
 
-def _backward(job: Job, batch: Batch, targets: base.Slices, moment: Moment) -> dict[str, Tensor]:
+def _backward(job: Job, batch: Batch, targets: Slices, moment: Moment) -> dict[str, Tensor]:
     """Add up the gradients of the micro-batches. Returns this rank's share of each term of the loss."""
     images = len(batch.positions) // job.settings.optim.accumulate
     sums: dict[str, Tensor] = {}

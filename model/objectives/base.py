@@ -17,10 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from model.objectives.pure import Inputs, Slices, StepNetworks
 
 if TYPE_CHECKING:
     from model.data.views import Views
@@ -54,14 +56,6 @@ class Networks:
     frozen: dict[str, nn.Module] = field(default_factory=dict)  # teachers included: moved to the device, never trained
 
 
-class Slices(Protocol):
-    """A record of per-image tensors that can be cut into micro-batches."""
-
-    def slice(self, start: int, stop: int) -> Self:
-        """The images [start, stop) of the local batch, which must begin and end with a group."""
-        ...
-
-
 B_contra = TypeVar("B_contra", bound=Slices, contravariant=True)
 T = TypeVar("T", bound=Slices)
 
@@ -83,6 +77,14 @@ class Objective(Protocol[B_contra, T]):
 
     def loss(self, batch: B_contra, targets: T, moment: Moment) -> dict[str, Tensor]:
         """fp32 scalars by name, and their weighted sum `total`, for one micro-batch: its share of the global loss."""
+        ...
+
+    def step_networks(self) -> StepNetworks:
+        """For `model.recording`, as `step_inputs` is: the networks of the step as a pure function."""
+        ...
+
+    def step_inputs(self, batch: B_contra, moment: Moment, micro_batches: int) -> Inputs[Any, Any, Any]:
+        """All that this rank's part of the step depends on, beside the networks and what other ranks answer."""
         ...
 
     def after_step(self, moment: Moment) -> None:

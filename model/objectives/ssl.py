@@ -24,6 +24,7 @@ from model.networks.init import create
 from model.networks.perturb import Layout, Perturbation, perturbation
 from model.networks.vit import VisionTransformer
 from model.objectives.base import Moment, Networks, ReadPart, State, copy_strictly, network_state
+from model.objectives.pure import cut
 from model.objectives.step import (
     GLOBAL_CROPS,
     Centering,
@@ -105,14 +106,11 @@ class SslObjective:
         )
 
     def step_networks(self) -> SslNetworks:
-        """For `model.recording`, as `step_inputs` is."""
         return SslNetworks(self.student, self.teacher, self.gram_teacher)
 
     def step_inputs(self, batch: SslBatch, moment: Moment, micro_batches: int) -> SslInputs:
-        """All that this rank's part of the step depends on, beside the networks and what other ranks answer."""
-        size = len(batch.positions) // micro_batches
-        cuts = [batch.slice(number * size, (number + 1) * size) for number in range(micro_batches)]
-        return SslInputs(batch, tuple(self.draws(cut, moment) for cut in cuts), self.scalars(moment))
+        parts = cut(batch, micro_batches)
+        return SslInputs(batch, tuple(self.draws(part, moment) for part in parts), self.scalars(moment))
 
     def observe(self, targets: SslTargets) -> Observed:
         """For `model.health`: assignments before Sinkhorn, which would hide that few prototypes are in use."""

@@ -10,13 +10,11 @@ global crops and local crops; the teacher, its moving average, sees the global c
 earlier teacher, sees them undistorted and, as a rule, larger (section 4.3).
 
 Nothing here knows of a phase, a schedule, a seed or a clock: training (`objectives.ssl`) and replay (`model.replay`)
-run the same `teach` and `learn`, the one with what its schedules and draws say, the other with what a file says.
+run the same `teach` and `learn` (`objectives.pure`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -36,10 +34,10 @@ from model.losses.sinkhorn import sinkhorn
 from model.networks.heads import ProjectionHead
 from model.networks.perturb import Perturbation
 from model.networks.vit import Features, View, VisionTransformer
+from model.objectives.pure import Compute, Inputs, Outputs, add_up
 
 GLOBAL_CROPS = 2
 
-Compute = Literal["fp32", "bf16"]
 Centering = Literal["sinkhorn", "centering", "none"]
 
 
@@ -77,9 +75,14 @@ class SslNetworks:
     teacher: Trio
     gram_teacher: VisionTransformer | None
 
-    def all(self) -> list[nn.Module]:
-        gram_teacher = [] if self.gram_teacher is None else [self.gram_teacher]
-        return [*self.student.all().values(), *self.teacher.all().values(), *gram_teacher]
+    def named(self) -> dict[str, nn.Module]:
+        """See `objectives.pure`."""
+        gram_teacher = {} if self.gram_teacher is None else {"gram_teacher.backbone": self.gram_teacher}
+        return {
+            **{f"student.{name}": network for name, network in self.student.all().items()},
+            **{f"teacher.{name}": network for name, network in self.teacher.all().items()},
+            **gram_teacher,
+        }
 
 
 @dataclass(frozen=True)
@@ -106,24 +109,10 @@ class Draws:
     """What disturbs the student's forward of one micro-batch."""
 
     of_global: Perturbation  # of 2 b crops
-    of_local: Perturbation | None  # of L b crops; None without local crops
+    of_local: Perturbation | None = None  # of L b crops; None without local crops
 
 
-@dataclass(frozen=True)
-class SslInputs:
-    """What one rank's part of a step is made of, beside the networks."""
-
-    batch: SslBatch
-    draws: tuple[Draws, ...]  # one a micro-batch: the batch is cut into as many equal parts, in order
-    scalars: Scalars
-    answers: tuple[Tensor, ...] | None = None
-    """What the collectives of `teach` gave this rank, in order. None: ask the other ranks, or there are none."""
-
-    def micro_batches(self) -> Iterator[tuple[int, int, Draws]]:
-        """First image, the one after the last, and draws of each."""
-        images = len(self.batch.positions) // len(self.draws)
-        for number, draws in enumerate(self.draws):
-            yield number * images, (number + 1) * images, draws
+SslInputs = Inputs[SslBatch, Draws, Scalars]
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------
@@ -167,14 +156,6 @@ class SslTargets:
 
 
 @dataclass(frozen=True)
-class SslOutputs:
-    """A rank's share: summed over the ranks, both are those of the global batch."""
-
-    terms: dict[str, Tensor]  # each loss term by name, unweighted, and `total`
-    gradients: dict[str, Tensor]  # of `total`, by parameter: `backbone.blocks.0.norm1.weight`, `dino_head.mlp.0.bias`
-
-
-@dataclass(frozen=True)
 class _Student:
     """What the student says of b images."""
 
@@ -188,27 +169,18 @@ class _Student:
 # --- the step ---------------------------------------------------------------------------------------------------------
 
 
-def step(networks: SslNetworks, inputs: SslInputs) -> SslOutputs:
+def step(networks: SslNetworks, inputs: SslInputs) -> Outputs:
     """A rank's share of the losses and of what backward gives, for its part of the batch. Changes nothing.
 
     Raises ValueError if the Gram loss has a weight and there is no Gram teacher, or none of its crops.
     """
-    with nullcontext() if inputs.answers is None else parallel.answered(inputs.answers):
-        return _step(networks, inputs)
 
+    def loss(batch: SslBatch, draws: Draws, targets: SslTargets) -> dict[str, Tensor]:
+        return learn(networks.student, batch, draws, targets, inputs.scalars)
 
-def _step(networks: SslNetworks, inputs: SslInputs) -> SslOutputs:
-    batch, scalars = inputs.batch, inputs.scalars
-    targets = teach(networks.teacher, networks.gram_teacher, batch, scalars)
-    parameters = dict(_parameters(networks.student))
-    terms: dict[str, Tensor] = {}
-    gradients: Sequence[Tensor] = []
-    for start, stop, draws in inputs.micro_batches():
-        micro = learn(networks.student, batch.slice(start, stop), draws, targets.slice(start, stop), scalars)
-        more = torch.autograd.grad(micro["total"], list(parameters.values()), materialize_grads=True)
-        gradients = [one + other for one, other in zip(gradients, more, strict=True)] if gradients else more
-        terms = {name: term.detach() + terms.get(name, 0) for name, term in micro.items()}
-    return SslOutputs(terms, dict(zip(parameters, gradients, strict=True)))
+    with inputs.collectives():
+        targets = teach(networks.teacher, networks.gram_teacher, inputs.batch, inputs.scalars)
+        return add_up(networks.student.all(), inputs, targets, loss)
 
 
 @torch.no_grad()
@@ -343,10 +315,3 @@ def _autocast(batch: SslBatch, compute: Compute) -> torch.autocast:
 def _by_crop(rows: Tensor, crops: int) -> Tensor:
     """[crops * b, ...], crop-major, as [crops, b, ...]."""
     return rows.reshape(crops, -1, *rows.shape[1:])
-
-
-def _parameters(student: Trio) -> Iterator[tuple[str, nn.Parameter]]:
-    for network, module in student.all().items():
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                yield f"{network}.{name}", parameter

@@ -1,85 +1,69 @@
-"""Text alignment (dino.txt, arXiv 2412.16334): a text tower and a few blocks learn to agree over a frozen backbone."""
+"""Text alignment (dino.txt, arXiv 2412.16334): a text tower and a few blocks learn to agree over a frozen backbone.
+
+The loss is `objectives.text_step`'s. Here is what a phase adds to it: networks, draws, hand-offs.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from model import config, parallel
+from model import config
 from model.data.batch import PairBatch
 from model.data.views import PairViews
-from model.losses.contrastive import contrastive
 from model.networks.init import create
 from model.networks.perturb import Layout, Perturbation, drop_path
 from model.networks.text import LogitScale, TextTower, VisionHead
-from model.networks.vit import Features, VisionTransformer
+from model.networks.vit import VisionTransformer
 from model.objectives.base import Moment, Networks, ReadPart, State, copy_strictly, network_state
-
-
-@dataclass(frozen=True)
-class TextTargets:
-    """The frozen tower's features of some images, and every embedding of the global batch."""
-
-    features: Features  # of these images
-    images: Tensor  # fp32 [global batch, embed_dim], normalised
-    texts: Tensor  # fp32 [global batch, embed_dim], normalised
-    first: int  # these images are [first, first + n) of the global batch
-
-    def slice(self, start: int, stop: int) -> TextTargets:
-        part = slice(start, stop)
-        features = Features(self.features.cls[part], self.features.registers[part], self.features.patches[part])
-        return TextTargets(features, self.images, self.texts, self.first + start)
+from model.objectives.pure import cut
+from model.objectives.text_step import (
+    TextDraws,
+    TextInputs,
+    TextNetworks,
+    TextScalars,
+    TextTargets,
+    Towers,
+    learn,
+    teach,
+)
 
 
 class TextObjective:
     """Contrastive loss of images and captions. There is no teacher; the vision tower stays as it was handed over."""
 
     def __init__(self, settings: config.TextPhase, model: config.Model, seed: int, origin: str) -> None:
-        backbone = model.backbone
-        self._settings, self._seed, self._origin = settings, seed, origin
-        self._tower = create(lambda: VisionTransformer(backbone), seed, "backbone").requires_grad_(False)
-        self._head = create(
-            lambda: VisionHead(settings.head, backbone.dim, backbone.heads, settings.embed_dim), seed, "vision_head"
-        )
-        self._text = create(lambda: TextTower(settings.text, settings.embed_dim), seed, "text_tower")
-        self._scale = create(LogitScale, seed, "logit_scale")
-        self._networks = Networks(
-            trained={"vision_head": self._head, "text_tower": self._text, "logit_scale": self._scale},
-            frozen={"vision_tower": self._tower},
-        )
+        self.settings, self._seed, self._origin = settings, seed, origin
+        towers = Towers(embed_dim=settings.embed_dim, text=settings.text, head=settings.head)
+        self._networks = create_networks(model, towers, seed)
+        self._scalars = TextScalars(settings.optim.batch_size, settings.precision.compute)
 
     def networks(self) -> Networks:
-        return self._networks
+        return Networks(trained=self._networks.trained(), frozen={"vision_tower": self._networks.tower})
 
     def views(self, clock: int) -> PairViews:
-        return PairViews(self._settings.image_size, self._settings.text.context)
+        return PairViews(self.settings.image_size, self.settings.text.context)
 
-    @torch.no_grad()
     def targets(self, batch: PairBatch, moment: Moment) -> TextTargets:
-        """The tower's features once, then every embedding of the global batch as `loss` will see it again."""
-        with self._autocast(batch.images):
-            features = self._tower.features(batch.images)
-        images, texts = self._embed(batch, features, moment)
-        return TextTargets(
-            features,
-            parallel.all_gather(images),
-            parallel.all_gather(texts),
-            first=parallel.rank() * len(images),
-        )
+        return teach(self._networks, batch, self._draws(batch, moment), self._scalars)
 
     def loss(self, batch: PairBatch, targets: TextTargets, moment: Moment) -> dict[str, Tensor]:
-        images, texts = self._embed(batch, targets.features, moment)
-        total = contrastive(images, texts, self._scale(), targets.images, targets.texts, targets.first)
-        return {"contrastive": total.detach(), "total": total}
+        return learn(self._networks, batch, self._draws(batch, moment), targets, self._scalars)
+
+    def step_networks(self) -> TextNetworks:
+        return self._networks
+
+    def step_inputs(self, batch: PairBatch, moment: Moment, micro_batches: int) -> TextInputs:
+        parts = cut(batch, micro_batches)
+        return TextInputs(batch, tuple(self._draws(part, moment) for part in parts), self._scalars)
 
     def after_step(self, moment: Moment) -> None:
         """Nothing follows: there is no teacher."""
 
     def state(self) -> dict[str, State]:
-        return {"student": network_state(self._networks.trained), "teacher_backbone": self._tower.state_dict()}
+        return {
+            "student": network_state(self._networks.trained()),
+            "teacher_backbone": self._networks.tower.state_dict(),
+        }
 
     def load(self, part: str, tensors: State) -> None:
         own = self.state()
@@ -95,19 +79,20 @@ class TextObjective:
             raise ValueError(f"a text phase takes a vision_tower, not {name}")
         self.load("teacher_backbone", read("teacher_backbone"))
 
-    def _embed(self, batch: PairBatch, features: Features, moment: Moment) -> tuple[Tensor, Tensor]:
-        """Normalised fp32 [n, embed_dim] of images and captions, under the drop path of that step."""
-        with self._autocast(batch.images):
-            images = self._head(features, self._drop_path(batch, moment))
-            texts = self._text(batch.tokens)
-        return F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)
-
-    def _drop_path(self, batch: PairBatch, moment: Moment) -> Perturbation:
-        head = self._settings.head
-        layout = Layout("image", batch.groups.tolist(), self._settings.optim.group_size, copies=1)
+    def _draws(self, batch: PairBatch, moment: Moment) -> TextDraws:
+        """The drop path of the vision head's blocks on that micro-batch at that step."""
+        head = self.settings.head
+        layout = Layout("image", batch.groups.tolist(), self.settings.optim.group_size, copies=1)
         indices, scale = drop_path(head.drop_path, head.blocks, layout, self._seed, self._origin, moment.clock)
-        return Perturbation(None, indices, scale).to(batch.images.device)
+        return TextDraws(Perturbation(None, indices, scale).to(batch.images.device))
 
-    def _autocast(self, images: Tensor) -> torch.autocast:
-        enabled = self._settings.precision.compute == "bf16"
-        return torch.autocast(images.device.type, torch.bfloat16, enabled=enabled)
+
+def create_networks(model: config.Model, towers: Towers, seed: int) -> TextNetworks:
+    """Fresh from `seed`, on the CPU in fp32; the vision tower without gradients."""
+    backbone, embed_dim = model.backbone, towers.embed_dim
+    return TextNetworks(
+        tower=create(lambda: VisionTransformer(backbone), seed, "backbone").requires_grad_(False),
+        head=create(lambda: VisionHead(towers.head, backbone.dim, backbone.heads, embed_dim), seed, "vision_head"),
+        text=create(lambda: TextTower(towers.text, embed_dim), seed, "text_tower"),
+        scale=create(LogitScale, seed, "logit_scale"),
+    )

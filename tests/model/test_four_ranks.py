@@ -13,7 +13,8 @@ from torch import Tensor, multiprocessing
 
 from model import parallel, recording, replay
 from model.data.batch import SslBatch
-from model.objectives.step import SslInputs, SslOutputs, step
+from model.objectives.pure import Outputs
+from model.objectives.step import SslInputs, step
 from tests.model import test_ssl_objective as tiny
 
 RANKS = 4
@@ -31,14 +32,14 @@ def whole_step() -> tuple[Any, SslBatch]:
     tiny.disturb(own.networks().frozen["gram_teacher"])
     for number, name in enumerate(("teacher_backbone", "teacher_dino_head", "teacher_ibot_head"), 2):
         tiny.disturb(own.networks().frozen[name], seed=number)
-    for module in own.step_networks().all():
+    for module in own.step_networks().named().values():
         module.double()
     batch = copy.deepcopy(double(tiny.batch()))
     batch.masks[1, : tiny.GROUP, ::2] = True
     return own, batch
 
 
-def compute(own: Any, batch: SslBatch) -> tuple[SslInputs, SslOutputs, list[Tensor]]:
+def compute(own: Any, batch: SslBatch) -> tuple[SslInputs, Outputs, list[Tensor]]:
     inputs = own.step_inputs(batch, tiny.MOMENT, micro_batches=1)
     with parallel.recorded() as answers:
         outputs = step(own.step_networks(), inputs)
