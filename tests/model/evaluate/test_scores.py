@@ -15,17 +15,36 @@ def clusters(n: int, classes: int = 4, spread: float = 0.1) -> tuple[np.ndarray,
 
 
 def test_knn_and_linear_probe_find_separable_classes_and_no_more():
-    train, train_labels = clusters(80)
-    test, test_labels = clusters(40)
-    groups = np.arange(80)
+    train, train_labels = clusters(160, spread=0.05)
+    test, test_labels = clusters(40, spread=0.05)
+    groups = np.arange(160)
     for counts in (
         scores.knn(train, train_labels, test, test_labels),
-        scores.linear_probe(train, train_labels, groups, test, test_labels),
+        scores.linear_probe(train, train_labels, groups, test, test_labels, seed=0),
     ):
         assert scores.mean_score(counts.sum(axis=0)) == 100.0
     noise = RNG.normal(size=(400, 8))
     counts = scores.knn(train, train_labels, noise, np.arange(400) % 4)
     assert 15 < scores.mean_score(counts.sum(axis=0)) < 35
+
+
+def test_each_linear_probe_sees_half_of_the_groups_and_every_network_the_same_halves():
+    groups = np.repeat(np.arange(20), 3)
+    halves = [scores._half(groups, seed=0, number=number) for number in range(scores.PROBES)]
+    for half in halves:
+        assert len(np.unique(groups[half])) == 10
+        assert not set(groups[half]) & set(groups[~half])
+    assert len({half.tobytes() for half in halves}) == scores.PROBES
+    assert np.array_equal(halves[3], scores._half(groups, seed=0, number=3))
+
+
+def test_the_linear_probe_loses_nothing_where_features_outnumber_images():
+    train, test = RNG.normal(size=(20, 50)), RNG.normal(size=(10, 50))
+    inputs, held_out = scores._standardised(train, test)
+    assert inputs.shape[1] == 20
+    scaled = (test - train.mean(axis=0)) / train.std(axis=0)
+    within = (train - train.mean(axis=0)) / train.std(axis=0)
+    np.testing.assert_allclose(held_out @ inputs.T, scaled @ within.T, atol=1e-9)  # all that the probe depends on
 
 
 def test_knn_weighs_votes_by_similarity():
