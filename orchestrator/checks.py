@@ -6,11 +6,13 @@ first. Places are paths of the merged job; `orchestrator.layers.Source` turns th
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, cast
 
 from model import contract, storage
 from model.config import AnyPhase, Data, Evaluate, Model, Resources, SslPhase, TextPhase
@@ -37,7 +39,7 @@ class Draft:
 
 def all_problems(draft: Draft, *, check_data: bool) -> list[Problem]:
     problems = [*references(draft), *layouts(draft), *sizes(draft), *ranges(draft), *towers(draft), *held_out(draft)]
-    problems += evaluated(draft)
+    problems += [*schedules(draft), *evaluated(draft)]
     return [*problems, *data(draft), *captions(draft)] if check_data else problems
 
 
@@ -255,6 +257,24 @@ def ranges(draft: Draft) -> Iterator[Problem]:
         if phase.losses.koleo.weight and phase.koleo_group < 2:
             yield Problem("KoLeo needs at least two images in a group", (*at, "optim", "group_size"),
                           found=str(phase.optim.group_size), hint="or losses.koleo.weight: 0")  # fmt: skip
+
+
+BOUNDS: dict[Path, tuple[float, float, str]] = {
+    ("optim", "lr"): (0.0, math.inf, "0 or more"),
+    ("optim", "weight_decay"): (0.0, math.inf, "0 or more"),
+    ("losses", "dino", "teacher_temp"): (math.ulp(0.0), math.inf, "greater than 0"),
+    ("ema",): (0.0, 1.0, "between 0 and 1"),
+}
+
+
+def schedules(draft: Draft) -> Iterator[Problem]:
+    """Values that would leave their bounds at some step."""
+    for name, phase in draft.phases.items():
+        for path, (low, high, allowed) in BOUNDS.items():
+            schedule = reduce(lambda section, key: getattr(section, str(key), None), path, cast(Any, phase))
+            for key in ("start", "peak", "end") if schedule else ():
+                if (value := getattr(schedule, key)) is not None and not low <= value <= high:
+                    yield Problem("not allowed here", ("phases", name, *path, key), found=str(value), allowed=allowed)
 
 
 SMALLEST_VOCABULARY = 259
