@@ -14,7 +14,9 @@ from orchestrator.state import State
 OPERATIONAL = ("cluster", "tracking", "runs")
 """Top-level sections that say how a run is carried out, not what it computes."""
 
-OPERATIONAL_IN_A_PHASE = (("resources",), ("health",), ("checkpoints",), ("data", "workers"), ("debug",))
+OPERATIONAL_IN_A_PHASE = (
+    ("resources",), ("health",), ("checkpoints",), ("data", "workers"), ("data", "max_skip_rate"), ("debug",),
+)  # fmt: skip
 
 ABSENT = "(not there)"
 

@@ -49,6 +49,7 @@ def test_a_changed_spec_is_refused_with_its_differences(bench: Bench) -> None:
         (("phases", "pretrain", "resources", "processes_per_node"), True),
         (("phases", "pretrain", "checkpoints", "every"), True),
         (("phases", "pretrain", "data", "workers"), True),
+        (("phases", "pretrain", "data", "max_skip_rate"), True),
         (("phases", "pretrain", "data", "path"), False),
         (("phases", "pretrain", "optim", "lr"), False),
         (("phases", "pretrain", "steps"), False),
