@@ -6,7 +6,9 @@ first. Places are paths of the merged job; `orchestrator.layers.Source` turns th
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -290,9 +292,9 @@ def data(draft: Draft) -> Iterator[Problem]:
         sections.append((("evaluate", "data", "path"), draft.evaluate.data))
     looked_at: dict[str, Problem | None] = {}
     for at, section in sections:
-        if section.path not in looked_at:
-            looked_at[section.path] = None if storage.is_uri(section.path) else _folder(section.path)
-        if (problem := looked_at[section.path]) is not None:
+        if section.shown not in looked_at:
+            looked_at[section.shown] = _shards(section.shards) if section.shards else _folder(section.shown)
+        if (problem := looked_at[section.shown]) is not None:
             yield Problem(problem.message, at, found=problem.found, allowed=problem.allowed, hint=problem.hint)
 
 
@@ -304,17 +306,18 @@ def captions(draft: Draft) -> Iterator[Problem]:
         assert isinstance(phase, TextPhase)
         if phase.without_captions == "fail":
             yield Problem("no image of the folder has a caption", ("phases", name, "data", "path"),
-                          found=phase.data.path, hint=hint.format(f"phases.{name}"))  # fmt: skip
+                          found=phase.data.shown, hint=hint.format(f"phases.{name}"))  # fmt: skip
         elif all(isinstance(other, TextPhase) for other in draft.phases.values()):
             yield Problem("no image of the folder has a caption, and without this phase nothing is left",
-                          ("phases", name, "data", "path"), found=phase.data.path)  # fmt: skip
+                          ("phases", name, "data", "path"), found=phase.data.shown)  # fmt: skip
 
 
 def uncaptioned(phases: Mapping[str, AnyPhase], cluster: ClusterProfile | None) -> list[str]:
     """The text phases whose folder, where this machine can see it, holds images and no caption."""
     if cluster is None or cluster.launcher != "local":
         return []
-    text = {n: p.data.path for n, p in phases.items() if isinstance(p, TextPhase) and not storage.is_uri(p.data.path)}
+    text = {n: p.data.shown for n, p in phases.items()
+            if isinstance(p, TextPhase) and not p.data.shards and not storage.is_uri(p.data.shown)}  # fmt: skip
     without = {path for path in text.values() if _has_image(folder := contract.data_folder(path))
                and not any(map(_has_caption, _images(folder)))}  # fmt: skip
     return [name for name, path in text.items() if path in without]
@@ -344,7 +347,23 @@ def held_out(draft: Draft) -> Iterator[Problem]:
                           ("phases", name, "data", "hold_out"), found=phase.data.hold_out, allowed=allowed)  # fmt: skip
 
 
+_FIRST = re.compile(r"\{([^{}]*?)(?:\.\.|,)[^{}]*\}")
+
+
+def _shards(patterns: Sequence[str]) -> Problem | None:
+    """Of each pattern of local files the first that it names, or any that a glob matches, is looked for."""
+    for pattern in patterns:
+        name = os.path.expanduser(_FIRST.sub(r"\1", pattern))
+        if not storage.is_uri(pattern) and next(glob.iglob(name), None) is None:
+            return Problem("no such tar shard", found=pattern if name == pattern else f"{pattern} ({name})",
+                           allowed="tar files, globs of them, or x-{000000..000123}.tar",
+                           hint="`dinoctl data pack` makes some from a folder of images")  # fmt: skip
+    return None
+
+
 def _folder(path: str) -> Problem | None:
+    if storage.is_uri(path):
+        return None
     folder = contract.data_folder(path)
     found = path if str(folder) == path else f"{path} ({folder})"
     hint = "any folder of images does: data.path=FOLDER"

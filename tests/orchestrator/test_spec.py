@@ -18,6 +18,7 @@ from orchestrator.yaml_reader import dump, read_yaml
 
 ROOT = Path(__file__).parents[2]
 JOBS = [*sorted((ROOT / "jobs").glob("*.yaml")), ROOT / "tests/jobs/tiny.yaml"]
+SHARDS = 'data.path=["x-{0..1}.tar", "s3://b/y.tar"]'
 TINY = str(ROOT / "tests/orchestrator/valid.yaml")
 V3_7B = str(ROOT / "jobs/v3_7b.yaml")
 
@@ -137,6 +138,26 @@ def test_a_relative_data_folder_is_pinned_to_where_dinoctl_was_called(tmp_path: 
     assert job().phases["gram"].data.path == str(tmp_path / "images")
     assert job(TINY, "data.path=cache:x").phases["gram"].data.path == "cache:x"
     assert job(TINY, "data.path=s3://b/x").phases["gram"].data.path == "s3://b/x"
+    shards = job(TINY, "data.hold_out=none", "evaluate=null", SHARDS, "data.index=i")
+    data = shards.phases["gram"].data
+    assert data.path == [str(tmp_path / "x-{0..1}.tar"), "s3://b/y.tar"]
+    assert data.index == str(tmp_path / "i")
+
+
+def test_tar_shards_are_looked_for_where_this_machine_sees_them(tmp_path: Path) -> None:
+    (tmp_path / "x-00.tar").touch()
+
+    def found(path: str) -> list[str]:
+        overrides = [f'data.path="{path}"', "data.hold_out=none", "evaluate=null"]
+        try:
+            read_job(TINY, overrides)
+        except SpecError as error:
+            return [problem.message for problem in error.problems]
+        return []
+
+    assert set(found(f"{tmp_path}/y-{{00..10}}.tar")) == {"no such tar shard"}
+    assert set(found(f"{tmp_path}/y*.tar")) == {"no such tar shard"}
+    assert found(f"{tmp_path}/x-{{00..10}}.tar") == found(f"{tmp_path}/*.tar") == found("s3://b/x.tar") == []
 
 
 # --- what is not there yet --------------------------------------------------------------------------------------------
@@ -145,7 +166,7 @@ def test_a_relative_data_folder_is_pinned_to_where_dinoctl_was_called(tmp_path: 
 def test_the_7b_is_accepted_and_submit_learns_what_is_missing() -> None:
     spec = job(V3_7B)
     missing = " ".join(problem.message for problem in not_there_yet(spec, read_cluster(spec.cluster)))
-    for feature in ("fsdp", "fp8 blocks", "compile", "data on a bucket", "runs on a bucket"):
+    for feature in ("fsdp", "fp8 blocks", "compile", "captions from tar shards", "runs on a bucket"):
         assert feature in missing
 
 
@@ -153,7 +174,10 @@ def test_the_7b_is_accepted_and_submit_learns_what_is_missing() -> None:
     ("override", "message"),
     [
         ("phases.gram.resources.nodes=2", "more than one node with the local launcher"),
-        ("phases.gram.data.path=/data/shard.tar", "data in tar shards"),
+        (
+            "phases.gram.data.path=s3://b/images",
+            "a folder of images on a bucket (tar shards on one are: `dinoctl data pack` makes some)",
+        ),
         ("parallel.shard=fsdp", "parallel.shard fsdp"),
         ("parallel.compile=true", "parallel.compile"),
         ("precision.fp8=blocks", "precision.fp8 blocks"),

@@ -1,0 +1,58 @@
+"""The `data:` section: where the images are and what an image is. `orchestrator` comes here through `model.config`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from model.sections import Count, Fraction, Rgb, Section
+
+SHARD_SUFFIX = ".tar"
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+
+class Data(Section):
+    """Where the images are and what an image is."""
+
+    path: str | Annotated[list[str], Field(min_length=1)] = Field(
+        description="folder of images (`cache:NAME`: one that `make data` fetched), or tar shards: paths, globs or "
+        "URIs ending in .tar, {000000..000123} counts; one or a list"
+    )
+    index: str | None = Field(
+        None, description="folder of the tar shards' index (`dinoctl data index`); null: in the run, at the first use"
+    )
+    lanes: PositiveInt = Field(64, description="tar shards: sequences that are read side by side; part of the order")
+    window: PositiveInt = Field(4096, description="tar shards: images of a lane that are shuffled among themselves")
+    hold_out: Literal["none", "validation", "test"] = Field(
+        "none", description="what training must not see: nothing, the test third, or test and validation"
+    )
+    background: Rgb = Field((1.0, 1.0, 1.0), description="what shows through transparent pixels, RGB in [0, 1]")
+    mean: Rgb = (0.485, 0.456, 0.406)
+    std: Rgb = (0.229, 0.224, 0.225)
+    max_skip_rate: Fraction = Field(0.01, description="share of unreadable images past which the run stops")
+    workers: Count = Field(2, description="loader threads a process")
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """The tar shards that `path` names, globs and counts not expanded; none if it is a folder of images."""
+        if isinstance(self.path, list):
+            return tuple(self.path)
+        return (self.path,) if self.path.endswith(SHARD_SUFFIX) else ()
+
+    @property
+    def shown(self) -> str:
+        """`path` for a person."""
+        return self.path if isinstance(self.path, str) else ", ".join(self.path)
+
+    @model_validator(mode="after")
+    def _readable(self) -> Data:
+        paths = [self.path] if isinstance(self.path, str) else self.path
+        for path in paths:
+            if path.endswith(COMPRESSED):
+                raise ValueError(f"path: {path} is compressed, so no image in it can be read alone; unpack it")
+            if isinstance(self.path, list) and not path.endswith(SHARD_SUFFIX):
+                raise ValueError(f"path: {path} in a list: only tar shards can be listed, and they end in .tar")
+        if self.shards and self.hold_out != "none":
+            raise ValueError("hold_out goes with a folder of images: in tar shards near-duplicates are not looked for")
+        return self
