@@ -134,9 +134,8 @@ def _data(paths: list[str]) -> config.Data:
     try:
         return config.read(config.Data, {"path": paths[0] if len(paths) == 1 else paths})
     except ValidationError as error:
-        raise DataError(
-            "; ".join(str(one.get("ctx", {}).get("error", one["msg"])) for one in error.errors())
-        ) from error
+        reasons = [str(one.get("ctx", {}).get("error", one["msg"])) for one in error.errors()]
+        raise DataError("; ".join(reason.removeprefix("path: ") for reason in reasons)) from error
 
 
 @contextmanager
