@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, TypeAdapter, model_validator
 
 from model.architectures import ARCHITECTURES
+from model.data_section import DATASET as DATASET
 from model.data_section import Data as Data
 from model.sections import Count as Count
 from model.sections import Fraction as Fraction

@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import os
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from model.sections import Count, Fraction, Rgb, Section
 
 SHARD_SUFFIX = ".tar"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
+DATASET = re.compile(r"[A-Z]\w*:(split|root|extra)=")
+"""How a dataset string of the released DINOv3 code begins: `ImageNet:split=TRAIN:root=/data/in1k:extra=/data/extra`."""
+
+SPLITS = {"TRAIN": "train", "VAL": "val", "TEST": "test"}
+
+
+def _dataset_folder(path: Any) -> Any:
+    """The folder that a dataset string means; anything else as it is. `extra` holds lists that are not needed."""
+    if not isinstance(path, str) or not DATASET.match(path):
+        return path
+    name, *words = path.split(":")
+    given = dict(word.partition("=")[::2] for word in words)
+    if name != "ImageNet":
+        raise ValueError(f"{path}: of these dataset strings only ImageNet's is read; name the folder of images instead")
+    if set(given) - {"split", "root", "extra"} or not given.get("root") or given.get("split") not in SPLITS:
+        raise ValueError(f"{path}: write ImageNet:split=TRAIN:root=FOLDER, split one of {', '.join(SPLITS)}")
+    return os.path.abspath(os.path.join(os.path.expanduser(given["root"]), SPLITS[given["split"]]))
+
+
+DataPath = Annotated[str | Annotated[list[str], Field(min_length=1)], BeforeValidator(_dataset_folder)]
+
 
 class Data(Section):
     """Where the images are and what an image is."""
 
-    path: str | Annotated[list[str], Field(min_length=1)] = Field(
+    path: DataPath = Field(
         description="folder of images (`cache:NAME`: one that `make data` fetched), or tar shards: paths, globs or "
-        "URIs ending in .tar, {000000..000123} counts; one or a list"
+        "URIs ending in .tar, {000000..000123} counts; one or a list; or dinov3's ImageNet:split=TRAIN:root=FOLDER"
     )
     index: str | None = Field(
         None, description="folder of the tar shards' index (`dinoctl data index`); null: in the run, at the first use"

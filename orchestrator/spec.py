@@ -15,7 +15,20 @@ from typing import Annotated, Any, TypeVar, cast
 from pydantic import Field
 
 from model import contract, storage
-from model.config import PHASES, AnyPhase, Count, Data, Evaluate, Model, Phase, PhaseBase, Section, TextPhase, read
+from model.config import (
+    DATASET,
+    PHASES,
+    AnyPhase,
+    Count,
+    Data,
+    Evaluate,
+    Model,
+    Phase,
+    PhaseBase,
+    Section,
+    TextPhase,
+    read,
+)
 from orchestrator import checks, handoff, layers
 from orchestrator.checks import Draft
 from orchestrator.cluster import ClusterProfile, read_cluster
@@ -282,5 +295,5 @@ def _make_absolute(merged: dict[str, Any]) -> None:
 
 
 def _absolute(path: str) -> str:
-    pinned = storage.is_uri(path) or path.startswith("cache:")
+    pinned = storage.is_uri(path) or path.startswith("cache:") or DATASET.match(path)
     return path if pinned else str(contract.data_folder(path).absolute())

@@ -144,6 +144,20 @@ def test_a_relative_data_folder_is_pinned_to_where_dinoctl_was_called(tmp_path: 
     assert data.index == str(tmp_path / "i")
 
 
+def test_dinov3s_dataset_strings_are_folders(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = job(TINY, 'data.path="ImageNet:split=TRAIN:root=in1k:extra=/extra"')
+    assert spec.phases["gram"].data.path == str(tmp_path / "in1k/train")
+    assert spec.evaluate is not None
+    assert spec.evaluate.data.path == str(tmp_path / "in1k/train")
+    for path, says in (
+        ("ImageNet22k:split=TRAIN:root=x", "only ImageNet's"),
+        ("ImageNet:root=x", "split one of TRAIN"),
+    ):
+        with pytest.raises(SpecError, match=says):
+            job(TINY, f'data.path="{path}"')
+
+
 def test_tar_shards_are_looked_for_where_this_machine_sees_them(tmp_path: Path) -> None:
     (tmp_path / "x-00.tar").touch()
 
