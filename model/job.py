@@ -82,8 +82,9 @@ def begin(attempt: Attempt, stop: Stop, device: torch.device) -> Job:
     progress = Progress(attempt, settings.steps)
     # Outside of what is tried again below: there a rank may fail alone, so nothing there may wait for another rank.
     index = _index(attempt, settings)
-    if index.skipped:
-        progress.note(_left_out(index))
+    for found in index:
+        if found.skipped:
+            progress.note(_left_out(found))
     make = partial(_make, attempt, settings, index, device, stop, progress)
     failures = []
     for ref in attempt.resume:
@@ -133,7 +134,7 @@ def check_layout(settings: config.AnyPhase, world: int) -> None:
         raise ValueError(f"{', '.join(missing)}: this version of the trainer cannot do that yet; leave it out")
 
 
-def _index(attempt: Attempt, settings: config.AnyPhase) -> Found:
+def _index(attempt: Attempt, settings: config.AnyPhase) -> list[Found]:
     """The run's index; rank 0 makes it, if this attempt is the first to need it, and the others wait."""
     pulse = contract.pulse_file(attempt.launch_name, parallel.rank())
 
@@ -156,7 +157,7 @@ def _left_out(index: Found) -> str:
 def _make(
     attempt: Attempt,
     settings: config.AnyPhase,
-    index: Found,
+    index: list[Found],
     device: torch.device,
     stop: Stop,
     progress: Progress,

@@ -287,7 +287,8 @@ def data(draft: Draft) -> Iterator[Problem]:
     """Folders that are not there or hold no image, where this machine can see them."""
     if draft.cluster is None or draft.cluster.launcher != "local":
         return
-    sections: list[tuple[Path, Data]] = [(("phases", n, "data", "path"), p.data) for n, p in draft.phases.items()]
+    sections: list[tuple[Path, Data]] = [(("phases", n, "data", *at), part) for n, p in draft.phases.items()
+                                              for at, part in p.data.parts]  # fmt: skip
     if draft.evaluate is not None:
         sections.append((("evaluate", "data", "path"), draft.evaluate.data))
     looked_at: dict[str, Problem | None] = {}
@@ -341,7 +342,7 @@ def held_out(draft: Draft) -> Iterator[Problem]:
         return
     split, folder = draft.evaluate.split, draft.evaluate.data.path
     for name, phase in draft.phases.items():
-        if phase.data.path == folder and split not in HIDES[phase.data.hold_out]:
+        if folder in [part.path for _, part in phase.data.parts] and split not in HIDES[phase.data.hold_out]:
             allowed = " or ".join(hold_out for hold_out, hidden in HIDES.items() if split in hidden)
             yield Problem(f"training would see the {split} split, which the evaluation scores on",
                           ("phases", name, "data", "hold_out"), found=phase.data.hold_out, allowed=allowed)  # fmt: skip

@@ -162,8 +162,11 @@ def _features(phase: PhaseBase, cluster: ClusterProfile) -> Iterator[tuple[str, 
         yield "parallel.compile", ("parallel", "compile")
     if phase.precision.fp8 != "none":
         yield f"precision.fp8 {phase.precision.fp8}", ("precision", "fp8")
-    if storage.is_uri(phase.data.shown) and not phase.data.shards:
-        yield _ON_A_BUCKET, ("data", "path")
+    for path, part in phase.data.parts:
+        if storage.is_uri(part.shown) and not part.shards:
+            yield _ON_A_BUCKET, ("data", *path)
+    if phase.data.also and isinstance(phase, TextPhase):
+        yield "captions from more than one folder", ("data", "also")
     if phase.data.shards and isinstance(phase, TextPhase):
         yield "captions from tar shards", ("data", "path")
     if cluster.launcher == "local" and phase.resources.nodes > 1:
@@ -284,14 +287,17 @@ def _make_absolute(merged: dict[str, Any]) -> None:
             if isinstance(text, str) and handoff.is_file(name, text) and not storage.is_uri(text):
                 phase[name] = str(contract.data_folder(text).absolute())
     for section in (*merged["phases"].values(), merged.get("evaluate") or {}):
-        data = section.get("data", {})
-        if path := data.get("path"):
-            section["data"] = data = {
-                **data,
-                "path": _absolute(path) if isinstance(path, str) else [_absolute(one) for one in path],
-            }
-        if data.get("index"):
-            section["data"] = {**data, "index": _absolute(data["index"])}
+        if data := section.get("data"):
+            section["data"] = {**_pinned(data), "also": [_pinned(part) for part in data.get("also", [])]}
+
+
+def _pinned(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A `data` section, or a part of one, with absolute paths."""
+    pinned = dict(data)
+    for name in ("path", "index"):
+        if value := data.get(name):
+            pinned[name] = _absolute(value) if isinstance(value, str) else [_absolute(one) for one in value]
+    return pinned
 
 
 def _absolute(path: str) -> str:

@@ -7,10 +7,12 @@ array work release the interpreter lock, and nothing has to be pickled or shared
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -22,8 +24,7 @@ from model.data.augment import Recipe, as_released, ssl_views, whole_views
 from model.data.batch import Batch, PairBatch, SslBatch
 from model.data.errors import BadDataError, DataError, Skipped, UnreadableImageError
 from model.data.masks import group_masks
-from model.data.order import Order
-from model.data.sources import FolderSource, Found, Source, open_source
+from model.data.sources import FolderSource, Found, Source, check_skips, draw, open_sources
 from model.data.views import PairViews, SslViews, Views
 from model.draws import generator
 
@@ -52,7 +53,7 @@ class Loader:
         settings: config.AnyPhase,
         seed: int,
         origin: str,
-        found: Found,
+        found: list[Found],
         run_dir: str,
         objective_views: Callable[[int], Views],
         rank: int,
@@ -61,12 +62,13 @@ class Loader:
         stop_clock: int,
     ) -> None:
         self.tokenizer: str | None = None
-        self._source = open_source(found, settings.data, isinstance(settings, config.TextPhase))
-        if isinstance(settings, config.TextPhase) and isinstance(self._source, FolderSource):
-            self.tokenizer = text.build_or_read(self._source.captions(), settings.text.vocabulary, run_dir)
-        self._make = _Maker(settings, seed, origin, self._source, self.tokenizer, objective_views, rank, world)
+        self._sources = open_sources(found, settings.data, isinstance(settings, config.TextPhase))
+        first = self._sources[0]
+        if isinstance(settings, config.TextPhase) and isinstance(first, FolderSource):
+            self.tokenizer = text.build_or_read(first.captions(), settings.text.vocabulary, run_dir)
+        self._make = _Maker(settings, seed, origin, self._sources, self.tokenizer, objective_views, rank, world)
         self._clocks = range(start_clock, stop_clock)
-        self._workers = settings.data.workers
+        self._workers, self._most = settings.data.workers, settings.data.max_skip_rate
         self._pool: ThreadPoolExecutor | None = None
         self._skipped: dict[str, Skipped] = {}
 
@@ -81,7 +83,7 @@ class Loader:
             seen += len(batch.positions)
             self._skipped.update((one.path, one) for one in skipped)
             if skipped:
-                self._source.check(list(self._skipped.values()), seen)
+                check_skips(self._sources, list(self._skipped.values()), seen, self._most)
             yield batch
 
     def _ahead(self) -> Iterator[tuple[Batch, list[Skipped]]]:
@@ -120,14 +122,15 @@ class _Maker:
         settings: config.AnyPhase,
         seed: int,
         origin: str,
-        source: Source,
+        sources: list[Source],
         tokenizer: str | None,
         views: Callable[[int], Views],
         rank: int,
         world: int,
     ) -> None:
-        self.settings, self.seed, self.origin, self.source, self.views = settings, seed, origin, source, views
-        self.order = Order(seed, origin, source.counts, source.lanes, source.window)
+        self.settings, self.seed, self.origin, self.sources, self.views = settings, seed, origin, sources, views
+        self.order = draw(sources, settings.data, seed, origin, settings.optim.batch_size)
+        self.ends = list(accumulate(int(source.counts.sum()) for source in sources))
         self.tokenizer = None if tokenizer is None else text.load(tokenizer)
         batch, group = settings.optim.batch_size, settings.optim.group_size
         if batch % (world * group):
@@ -152,14 +155,20 @@ class _Maker:
     def _sample(self, position: int, skipped: list[Skipped]) -> _Sample:
         """The image at `position`, or the first of its replacements that can be read."""
         number = self.order.number(position)
+        captioned = self.tokenizer is not None
         for attempt in range(1, MOST_REPLACEMENTS + 1):
+            source, own = self._find(number)
             try:
-                captioned = self.tokenizer is not None
-                return _Sample(self.source.image(number), self.source.caption(number) if captioned else "")
+                return _Sample(source.image(own), source.caption(own) if captioned else "")
             except UnreadableImageError as error:
-                skipped.append(Skipped(path=self.source.name(number), reason=str(error)))
+                skipped.append(Skipped(path=source.name(own), reason=str(error)))
                 number = self.order.replacement(position, attempt)
         raise BadDataError(f"data.path: {MOST_REPLACEMENTS} images in a row are unreadable, last {skipped[-1].path}")
+
+    def _find(self, number: int) -> tuple[Source, int]:
+        """The source that holds image `number` of all, and its number there."""
+        at = bisect_right(self.ends, number)
+        return self.sources[at], number - (self.ends[at - 1] if at else 0)
 
     def _groups(self) -> range:
         size = self.settings.optim.group_size

@@ -1,7 +1,10 @@
 """Where the images of a phase come from: a folder, or tar shards. The loader asks for images by number and no more.
 
-build_or_read(data, run_dir, tell) -> Found      what is there; made at the first use, the same for every rank
-open_source(found, data, captioned) -> Source    what training may see of it
+    build_or_read(data, run_dir, tell) -> [Found]      what is there; made at the first use, the same for every rank
+    open_sources(found, data, captioned) -> [Source]   what training may see of it, place by place
+    draw(sources, ...) -> Drawn                        which image stands at which position
+
+There is one place for `data.path` and one for each of `data.also`.
 """
 
 from __future__ import annotations
@@ -20,7 +23,10 @@ from model.data import shards
 from model.data.errors import DataError, Skipped
 from model.data.images import load_rgb
 from model.data.index import Entry, Index
+from model.data.mixture import MixedOrder, Share
+from model.data.order import Order
 from model.data.shards import ShardSet, ShardSource, Tell
+from model.data_section import PER_THOUSAND
 
 MEMORY_BUDGET = 512 * 2**20
 """Bytes of decoded images that a process keeps; a folder that needs more is decoded at every access instead."""
@@ -28,6 +34,15 @@ MEMORY_BUDGET = 512 * 2**20
 BYTES_PER_PIXEL = 4  # Pillow pads RGB
 
 Found = Index | ShardSet
+"""What lies at one place."""
+
+
+class Drawn(Protocol):
+    """Which image stands where: `model.data.order`, or several of them (`model.data.mixture`)."""
+
+    def number(self, position: int) -> int: ...
+
+    def replacement(self, position: int, attempt: int) -> int: ...
 
 
 class Source(Protocol):
@@ -51,16 +66,45 @@ class Source(Protocol):
         """Raises BadDataError if these, of `seen` images so far, are more than `data.max_skip_rate` allows."""
 
 
-def build_or_read(data: config.Data, run_dir: str, tell: Tell) -> Found:
-    """The run's index of `data.path`. Raises DataError if there is no image that can be read, StoreError."""
-    return shards.build_or_read(data, run_dir, tell) if data.shards else folders.build_or_read(data, run_dir)
+def build_or_read(data: config.Data, run_dir: str, tell: Tell) -> list[Found]:
+    """The run's index of `data.path`, and of each of `data.also`. Raises DataError if one has no image, StoreError."""
+    return [
+        shards.build_or_read(part, run_dir, tell) if part.shards else folders.build_or_read(part, run_dir)
+        for _, part in data.parts
+    ]
 
 
-def open_source(found: Found, data: config.Data, captioned: bool) -> Source:
-    """What training sees; `captioned`: only what has a caption.
+def open_sources(found: list[Found], data: config.Data, captioned: bool) -> list[Source]:
+    """What training sees of each place; `captioned`: only what has a caption.
 
     Raises DataError if that is nothing, BadDataError if too much is known to be unreadable.
     """
+    if captioned and len(found) > 1:
+        raise DataError("data.also: a text phase reads one folder of images; give it a `data` without `also`")
+    return [_open(one, part, captioned) for one, (_, part) in zip(found, data.parts, strict=True)]
+
+
+def draw(sources: list[Source], data: config.Data, seed: int, origin: str, batch: int) -> Drawn:
+    """The order of training over the sources; `batch`: images of a global batch."""
+    orders = [
+        Order(seed, f"{origin}/also-{number}" if number else origin, one.counts, one.lanes, one.window)
+        for number, one in enumerate(sources)
+    ]
+    if len(orders) == 1:
+        return orders[0]
+    shares = [Share(round(part.share * PER_THOUSAND), part.batches) for part in data.also]
+    return MixedOrder(seed, origin, orders, shares, batch)
+
+
+def check_skips(sources: list[Source], skipped: list[Skipped], seen: int, most: float) -> None:
+    """Raises BadDataError if these, of `seen` images so far, are more than the share `most` (`data.max_skip_rate`)."""
+    if len(sources) == 1:
+        sources[0].check(skipped, seen)
+    elif len(skipped) > most * (among := max(seen, shards.FEWEST)):
+        raise shards.too_many(skipped, f"images among {among:,} of all sources", most)
+
+
+def _open(found: Found, data: config.Data, captioned: bool) -> Source:
     if isinstance(found, Index):
         return FolderSource(found, data, captioned)
     if captioned:

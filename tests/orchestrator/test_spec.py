@@ -158,6 +158,24 @@ def test_dinov3s_dataset_strings_are_folders(tmp_path: Path, monkeypatch: Any) -
             job(TINY, f'data.path="{path}"')
 
 
+def test_what_is_mixed_in_is_pinned_and_checked_too(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = job(TINY, "data.also=[{path: more, share: 0.1}]").phases["gram"].data
+    assert [part.path for _, part in data.parts] == [str(tmp_path / "images"), str(tmp_path / "more")]
+    assert [part.hold_out for _, part in data.parts] == ["test", "test"]
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.png").touch()
+    with pytest.raises(SpecError, match=r"data\.also\[0\]\.path: no such data folder"):
+        read_job(TINY, ["data.also=[{path: more, share: 0.1}]"])
+    with pytest.raises(SpecError, match=r"leave nothing for data\.path"):
+        job(TINY, "data.also=[{path: a, share: 0.5}, {path: b, share: 0.5}]")
+    with pytest.raises(SpecError, match=r"0\.12345 is not a multiple of 0\.001"):
+        job(TINY, "data.also=[{path: a, share: 0.12345}]")
+    overrides = ("data.path=x.tar", "data.hold_out=none", "data.also=[{path: s, share: 0.1}]", "evaluate.data.path=s")
+    with pytest.raises(SpecError, match="training would see the test split"):
+        job(TINY, *overrides)
+
+
 def test_tar_shards_are_looked_for_where_this_machine_sees_them(tmp_path: Path) -> None:
     (tmp_path / "x-00.tar").touch()
 

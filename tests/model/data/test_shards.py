@@ -331,7 +331,7 @@ def test_what_is_refused() -> None:
 def test_text_phases_say_that_they_cannot_read_shards(folder: Path, tmp_path: Path) -> None:
     data = settings(f"{folder}/*.tar")
     with pytest.raises(DataError, match="text phases cannot read tar shards yet"):
-        sources.open_source(build(data, tmp_path), data, captioned=True)
+        sources.open_sources([build(data, tmp_path)], data, captioned=True)
 
 
 def test_places() -> None:
