@@ -181,18 +181,20 @@ def remove_tree(path: str) -> None:
 
 @contextmanager
 def _foreign(uri: str, doing: str) -> Iterator[None]:
-    """What a backend of fsspec raises becomes ours; FileNotFoundError stays, with a message of ours."""
+    """What a backend of fsspec raises becomes ours. Their errors carry no errno where the operating system's do."""
     try:
-        with _named(uri, doing):
-            yield
-    except FileNotFoundError:
+        yield
+    except StoreError:
         raise
-    except StoreError as error:
-        if error.errno == errno.ENOENT:
-            raise FileNotFoundError(errno.ENOENT, f"no such file: {uri}") from error
-        raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, f"no such file: {uri}") from error
+    except PermissionError as error:
+        raise StoreError(errno.EACCES, f"{doing} {uri}: {error.strerror or error}") from error
+    except OSError as error:
+        raise StoreError(error.errno or errno.EIO, f"{doing} {uri}: {error.strerror or error}") from error
     except Exception as error:  # every backend has exceptions of its own
-        raise StoreError(errno.EIO, f"{doing} {uri}: {type(error).__name__}: {error}") from error
+        number = errno.EACCES if "Credentials" in type(error).__name__ else errno.EIO
+        raise StoreError(number, f"{doing} {uri}: {type(error).__name__}: {error}") from error
 
 
 def read_range(uri: str, start: int, length: int) -> bytes:

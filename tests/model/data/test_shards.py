@@ -176,6 +176,8 @@ def test_a_run_keeps_the_shards_it_began_with(folder: Path, tmp_path: Path) -> N
 def test_shards_that_are_not_there_or_empty(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no such tar shard: .*x-04.tar"):
         build(settings(f"{folder}/x-{{03..04}}.tar"), tmp_path / "a")
+    with pytest.raises(DataError, match=r"no such tar shard: memory://nowhere/x.tar"):  # at once: nothing is retried
+        build(settings("memory://nowhere/x.tar"), tmp_path / "a")
     (folder / "empty.tar").write_bytes(b"")
     with pytest.raises(DataError, match=r"no images in 1 tar shards .*empty.tar: not a whole tar: empty file"):
         build(settings(f"{folder}/empty.tar"), tmp_path / "b")
@@ -315,6 +317,19 @@ def test_a_shard_that_is_gone_is_the_stores_failure(
     source.image(0)
     with pytest.raises(storage.StoreError, match=r"no such file: .*x-01.tar, after 3 tries"):
         source.image(10)
+
+
+def test_asking_again_does_not_help_who_may_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refused(*_: object, **__: object) -> bytes:
+        asked.append(1)
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "cat_file", refused)
+    with pytest.raises(storage.StoreError, match=r"reading memory://b/x.tar: Access Denied"):
+        patience.patiently(lambda: storage.read_range("memory://b/x.tar", 0, 1))
+    assert len(asked) == 1
 
 
 def test_what_is_refused() -> None:
