@@ -19,7 +19,7 @@ setup: .venv/.installed   ## .venv with everything, pinned
 data: setup     ## the demo's images, into ~/.cache/dinoctl
 	$(BIN)/python -P -m model.data.stamps
 
-demo: data      ## the main job, on real images: some minutes on 2 cores
+demo: data      ## the main job, on real images: 7 minutes on 2 cores
 	$(BIN)/dinoctl submit jobs/demo.yaml
 
 demo_seeds: data  ## the main job with three seeds, and their tables in one

@@ -32,7 +32,7 @@ class Change:
 
 
 def _shown(value: Any) -> str:
-    text = str(value)
+    text = "null" if value is None else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

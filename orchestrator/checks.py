@@ -6,17 +6,16 @@ first. Places are paths of the merged job; `orchestrator.layers.Source` turns th
 
 from __future__ import annotations
 
-import glob
+import math
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path as FilePath
-from typing import Any
+from functools import reduce
+from typing import Any, cast
 
 from model import contract, storage
 from model.config import AnyPhase, Data, Evaluate, Model, Resources, SslPhase, TextPhase
-from orchestrator import attempts, handoff
+from orchestrator import attempts, data_places, handoff
 from orchestrator.cluster import ClusterProfile
 from orchestrator.handoff import SSL_KINDS, TAKES, HandoffError, Reference
 from orchestrator.problems import Path, Problem, did_you_mean, listed, shown
@@ -39,7 +38,7 @@ class Draft:
 
 def all_problems(draft: Draft, *, check_data: bool) -> list[Problem]:
     problems = [*references(draft), *layouts(draft), *sizes(draft), *ranges(draft), *towers(draft), *held_out(draft)]
-    problems += evaluated(draft)
+    problems += [*schedules(draft), *evaluated(draft)]
     return [*problems, *data(draft), *captions(draft)] if check_data else problems
 
 
@@ -259,6 +258,24 @@ def ranges(draft: Draft) -> Iterator[Problem]:
                           found=str(phase.optim.group_size), hint="or losses.koleo.weight: 0")  # fmt: skip
 
 
+BOUNDS: dict[Path, tuple[float, float, str]] = {
+    ("optim", "lr"): (0.0, math.inf, "0 or more"),
+    ("optim", "weight_decay"): (0.0, math.inf, "0 or more"),
+    ("losses", "dino", "teacher_temp"): (math.ulp(0.0), math.inf, "greater than 0"),
+    ("ema",): (0.0, 1.0, "between 0 and 1"),
+}
+
+
+def schedules(draft: Draft) -> Iterator[Problem]:
+    """Values that would leave their bounds at some step."""
+    for name, phase in draft.phases.items():
+        for path, (low, high, allowed) in BOUNDS.items():
+            schedule = reduce(lambda section, key: getattr(section, str(key), None), path, cast(Any, phase))
+            for key in ("start", "peak", "end") if schedule else ():
+                if (value := getattr(schedule, key)) is not None and not low <= value <= high:
+                    yield Problem("not allowed here", ("phases", name, *path, key), found=str(value), allowed=allowed)
+
+
 SMALLEST_VOCABULARY = 259
 """256 bytes and three marks (`model.data.text`)."""
 
@@ -294,7 +311,9 @@ def data(draft: Draft) -> Iterator[Problem]:
     looked_at: dict[str, Problem | None] = {}
     for at, section in sections:
         if section.shown not in looked_at:
-            looked_at[section.shown] = _shards(section.shards) if section.shards else _folder(section.shown)
+            looked_at[section.shown] = (
+                data_places.shards(section.shards) if section.shards else data_places.folder(section.shown)
+            )
         if (problem := looked_at[section.shown]) is not None:
             yield Problem(problem.message, at, found=problem.found, allowed=problem.allowed, hint=problem.hint)
 
@@ -319,8 +338,8 @@ def uncaptioned(phases: Mapping[str, AnyPhase], cluster: ClusterProfile | None) 
         return []
     text = {n: p.data.shown for n, p in phases.items()
             if isinstance(p, TextPhase) and not p.data.shards and not storage.is_uri(p.data.shown)}  # fmt: skip
-    without = {path for path in text.values() if _has_image(folder := contract.data_folder(path))
-               and not any(map(_has_caption, _images(folder)))}  # fmt: skip
+    without = {path for path in text.values() if data_places.has_image(folder := contract.data_folder(path))
+               and not any(map(data_places.has_caption, data_places.images(folder)))}  # fmt: skip
     return [name for name, path in text.items() if path in without]
 
 
@@ -346,55 +365,3 @@ def held_out(draft: Draft) -> Iterator[Problem]:
             allowed = " or ".join(hold_out for hold_out, hidden in HIDES.items() if split in hidden)
             yield Problem(f"training would see the {split} split, which the evaluation scores on",
                           ("phases", name, "data", "hold_out"), found=phase.data.hold_out, allowed=allowed)  # fmt: skip
-
-
-_FIRST = re.compile(r"\{([^{}]*?)(?:\.\.|,)[^{}]*\}")
-
-
-def _shards(patterns: Sequence[str]) -> Problem | None:
-    """Of each pattern of local files the first that it names, or any that a glob matches, is looked for."""
-    for pattern in patterns:
-        name = os.path.expanduser(_FIRST.sub(r"\1", pattern))
-        if not storage.is_uri(pattern) and next(glob.iglob(name), None) is None:
-            return Problem("no such tar shard", found=pattern if name == pattern else f"{pattern} ({name})",
-                           allowed="tar files, globs of them, or x-{000000..000123}.tar",
-                           hint="`dinoctl data pack` makes some from a folder of images")  # fmt: skip
-    return None
-
-
-def _folder(path: str) -> Problem | None:
-    if storage.is_uri(path):
-        return None
-    folder = contract.data_folder(path)
-    found = path if str(folder) == path else f"{path} ({folder})"
-    hint = "any folder of images does: data.path=FOLDER"
-    if path.startswith("cache:"):
-        hint = f"`make data` fetches the demo's images; {hint}"
-    if not folder.is_dir():
-        return Problem("no such data folder" if not folder.exists() else "not a folder", found=found, hint=hint)
-    if not _has_image(folder):
-        return Problem("no images in the data folder", found=found, hint=hint,
-                       allowed=f"files ending in {listed(sorted(contract.IMAGE_SUFFIXES))}")  # fmt: skip
-    return None
-
-
-def _has_image(folder: FilePath) -> bool:
-    return next(_images(folder), None) is not None
-
-
-def _images(folder: FilePath) -> Iterator[FilePath]:
-    """Looks as the index of the images will, one after the other: to find the first of millions takes no longer."""
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in contract.IMAGE_SUFFIXES:
-                yield FilePath(place, name)
-
-
-def _has_caption(image: FilePath) -> bool:
-    """As the index reads it: the first line of the text beside the image."""
-    try:
-        with image.with_suffix(".txt").open(encoding="utf-8", errors="replace") as text:
-            return bool(text.readline().strip())
-    except OSError:
-        return False

@@ -6,6 +6,7 @@ Imports nothing heavy: `dinoctl --help` and `dinoctl status` answer at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -50,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if explained.problems is not None and getattr(options, "json", False):
             commands.print_json({"valid": False, "problems": explained.problems})
         else:
-            print(f"dinoctl: {explained.message}", file=sys.stderr)
+            with contextlib.suppress(BrokenPipeError):  # the exit code says it too
+                print(f"dinoctl: {explained.message}", file=sys.stderr)
         return explained.exit_code
 
 

@@ -229,7 +229,7 @@ def logs(options: Options) -> int:
         )
     file = contract.agent_log(attempt) if options.rank is None else contract.rank_log(attempt, options.rank)
     path = f"{run_dir}/{file}"
-    if not storage.exists(path) and not options.follow:
+    if not storage.exists(path) and (not options.follow or _is_over(run_dir, attempt)):
         there = ", ".join(storage.names(f"{run_dir}/{contract.log_dir(attempt)}")) or "none"
         raise statuses.RunNotFoundError(f"no such log: {path}; there are: {there}")
     _print_log(run_dir, path, attempt, follow=options.follow)

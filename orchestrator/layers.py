@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from model.config import PHASES
-from orchestrator.problems import Path, Problem, SpecError, did_you_mean, listed, shown
+from orchestrator.problems import Path, Problem, SpecError, did_you_mean, dotted, listed, shown
 from orchestrator.yaml_reader import Document, parse_value
 
 SHARED = (
@@ -164,7 +164,8 @@ def _cannot(text: str, at: Path, why: str, hint: str) -> Problem:
 def merge(values: Mapping[str, Any], source: Source) -> tuple[dict[str, Any], list[Problem]]:
     """The job with each top section laid under the phases that have it and gone from the top.
 
-    `source.origins` learns where each inherited value is from. Problems: a top section that no phase takes.
+    `source.origins` learns where each inherited value is from. Problems: a top section that no phase takes, an override
+    that reaches none.
     """
     job = {key: value for key, value in values.items() if key not in SHARED}
     used: set[str] = set()
@@ -178,7 +179,7 @@ def merge(values: Mapping[str, Any], source: Source) -> tuple[dict[str, Any], li
         job["evaluate"] = _under(values, job["evaluate"], ("evaluate",), EVALUATE_SHARED, source, used)
     unused = [section for section in SHARED if section in values and section not in used]
     kinds_known = isinstance(phases, dict) and all(_shared_of(phase) for phase in phases.values())
-    return job, [_unused(section) for section in unused if kinds_known]
+    return job, [*map(_unused, unused), *_without_effect(values, source, used)] if kinds_known else []
 
 
 def _shared_of(phase: Any) -> tuple[str, ...]:
@@ -191,6 +192,18 @@ def _unused(section: str) -> Problem:
     kinds = [kind for kind, phase in PHASES.items() if section in phase.model_fields]
     return Problem("no phase of this job takes it", (section,), allowed=f"phases of kind {listed(kinds)}",
                    hint="remove the section")  # fmt: skip
+
+
+def _without_effect(values: Mapping[str, Any], source: Source, used: set[str]) -> Iterator[Problem]:
+    """Overrides of what every phase sets for itself: the run would be the same without them."""
+    inherited = set(source.origins.values())
+    for text in dict.fromkeys(source.overrides.values()):
+        path = override_path(text)
+        if len(path) == 1 and isinstance(values.get(str(path[0])), dict):
+            continue  # it put away what else was in the section
+        if path[0] in used and not any(origin[: len(path)] == path[: len(origin)] for origin in inherited):
+            yield Problem("without effect: every phase sets its own", path, f"override {text}",
+                          hint=f"set it there: phases.<phase>.{dotted(path)}=...")  # fmt: skip
 
 
 def _under(values: Mapping[str, Any], own: Any, at: Path, shared: Iterable[str], source: Source, used: set[str]) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from model.config import Section
+from model.config import Schedule, Section
 from orchestrator.problems import Path, Problem, did_you_mean, dotted, listed, shown
 
 S = TypeVar("S", bound=Section)
@@ -62,6 +62,8 @@ def _problem(kind: type[Section], detail: Any, at: Path) -> Problem:
     elif detail["type"] in ("model_type", "dict_type", "model_attributes_type"):
         inner = section_at(kind, loc)
         allowed = f"a section with {listed(list(inner.model_fields))}" if inner else "a section"
+        if inner is Schedule:
+            allowed, hint = f"a number, or {allowed}", _unquoted(detail["input"])
     elif detail["type"] == "too_short":
         allowed = f"at least {detail['ctx']['min_length']} of them"
     elif detail["type"] == "string_pattern_mismatch":
@@ -71,6 +73,13 @@ def _problem(kind: type[Section], detail: Any, at: Path) -> Problem:
     elif isinstance(detail["input"], str) and detail["input"].replace("_", "").isdigit():
         hint = f"write {detail['input'].replace('_', '')}, without quotes or underscores"
     return Problem("not allowed here", (*at, *loc), found=found, allowed=allowed, hint=hint)
+
+
+def _unquoted(text: Any) -> str:
+    try:
+        return f"write {float(text):g}, without quotes" if isinstance(text, str) else ""
+    except ValueError:
+        return ""
 
 
 def _unknown_key(kind: type[Section], loc: Path, at: Path) -> Problem:

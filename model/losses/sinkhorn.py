@@ -8,8 +8,12 @@ with it, for the CLS token and, apart, for the masked patches. With n samples on
                   Q[i, :] /= n * sum_k Q[i, k]             every sample gets the same mass
     targets = n * Q                                        each row sums to 1
 
-Here it runs on log Q, so that no logit overflows. The factors n and K are left out: each normalisation cancels what
-the one before it scaled, and the last makes the rows sum to 1. So no count has to be agreed on between ranks.
+The factors n and K are left out: each normalisation cancels what the one before it scaled, and the last makes the rows
+sum to 1. So no count has to be agreed on between ranks.
+
+The first round runs on log Q, so that no logit overflows. It leaves at least 1 / (n K) in the row and the column of
+every largest logit, so that no later sum can vanish: the other rounds divide Q itself, in place, and the whole takes
+about as long as the plain formula (tests/benchmarks/losses.py).
 """
 
 from __future__ import annotations
@@ -30,17 +34,20 @@ def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     finite targets.
     """
     log_q = logits / temperature
-    for _ in range(iterations):
-        log_q = log_q - _log_mass_of_prototypes(log_q)
-        log_q = log_q.log_softmax(dim=1)
-    return log_q.exp()
+    peak = _peak_of_prototypes(log_q)
+    q = (log_q - peak).exp_()  # the buffer of the targets
+    log_q -= parallel.all_reduce_sum(q.sum(dim=0)).log() + peak
+    torch.softmax(log_q, dim=1, out=q)
+    for _ in range(iterations - 1):
+        q /= parallel.all_reduce_sum(q.sum(dim=0))
+        q /= q.sum(dim=1, keepdim=True)
+    return q
 
 
-def _log_mass_of_prototypes(log_q: Tensor) -> Tensor:
-    """log sum_i Q[i, k] over the rows of all ranks, [K]; their maximum comes off first, as exp would overflow."""
+def _peak_of_prototypes(log_q: Tensor) -> Tensor:
+    """Each prototype's largest entry over the rows of all ranks, [K]: it comes off before exp, which would overflow."""
     if len(log_q):
         peak = log_q.amax(dim=0)
     else:
         peak = log_q.new_full((log_q.shape[1],), -torch.inf)
-    peak = parallel.all_reduce_max(peak)
-    return parallel.all_reduce_sum((log_q - peak).exp().sum(dim=0)).log() + peak
+    return parallel.all_reduce_max(peak)

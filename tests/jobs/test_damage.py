@@ -131,6 +131,7 @@ def test_a_disk_without_a_single_free_byte(reference: Job, job: Job, small_disk:
 
     filler.unlink()
     assert job.start(job.on_the_run("resume")).wait(PATIENCE) == 0, job.output()
+    assert job.end(1)["cause"] == "disk-full"
     following = job.attempts("pretrain")[-1]
     assert job.steps(following)[0] == moment.sealed + 1
     same_weights(job, reference, ONE)

@@ -31,9 +31,10 @@ def is_gone(pid: int) -> bool:
 
 
 def test_done_and_on_end_in_the_agents_own_environment(tmp_path: Path) -> None:
-    seen = tmp_path / "on_end.json"
+    seen, go = tmp_path / "on_end.json", tmp_path / "go"
     script = (
-        "import json, os, pathlib, sys, time; time.sleep(0.5);"
+        "import json, os, pathlib, time\n"
+        f"while not os.path.exists({str(go)!r}): time.sleep(0.05)\n"
         f"p = pathlib.Path({str(seen)!r}); t = p.with_suffix('.tmp');"
         "t.write_text(json.dumps([os.environ.get('PYTHONPATH'), os.environ['MARK'], os.getsid(0) == os.getpid()]));"
         "t.rename(p)"
@@ -52,6 +53,7 @@ def test_done_and_on_end_in_the_agents_own_environment(tmp_path: Path) -> None:
     assert "stand-in rank 0" in case.log(0)
     assert (case.claim.launch_name, case.claim.boot_id) == (case.attempt.launch_name, contract.boot_id())
     assert not contract.scratch_dir(case.attempt.launch_name).exists()
+    go.touch()
     wait_for(seen.exists)
     assert json.loads(seen.read_text()) == ["", "mine", True]
 

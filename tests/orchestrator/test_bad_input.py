@@ -103,6 +103,11 @@ class TestKeysAndValues:
             ("seed=true", "true", "integer"),
             ("optim.lr=.inf", "inf", "finite"),
             ("optim.lr=.nan", "nan", "finite"),
+            ("optim.lr=-1", "-1.0", "0 or more"),
+            ("optim.lr='1e-3'", "'1e-3'", "a number, or a section with start, peak"),
+            ("optim.weight_decay={peak: 0.1, end: -0.1}", "-0.1", "0 or more"),
+            ("losses.dino.teacher_temp=0", "0.0", "greater than 0"),
+            ("phases.gram.ema=1.5", "1.5", "between 0 and 1"),
             ("optim.beta1=1.5", "1.5", "less than or equal to 1"),
             ("phases.pretrain.steps=0", "0", "greater than 0"),
             ("precision.compute=bf61", "'bf61'", "'fp32' or 'bf16'"),
@@ -307,6 +312,17 @@ class TestOverrides:
     )
     def test_a_path_that_does_not_fit_what_is_there(self, text: str, said: str) -> None:
         assert said in only(TINY, text).message
+
+    def test_one_that_changes_nothing(self) -> None:
+        own = TINY
+        for phase in ("pretrain", "gram", "highres", "text"):
+            own = own.replace(f"    kind: {phase}\n", f"    kind: {phase}\n    checkpoints: {{every: 2}}\n")
+        Path("job.yaml").write_text(own)
+        read_job("job.yaml", ["phases.gram.checkpoints.every=1", "checkpoints.keep_last=3"])
+        found = only(own, "checkpoints.every=1")
+        assert (found.file, found.path) == ("override checkpoints.every=1", "checkpoints.every")
+        assert found.message == "without effect: every phase sets its own"
+        assert found.hint == "set it there: phases.<phase>.checkpoints.every=..."
 
     def test_a_value_that_is_no_yaml_or_not_plain(self) -> None:
         assert "not YAML" in only(TINY, "seed=[1").message

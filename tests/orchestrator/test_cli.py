@@ -296,6 +296,8 @@ def test_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert f"no attempt {attempt}" in capsys.readouterr().err
     assert cli.main(["logs", "tiny", "--rank", "3"]) == 2
     assert "there are: agent.log" in capsys.readouterr().err
+    assert cli.main(["logs", "tiny", "--attempt", "1", "--rank", "3", "--follow"]) == 2  # it is over: none will come
+    assert "no such log" in capsys.readouterr().err
 
 
 def test_a_run_of_a_newer_version_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Four gloo processes against the oracle, which knows only the global batch.
+"""Four gloo processes against the oracle, which knows only the global batch: self-distillation and text alignment.
 
 Float64. The groups have masked patches in unequal numbers, and the last rank none.
 """
@@ -17,6 +17,7 @@ from model.losses.contrastive import contrastive
 from tests.model.oracle import formulas
 from tests.model.oracle import test_versions as versions
 from tests.model.oracle.engine import BATCH, Case, assert_same_steps, batch
+from tests.model.oracle.test_text import aligned, assert_same_tensors, expected_alignment
 
 RANKS = 4
 SHARE = BATCH // RANKS
@@ -55,7 +56,7 @@ def _rank(rank: int, folder: Path) -> None:
     for case, steps in CASES:
         assert_same_steps(case, steps)
     images = rank * SHARE, (rank + 1) * SHARE
-    torch.save(gathered_negatives(*images), folder / f"{rank}.pt")
+    torch.save((aligned(*images), gathered_negatives(*images)), folder / f"{rank}.pt")
     parallel.leave()
 
 
@@ -65,9 +66,11 @@ def test_four_ranks_are_the_oracle(tmp_path: Path) -> None:
         assert len(set(hidden)) > 2
         assert hidden[-1] == 0
     multiprocessing.spawn(_rank, args=(tmp_path,), nprocs=RANKS)
-    leaves = embeddings()
+    alignment, leaves = expected_alignment(), embeddings()
     x, y = (F.normalize(rows, dim=-1) for rows in leaves[:2])
     loss = formulas.contrastive(x, y, leaves[2])
     expected = [loss, *torch.autograd.grad(loss, leaves)]
     for rank in range(RANKS):
-        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected, rtol=1e-9, atol=1e-12)
+        text, plain = torch.load(tmp_path / f"{rank}.pt")
+        assert_same_tensors(text, alignment)
+        torch.testing.assert_close(plain, expected, rtol=1e-9, atol=1e-12)
