@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, TypeAdapter, model_validator
 
 from model.architectures import ARCHITECTURES
+from model.data_section import DATASET as DATASET
+from model.data_section import Data as Data
 from model.sections import Count as Count
 from model.sections import Fraction as Fraction
 from model.sections import NonNegative as NonNegative
@@ -107,20 +109,6 @@ class Model(Section):
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
-
-
-class Data(Section):
-    """Where the images are and what an image is."""
-
-    path: str = Field(description="folder of images; `cache:NAME` is a folder that `make data` fetched")
-    hold_out: Literal["none", "validation", "test"] = Field(
-        "none", description="what training must not see: nothing, the test third, or test and validation"
-    )
-    background: Rgb = Field((1.0, 1.0, 1.0), description="what shows through transparent pixels, RGB in [0, 1]")
-    mean: Rgb = (0.485, 0.456, 0.406)
-    std: Rgb = (0.229, 0.224, 0.225)
-    max_skip_rate: Fraction = Field(0.01, description="share of unreadable images past which the run stops")
-    workers: Count = Field(2, description="loader threads a process")
 
 
 class Augment(Section):

@@ -5,6 +5,7 @@ begin(attempt, ...) -> Job      from a checkpoint of its own, or at step 0 with 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,17 +14,19 @@ from typing import Any
 
 import torch
 
-from model import checkpoint, config, optim, parallel, storage
+from model import checkpoint, config, contract, optim, parallel, storage
 from model.checkpoint import CheckpointError
 from model.contract import Attempt, CheckpointRef, File, Manifest
-from model.data.index import Index, build_or_read
 from model.data.loader import MOST_NAMES, Loader
+from model.data.sources import Found, build_or_read
 from model.objectives.base import Objective
 from model.objectives.build import build
 from model.progress import Progress
 from model.stopping import Stop
 from model.weights import networks, start
 from model.worker import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,10 @@ def begin(attempt: Attempt, stop: Stop, device: torch.device) -> Job:
         check_layout(settings, parallel.world())
     progress = Progress(attempt, settings.steps)
     # Outside of what is tried again below: there a rank may fail alone, so nothing there may wait for another rank.
-    index = _index(settings, attempt.run_dir)
-    if index.skipped:
-        progress.note(_left_out(index))
+    index = _index(attempt, settings)
+    for found in index:
+        if found.skipped:
+            progress.note(_left_out(found))
     make = partial(_make, attempt, settings, index, device, stop, progress)
     failures = []
     for ref in attempt.resume:
@@ -130,24 +134,30 @@ def check_layout(settings: config.AnyPhase, world: int) -> None:
         raise ValueError(f"{', '.join(missing)}: this version of the trainer cannot do that yet; leave it out")
 
 
-def _index(settings: config.AnyPhase, run_dir: str) -> Index:
+def _index(attempt: Attempt, settings: config.AnyPhase) -> list[Found]:
     """The run's index; rank 0 makes it, if this attempt is the first to need it, and the others wait."""
+    pulse = contract.pulse_file(attempt.launch_name, parallel.rank())
+
+    def tell(done: int, total: int) -> None:
+        if done == total or done % 100 == 0:
+            log.info("indexed %s of %s tar shards", f"{done:,}", f"{total:,}")
+        pulse.touch()  # this may take longer than `health.stall_seconds`
+
     if parallel.rank() == 0:
-        build_or_read(settings.data, run_dir)
+        build_or_read(settings.data, attempt.run_dir, tell)
     parallel.gather_text("the index is there")
-    return build_or_read(settings.data, run_dir)
+    return build_or_read(settings.data, attempt.run_dir, tell)
 
 
-def _left_out(index: Index) -> str:
+def _left_out(index: Found) -> str:
     last = ", ".join(f"{one.path} ({one.reason})" for one in index.skipped[-MOST_NAMES:])
-    total = len(index.entries) + len(index.skipped)
-    return f"{len(index.skipped)} of {total} images are unreadable and left out, last: {last}"
+    return f"{len(index.skipped)} of {index.holds} are unreadable and left out, last: {last}"
 
 
 def _make(
     attempt: Attempt,
     settings: config.AnyPhase,
-    index: Index,
+    index: list[Found],
     device: torch.device,
     stop: Stop,
     progress: Progress,

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from model.contract import new_nonce
 
@@ -173,3 +174,66 @@ def remove_tree(path: str) -> None:
     with _named(target, "removing"):
         if target.exists():
             shutil.rmtree(target)
+
+
+# --- data, wherever it lies: a path or any URI that fsspec knows ------------------------------------------------------
+
+
+@contextmanager
+def _foreign(uri: str, doing: str) -> Iterator[None]:
+    """What a backend of fsspec raises becomes ours. Their errors carry no errno where the operating system's do."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, f"no such file: {uri}") from error
+    except PermissionError as error:
+        raise StoreError(errno.EACCES, f"{doing} {uri}: {error.strerror or error}") from error
+    except OSError as error:
+        raise StoreError(error.errno or errno.EIO, f"{doing} {uri}: {error.strerror or error}") from error
+    except Exception as error:  # every backend has exceptions of its own
+        number = errno.EACCES if "Credentials" in type(error).__name__ else errno.EIO
+        raise StoreError(number, f"{doing} {uri}: {type(error).__name__}: {error}") from error
+
+
+def read_range(uri: str, start: int, length: int) -> bytes:
+    """`length` bytes from `start`, fewer where the file ends before. Raises FileNotFoundError, StoreError."""
+    if not is_uri(uri):
+        return read(uri, start, length)
+    from fsspec.core import url_to_fs
+
+    with _foreign(uri, "reading"):
+        system, path = url_to_fs(uri)
+        return bytes(system.cat_file(path, start=start, end=start + length))
+
+
+def size(uri: str) -> int:
+    """Bytes of a file. Raises FileNotFoundError, StoreError."""
+    from fsspec.core import url_to_fs
+
+    with _foreign(uri, "looking at"):
+        system, path = url_to_fs(uri)
+        return int(system.size(path))
+
+
+def matching(pattern: str) -> list[str]:
+    """The files that a glob matches, sorted; URIs where the pattern is one. Raises StoreError."""
+    from fsspec.core import url_to_fs
+
+    with _foreign(pattern, "listing"):
+        system, path = url_to_fs(pattern)
+        return sorted(str(system.unstrip_protocol(one)) if is_uri(pattern) else str(one) for one in system.glob(path))
+
+
+@contextmanager
+def reading(uri: str) -> Iterator[BinaryIO]:
+    """The file opened to be read and sought in. Raises FileNotFoundError, StoreError."""
+    import fsspec
+
+    with _foreign(uri, "reading"):
+        opened = fsspec.open(uri, "rb").open()
+    try:
+        yield opened
+    finally:
+        opened.close()

@@ -11,12 +11,11 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from pathlib import Path as FilePath
 from typing import Any, cast
 
 from model import contract, storage
 from model.config import AnyPhase, Data, Evaluate, Model, Resources, SslPhase, TextPhase
-from orchestrator import attempts, handoff
+from orchestrator import attempts, data_places, handoff
 from orchestrator.cluster import ClusterProfile
 from orchestrator.handoff import SSL_KINDS, TAKES, HandoffError, Reference
 from orchestrator.problems import Path, Problem, did_you_mean, listed, shown
@@ -305,14 +304,17 @@ def data(draft: Draft) -> Iterator[Problem]:
     """Folders that are not there or hold no image, where this machine can see them."""
     if draft.cluster is None or draft.cluster.launcher != "local":
         return
-    sections: list[tuple[Path, Data]] = [(("phases", n, "data", "path"), p.data) for n, p in draft.phases.items()]
+    sections: list[tuple[Path, Data]] = [(("phases", n, "data", *at), part) for n, p in draft.phases.items()
+                                              for at, part in p.data.parts]  # fmt: skip
     if draft.evaluate is not None:
         sections.append((("evaluate", "data", "path"), draft.evaluate.data))
     looked_at: dict[str, Problem | None] = {}
     for at, section in sections:
-        if section.path not in looked_at:
-            looked_at[section.path] = None if storage.is_uri(section.path) else _folder(section.path)
-        if (problem := looked_at[section.path]) is not None:
+        if section.shown not in looked_at:
+            looked_at[section.shown] = (
+                data_places.shards(section.shards) if section.shards else data_places.folder(section.shown)
+            )
+        if (problem := looked_at[section.shown]) is not None:
             yield Problem(problem.message, at, found=problem.found, allowed=problem.allowed, hint=problem.hint)
 
 
@@ -324,19 +326,20 @@ def captions(draft: Draft) -> Iterator[Problem]:
         assert isinstance(phase, TextPhase)
         if phase.without_captions == "fail":
             yield Problem("no image of the folder has a caption", ("phases", name, "data", "path"),
-                          found=phase.data.path, hint=hint.format(f"phases.{name}"))  # fmt: skip
+                          found=phase.data.shown, hint=hint.format(f"phases.{name}"))  # fmt: skip
         elif all(isinstance(other, TextPhase) for other in draft.phases.values()):
             yield Problem("no image of the folder has a caption, and without this phase nothing is left",
-                          ("phases", name, "data", "path"), found=phase.data.path)  # fmt: skip
+                          ("phases", name, "data", "path"), found=phase.data.shown)  # fmt: skip
 
 
 def uncaptioned(phases: Mapping[str, AnyPhase], cluster: ClusterProfile | None) -> list[str]:
     """The text phases whose folder, where this machine can see it, holds images and no caption."""
     if cluster is None or cluster.launcher != "local":
         return []
-    text = {n: p.data.path for n, p in phases.items() if isinstance(p, TextPhase) and not storage.is_uri(p.data.path)}
-    without = {path for path in text.values() if _has_image(folder := contract.data_folder(path))
-               and not any(map(_has_caption, _images(folder)))}  # fmt: skip
+    text = {n: p.data.shown for n, p in phases.items()
+            if isinstance(p, TextPhase) and not p.data.shards and not storage.is_uri(p.data.shown)}  # fmt: skip
+    without = {path for path in text.values() if data_places.has_image(folder := contract.data_folder(path))
+               and not any(map(data_places.has_caption, data_places.images(folder)))}  # fmt: skip
     return [name for name, path in text.items() if path in without]
 
 
@@ -358,43 +361,7 @@ def held_out(draft: Draft) -> Iterator[Problem]:
         return
     split, folder = draft.evaluate.split, draft.evaluate.data.path
     for name, phase in draft.phases.items():
-        if phase.data.path == folder and split not in HIDES[phase.data.hold_out]:
+        if folder in [part.path for _, part in phase.data.parts] and split not in HIDES[phase.data.hold_out]:
             allowed = " or ".join(hold_out for hold_out, hidden in HIDES.items() if split in hidden)
             yield Problem(f"training would see the {split} split, which the evaluation scores on",
                           ("phases", name, "data", "hold_out"), found=phase.data.hold_out, allowed=allowed)  # fmt: skip
-
-
-def _folder(path: str) -> Problem | None:
-    folder = contract.data_folder(path)
-    found = path if str(folder) == path else f"{path} ({folder})"
-    hint = "any folder of images does: data.path=FOLDER"
-    if path.startswith("cache:"):
-        hint = f"`make data` fetches the demo's images; {hint}"
-    if not folder.is_dir():
-        return Problem("no such data folder" if not folder.exists() else "not a folder", found=found, hint=hint)
-    if not _has_image(folder):
-        return Problem("no images in the data folder", found=found, hint=hint,
-                       allowed=f"files ending in {listed(sorted(contract.IMAGE_SUFFIXES))}")  # fmt: skip
-    return None
-
-
-def _has_image(folder: FilePath) -> bool:
-    return next(_images(folder), None) is not None
-
-
-def _images(folder: FilePath) -> Iterator[FilePath]:
-    """Looks as the index of the images will, one after the other: to find the first of millions takes no longer."""
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in contract.IMAGE_SUFFIXES:
-                yield FilePath(place, name)
-
-
-def _has_caption(image: FilePath) -> bool:
-    """As the index reads it: the first line of the text beside the image."""
-    try:
-        with image.with_suffix(".txt").open(encoding="utf-8", errors="replace") as text:
-            return bool(text.readline().strip())
-    except OSError:
-        return False

@@ -92,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run_commands(commands)
     _add_step_commands(commands)
     _add_weights(commands)
+    _add_data(commands)
     return parser
 
 
@@ -191,6 +192,34 @@ def _add_weights(commands: Commands) -> None:
         action.add_argument("--arch", metavar="ARCH", help="the released architecture, where a file does not tell")
         action.add_argument("--network", choices=networks, default="teacher", help="the teacher if absent")
         _add_runs(action)
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def _add_data(commands: Commands) -> None:
+    data = _add(commands, "data", "index tar shards, make them of a folder, check and measure images")
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    what = "a folder of images, or tar shards: paths, globs, x-{000000..000123}.tar, URIs"
+
+    index = _add(actions, "index", "note where each image of tar shards lies, once for all runs (docs/data.md)")
+    index.add_argument("paths", nargs="+", metavar="PATH", help=what.partition("or ")[2])
+    index.add_argument("--to", required=True, metavar="FOLDER", help="where the index is kept: data.index of a job")
+
+    pack = _add(actions, "pack", "tar shards of a folder of images, with captions and labels, shuffled")
+    pack.add_argument("folder", metavar="FOLDER")
+    pack.add_argument("target", metavar="TARGET", help="the folder of the shards")
+    pack.add_argument("--name", default="images", help="of the shards: NAME-000000.tar; images if absent")
+    pack.add_argument("--images-per-shard", type=int, default=1000, metavar="N", help="1000 if absent")
+    pack.add_argument("--seed", type=int, default=0, help="of the shuffling")
+
+    check = _add(actions, "check", "decode every image and name each that cannot be read; exits 1 if there is one")
+    stats = _add(actions, "stats", "mean and standard deviation of the channels, for data.mean and data.std")
+    for action in (check, stats):
+        action.add_argument("paths", nargs="+", metavar="PATH", help=what)
+        action.add_argument("--index", metavar="FOLDER", help="the index of tar shards; made for now if absent")
+    stats.add_argument("--images", type=int, default=10_000, metavar="N", help="spread over all; 10000 if absent")
+    _add_json(stats)
 
 
 def _add_runs(parser: argparse.ArgumentParser) -> None:

@@ -122,6 +122,12 @@ def _read(options: Options, *, check_runs: bool = False) -> tuple[Job, ClusterPr
     return job, cluster
 
 
+def data(options: Options) -> int:
+    from orchestrator import data_command
+
+    return data_command.run(options)
+
+
 def weights(options: Options) -> int:
     from orchestrator import weights_command
 

@@ -15,7 +15,20 @@ from typing import Annotated, Any, TypeVar, cast
 from pydantic import Field
 
 from model import contract, storage
-from model.config import PHASES, AnyPhase, Count, Evaluate, Model, Phase, PhaseBase, Section, read
+from model.config import (
+    DATASET,
+    PHASES,
+    AnyPhase,
+    Count,
+    Data,
+    Evaluate,
+    Model,
+    Phase,
+    PhaseBase,
+    Section,
+    TextPhase,
+    read,
+)
 from orchestrator import checks, handoff, layers
 from orchestrator.checks import Draft
 from orchestrator.cluster import ClusterProfile, read_cluster
@@ -123,8 +136,8 @@ def not_there_yet(job: Job, cluster: ClusterProfile) -> list[Problem]:
     for name, phase in job.phases.items():
         for feature, path in _features(phase, cluster):
             asked.setdefault(feature, []).append(("phases", name, *path))
-    if job.evaluate is not None and storage.is_uri(job.evaluate.data.path):
-        asked.setdefault(_ON_A_BUCKET, []).append(("evaluate", "data", "path"))
+    if job.evaluate is not None and (feature := _of_evaluation(job.evaluate.data)):
+        asked.setdefault(feature, []).append(("evaluate", "data", "path"))
     if storage.is_uri(job.runs):
         asked["runs on a bucket"] = [("runs",)]
     return [
@@ -133,7 +146,13 @@ def not_there_yet(job: Job, cluster: ClusterProfile) -> list[Problem]:
     ]
 
 
-_ON_A_BUCKET = "data on a bucket"
+_ON_A_BUCKET = "a folder of images on a bucket (tar shards on one are: `dinoctl data pack` makes some)"
+
+
+def _of_evaluation(data: Data) -> str:
+    if data.shards:
+        return "an evaluation on tar shards (it looks at a folder of images, as evaluate.data.path, or evaluate: null)"
+    return _ON_A_BUCKET if storage.is_uri(data.shown) else ""
 
 
 def _features(phase: PhaseBase, cluster: ClusterProfile) -> Iterator[tuple[str, Path]]:
@@ -143,10 +162,13 @@ def _features(phase: PhaseBase, cluster: ClusterProfile) -> Iterator[tuple[str, 
         yield "parallel.compile", ("parallel", "compile")
     if phase.precision.fp8 != "none":
         yield f"precision.fp8 {phase.precision.fp8}", ("precision", "fp8")
-    if storage.is_uri(phase.data.path):
-        yield _ON_A_BUCKET, ("data", "path")
-    elif phase.data.path.endswith((".tar", ".tar.gz", ".tgz")):
-        yield "data in tar shards", ("data", "path")
+    for path, part in phase.data.parts:
+        if storage.is_uri(part.shown) and not part.shards:
+            yield _ON_A_BUCKET, ("data", *path)
+    if phase.data.also and isinstance(phase, TextPhase):
+        yield "captions from more than one folder", ("data", "also")
+    if phase.data.shards and isinstance(phase, TextPhase):
+        yield "captions from tar shards", ("data", "path")
     if cluster.launcher == "local" and phase.resources.nodes > 1:
         yield "more than one node with the local launcher", ("resources", "nodes")
 
@@ -265,6 +287,19 @@ def _make_absolute(merged: dict[str, Any]) -> None:
             if isinstance(text, str) and handoff.is_file(name, text) and not storage.is_uri(text):
                 phase[name] = str(contract.data_folder(text).absolute())
     for section in (*merged["phases"].values(), merged.get("evaluate") or {}):
-        path = section.get("data", {}).get("path")
-        if path and not storage.is_uri(path) and not path.startswith("cache:"):
-            section["data"] = {**section["data"], "path": str(contract.data_folder(path).absolute())}
+        if data := section.get("data"):
+            section["data"] = {**_pinned(data), "also": [_pinned(part) for part in data.get("also", [])]}
+
+
+def _pinned(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A `data` section, or a part of one, with absolute paths."""
+    pinned = dict(data)
+    for name in ("path", "index"):
+        if value := data.get(name):
+            pinned[name] = _absolute(value) if isinstance(value, str) else [_absolute(one) for one in value]
+    return pinned
+
+
+def _absolute(path: str) -> str:
+    pinned = storage.is_uri(path) or path.startswith("cache:") or DATASET.match(path)
+    return path if pinned else str(contract.data_folder(path).absolute())

@@ -7,6 +7,8 @@ UnreadableImageError one image cannot be used; caught where images are counted, 
 
 from __future__ import annotations
 
+from model import contract
+
 
 class DataError(ValueError):
     """The folder or the settings ask for something impossible; the message says what to do."""
@@ -18,3 +20,10 @@ class BadDataError(RuntimeError):
 
 class UnreadableImageError(Exception):
     """One image cannot be used; the text is the reason, without the path."""
+
+
+class Skipped(contract.Record, frozen=True):
+    """One image, or the rest of a shard, that cannot be read."""
+
+    path: str
+    reason: str

@@ -6,6 +6,7 @@ nowhere else.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,14 @@ MAX_PIXELS = 89_478_485
 """Pillow's own guess at a decompression bomb (a quarter GiB as RGB); Pillow itself only warns at this size."""
 
 
-def load(path: Path) -> Image.Image:
-    """The image as mode RGB, or RGBA if it says which pixels are transparent; upright, first frame, 8 bits a channel.
+def load(source: Path | bytes) -> Image.Image:
+    """The image in a file, or in a file's bytes, as mode RGB, or RGBA if it says which pixels are transparent; upright,
+    first frame, 8 bits a channel.
 
     Raises UnreadableImageError, whatever is wrong with the file.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             _refuse_bomb(image)
             return _to_8_bit_colour(ImageOps.exif_transpose(image))
     except UnreadableImageError:
@@ -33,7 +35,7 @@ def load(path: Path) -> Image.Image:
     except MemoryError as error:
         raise UnreadableImageError("not enough memory to decode it") from error
     except Exception as error:  # decoders raise what they like on damaged bytes: struct.error, IndexError, SyntaxError
-        raise UnreadableImageError(_reason(error, path)) from error
+        raise UnreadableImageError(_reason(error, source)) from error
 
 
 def _refuse_bomb(image: Image.Image) -> None:
@@ -41,11 +43,12 @@ def _refuse_bomb(image: Image.Image) -> None:
         raise UnreadableImageError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}: make it smaller")
 
 
-def _reason(error: Exception, path: Path) -> str:
+def _reason(error: Exception, source: Path | bytes) -> str:
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return f"more than {MAX_PIXELS:,} pixels: make it smaller"
     if isinstance(error, UnidentifiedImageError):
-        return "empty file" if path.stat().st_size == 0 else "not an image of a known format"
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        return "empty file" if size == 0 else "not an image of a known format"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__
@@ -80,9 +83,9 @@ def square(image: Image.Image, side: int) -> Image.Image:
     return image if image.size == (side, side) else image.resize((side, side), Image.Resampling.BICUBIC)
 
 
-def load_rgb(path: Path, background: Rgb) -> Image.Image:
+def load_rgb(source: Path | bytes, background: Rgb) -> Image.Image:
     """The image as RGB over `background`. Raises UnreadableImageError."""
-    return over(load(path), background)
+    return over(load(source), background)
 
 
 def load_with_alpha(path: Path, background: Rgb) -> tuple[Image.Image, NDArray[np.float32] | None]:

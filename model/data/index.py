@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from model import config, contract, storage
 from model.data import duplicates
-from model.data.errors import BadDataError, DataError, UnreadableImageError
+from model.data.errors import BadDataError, DataError, Skipped, UnreadableImageError
 from model.data.images import alpha, load, over
 
 COMPARE_AT_MOST = 20_000
@@ -51,13 +51,6 @@ class Entry(contract.Record, frozen=True):
     height: int
 
 
-class Skipped(contract.Record, frozen=True):
-    """One image that cannot be read."""
-
-    path: str
-    reason: str
-
-
 class Index(contract.Record, frozen=True):
     """All images of a folder. `grouping` says how near-duplicates were found."""
 
@@ -65,6 +58,11 @@ class Index(contract.Record, frozen=True):
     grouping: Literal["likeness", "equal files"]
     entries: list[Entry]  # sorted by path
     skipped: list[Skipped]
+
+    @property
+    def holds(self) -> str:
+        """For messages."""
+        return f"{len(self.entries) + len(self.skipped)} images"
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -75,6 +73,8 @@ def build_or_read(data: config.Data, run_dir: str) -> Index:
 
     Raises DataError if the folder is missing or holds no image that can be read.
     """
+    if data.shards or not isinstance(data.path, str):
+        raise DataError(f"data.path: {data.shown}: these are tar shards; an evaluation looks at a folder of images")
     root = folder(data.path)
     key = f"{VERSION}\0{root}\0{data.background}"
     path = f"{run_dir}/data/index-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"

@@ -7,12 +7,12 @@ array work release the interpreter lock, and nothing has to be pickled or shared
 
 from __future__ import annotations
 
-import threading
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -22,18 +22,12 @@ from model import config
 from model.data import text
 from model.data.augment import Recipe, as_released, ssl_views, whole_views
 from model.data.batch import Batch, PairBatch, SslBatch
-from model.data.errors import BadDataError, DataError, UnreadableImageError
-from model.data.images import load_rgb
-from model.data.index import Entry, Index, Skipped, check_skip_rate, training_entries
+from model.data.errors import BadDataError, DataError, Skipped, UnreadableImageError
 from model.data.masks import group_masks
-from model.data.order import image_at, replacement
+from model.data.sources import FolderSource, Found, Source, check_skips, draw, open_sources
 from model.data.views import PairViews, SslViews, Views
 from model.draws import generator
 
-MEMORY_BUDGET = 512 * 2**20
-"""Bytes of decoded images that a process keeps; a folder that needs more is decoded at every access instead."""
-
-BYTES_PER_PIXEL = 4  # Pillow pads RGB
 MOST_REPLACEMENTS = 100
 MOST_NAMES = 5
 
@@ -59,7 +53,7 @@ class Loader:
         settings: config.AnyPhase,
         seed: int,
         origin: str,
-        index: Index,
+        found: list[Found],
         run_dir: str,
         objective_views: Callable[[int], Views],
         rank: int,
@@ -68,14 +62,13 @@ class Loader:
         stop_clock: int,
     ) -> None:
         self.tokenizer: str | None = None
-        entries = training_entries(index, settings.data)
-        if isinstance(settings, config.TextPhase):
-            entries = _with_captions(entries, index)
-            self.tokenizer = text.build_or_read([e.caption or "" for e in entries], settings.text.vocabulary, run_dir)
-        self._make = _Maker(settings, seed, origin, index, entries, self.tokenizer, objective_views, rank, world)
+        self._sources = open_sources(found, settings.data, isinstance(settings, config.TextPhase))
+        first = self._sources[0]
+        if isinstance(settings, config.TextPhase) and isinstance(first, FolderSource):
+            self.tokenizer = text.build_or_read(first.captions(), settings.text.vocabulary, run_dir)
+        self._make = _Maker(settings, seed, origin, self._sources, self.tokenizer, objective_views, rank, world)
         self._clocks = range(start_clock, stop_clock)
-        self._index, self._most = index, settings.data.max_skip_rate
-        self._workers = settings.data.workers
+        self._workers, self._most = settings.data.workers, settings.data.max_skip_rate
         self._pool: ThreadPoolExecutor | None = None
         self._skipped: dict[str, Skipped] = {}
 
@@ -85,10 +78,12 @@ class Loader:
         return SkippedImages(len(self._skipped), list(self._skipped.values())[-MOST_NAMES:])
 
     def __iter__(self) -> Iterator[Batch]:
+        seen = 0
         for batch, skipped in self._ahead() if self._workers else map(self._make.batch, self._clocks):
+            seen += len(batch.positions)
             self._skipped.update((one.path, one) for one in skipped)
             if skipped:
-                check_skip_rate(self._index, list(self._skipped.values()), self._most)
+                check_skips(self._sources, list(self._skipped.values()), seen, self._most)
             yield batch
 
     def _ahead(self) -> Iterator[tuple[Batch, list[Skipped]]]:
@@ -113,16 +108,6 @@ class Loader:
             self._pool = None
 
 
-def _with_captions(entries: list[Entry], index: Index) -> list[Entry]:
-    captioned = [entry for entry in entries if entry.caption]
-    if not captioned:
-        raise DataError(
-            f"data.path: no training image under {index.root} has a caption; a text phase needs a .txt beside each "
-            "image, its first line the caption. Leave the text phase out, or add captions"
-        )
-    return captioned
-
-
 @dataclass(frozen=True)
 class _Sample:
     image: Image.Image
@@ -137,15 +122,15 @@ class _Maker:
         settings: config.AnyPhase,
         seed: int,
         origin: str,
-        index: Index,
-        entries: list[Entry],
+        sources: list[Source],
         tokenizer: str | None,
         views: Callable[[int], Views],
         rank: int,
         world: int,
     ) -> None:
-        self.settings, self.seed, self.origin, self.entries, self.views = settings, seed, origin, entries, views
-        self.images = _Images(Path(index.root), entries, settings.data.background)
+        self.settings, self.seed, self.origin, self.sources, self.views = settings, seed, origin, sources, views
+        self.order = draw(sources, settings.data, seed, origin, settings.optim.batch_size)
+        self.ends = list(accumulate(int(source.counts.sum()) for source in sources))
         self.tokenizer = None if tokenizer is None else text.load(tokenizer)
         batch, group = settings.optim.batch_size, settings.optim.group_size
         if batch % (world * group):
@@ -169,15 +154,21 @@ class _Maker:
 
     def _sample(self, position: int, skipped: list[Skipped]) -> _Sample:
         """The image at `position`, or the first of its replacements that can be read."""
-        n = len(self.entries)
-        number = image_at(self.seed, self.origin, n, position)
+        number = self.order.number(position)
+        captioned = self.tokenizer is not None
         for attempt in range(1, MOST_REPLACEMENTS + 1):
+            source, own = self._find(number)
             try:
-                return _Sample(self.images.get(number), self.entries[number].caption or "")
+                return _Sample(source.image(own), source.caption(own) if captioned else "")
             except UnreadableImageError as error:
-                skipped.append(Skipped(path=self.entries[number].path, reason=str(error)))
-                number = replacement(self.seed, self.origin, n, position, attempt)
+                skipped.append(Skipped(path=source.name(own), reason=str(error)))
+                number = self.order.replacement(position, attempt)
         raise BadDataError(f"data.path: {MOST_REPLACEMENTS} images in a row are unreadable, last {skipped[-1].path}")
+
+    def _find(self, number: int) -> tuple[Source, int]:
+        """The source that holds image `number` of all, and its number there."""
+        at = bisect_right(self.ends, number)
+        return self.sources[at], number - (self.ends[at - 1] if at else 0)
 
     def _groups(self) -> range:
         size = self.settings.optim.group_size
@@ -224,26 +215,3 @@ class _Maker:
             images=torch.from_numpy(images),
             tokens=text.encode(self.tokenizer, [one.caption for one in samples], views.context),
         )
-
-
-class _Images:
-    """Decoded images by number: kept if all of them fit in the budget, else decoded each time."""
-
-    def __init__(self, root: Path, entries: list[Entry], background: config.Rgb) -> None:
-        self._paths = [root / entry.path for entry in entries]
-        self._background = background
-        self._keep = sum(entry.width * entry.height for entry in entries) * BYTES_PER_PIXEL <= MEMORY_BUDGET
-        self._kept: dict[int, Image.Image] = {}
-        self._lock = threading.Lock()
-
-    def get(self, number: int) -> Image.Image:
-        """Raises UnreadableImageError."""
-        with self._lock:
-            kept = self._kept.get(number)
-        if kept is not None:
-            return kept
-        image = load_rgb(self._paths[number], self._background)
-        if self._keep:
-            with self._lock:
-                self._kept[number] = image
-        return image

@@ -18,6 +18,7 @@ from orchestrator.yaml_reader import dump, read_yaml
 
 ROOT = Path(__file__).parents[2]
 JOBS = [*sorted((ROOT / "jobs").glob("*.yaml")), ROOT / "tests/jobs/tiny.yaml"]
+SHARDS = 'data.path=["x-{0..1}.tar", "s3://b/y.tar"]'
 TINY = str(ROOT / "tests/orchestrator/valid.yaml")
 V3_7B = str(ROOT / "jobs/v3_7b.yaml")
 
@@ -137,6 +138,58 @@ def test_a_relative_data_folder_is_pinned_to_where_dinoctl_was_called(tmp_path: 
     assert job().phases["gram"].data.path == str(tmp_path / "images")
     assert job(TINY, "data.path=cache:x").phases["gram"].data.path == "cache:x"
     assert job(TINY, "data.path=s3://b/x").phases["gram"].data.path == "s3://b/x"
+    shards = job(TINY, "data.hold_out=none", "evaluate=null", SHARDS, "data.index=i")
+    data = shards.phases["gram"].data
+    assert data.path == [str(tmp_path / "x-{0..1}.tar"), "s3://b/y.tar"]
+    assert data.index == str(tmp_path / "i")
+
+
+def test_dinov3s_dataset_strings_are_folders(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = job(TINY, 'data.path="ImageNet:split=TRAIN:root=in1k:extra=/extra"')
+    assert spec.phases["gram"].data.path == str(tmp_path / "in1k/train")
+    assert spec.evaluate is not None
+    assert spec.evaluate.data.path == str(tmp_path / "in1k/train")
+    for path, says in (
+        ("ImageNet22k:split=TRAIN:root=x", "only ImageNet's"),
+        ("ImageNet:root=x", "split one of TRAIN"),
+    ):
+        with pytest.raises(SpecError, match=says):
+            job(TINY, f'data.path="{path}"')
+
+
+def test_what_is_mixed_in_is_pinned_and_checked_too(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = job(TINY, "data.also=[{path: more, share: 0.1}]").phases["gram"].data
+    assert [part.path for _, part in data.parts] == [str(tmp_path / "images"), str(tmp_path / "more")]
+    assert [part.hold_out for _, part in data.parts] == ["test", "test"]
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.png").touch()
+    with pytest.raises(SpecError, match=r"data\.also\[0\]\.path: no such data folder"):
+        read_job(TINY, ["data.also=[{path: more, share: 0.1}]"])
+    with pytest.raises(SpecError, match=r"leave nothing for data\.path"):
+        job(TINY, "data.also=[{path: a, share: 0.5}, {path: b, share: 0.5}]")
+    with pytest.raises(SpecError, match=r"0\.12345 is not a multiple of 0\.001"):
+        job(TINY, "data.also=[{path: a, share: 0.12345}]")
+    overrides = ("data.path=x.tar", "data.hold_out=none", "data.also=[{path: s, share: 0.1}]", "evaluate.data.path=s")
+    with pytest.raises(SpecError, match="training would see the test split"):
+        job(TINY, *overrides)
+
+
+def test_tar_shards_are_looked_for_where_this_machine_sees_them(tmp_path: Path) -> None:
+    (tmp_path / "x-00.tar").touch()
+
+    def found(path: str) -> list[str]:
+        overrides = [f'data.path="{path}"', "data.hold_out=none", "evaluate=null"]
+        try:
+            read_job(TINY, overrides)
+        except SpecError as error:
+            return [problem.message for problem in error.problems]
+        return []
+
+    assert set(found(f"{tmp_path}/y-{{00..10}}.tar")) == {"no such tar shard"}
+    assert set(found(f"{tmp_path}/y*.tar")) == {"no such tar shard"}
+    assert found(f"{tmp_path}/x-{{00..10}}.tar") == found(f"{tmp_path}/*.tar") == found("s3://b/x.tar") == []
 
 
 # --- what is not there yet --------------------------------------------------------------------------------------------
@@ -145,7 +198,7 @@ def test_a_relative_data_folder_is_pinned_to_where_dinoctl_was_called(tmp_path: 
 def test_the_7b_is_accepted_and_submit_learns_what_is_missing() -> None:
     spec = job(V3_7B)
     missing = " ".join(problem.message for problem in not_there_yet(spec, read_cluster(spec.cluster)))
-    for feature in ("fsdp", "fp8 blocks", "compile", "data on a bucket", "runs on a bucket"):
+    for feature in ("fsdp", "fp8 blocks", "compile", "captions from tar shards", "runs on a bucket"):
         assert feature in missing
 
 
@@ -153,7 +206,10 @@ def test_the_7b_is_accepted_and_submit_learns_what_is_missing() -> None:
     ("override", "message"),
     [
         ("phases.gram.resources.nodes=2", "more than one node with the local launcher"),
-        ("phases.gram.data.path=/data/shard.tar", "data in tar shards"),
+        (
+            "phases.gram.data.path=s3://b/images",
+            "a folder of images on a bucket (tar shards on one are: `dinoctl data pack` makes some)",
+        ),
         ("parallel.shard=fsdp", "parallel.shard fsdp"),
         ("parallel.compile=true", "parallel.compile"),
         ("precision.fp8=blocks", "precision.fp8 blocks"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model import config
-from model.data import index, loader
+from model.data import sources
 from model.data.batch import Batch, PairBatch, SslBatch
 from model.data.errors import BadDataError, DataError
 from model.data.loader import Loader
@@ -44,7 +44,7 @@ def make(
     rank: tuple[int, int] = (0, 1),
     views: Callable[[int], Views] = gram_views,
 ) -> Loader:
-    built = index.build_or_read(settings.data, str(run_dir))
+    built = sources.build_or_read(settings.data, str(run_dir), lambda done, total: None)
     return Loader(settings, 0, "pretrain", built, str(run_dir), views, *rank, *clocks)
 
 
@@ -182,7 +182,7 @@ def test_views_may_change_from_step_to_step(images: Path, tmp_path: Path) -> Non
 
 def test_decoding_each_time_gives_the_same(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = list(make(phase(images), tmp_path))
-    monkeypatch.setattr(loader, "MEMORY_BUDGET", 0)
+    monkeypatch.setattr(sources, "MEMORY_BUDGET", 0)
     assert_equal(kept, list(make(phase(images), tmp_path)))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model import config, draws
-from model.data import index
+from model.data import sources
 from model.data.augment import as_released, draw_colours
 from model.data.batch import SslBatch
 from model.data.loader import Loader
@@ -25,7 +25,7 @@ def first_batch(images: Path, run_dir: Path, *, quirks: bool, **augment: float) 
         "crops": {"resolutions": [SIZES.model_dump()], "local_count": 2}, "official_quirks": quirks,
     }  # fmt: skip
     settings = config.read_phase(values)
-    built = index.build_or_read(settings.data, str(run_dir))
+    built = sources.build_or_read(settings.data, str(run_dir), lambda done, total: None)
     views = SslViews(SIZES, patch_size=4, gram=False)
     batch = next(iter(Loader(settings, 0, "pretrain", built, str(run_dir), lambda _: views, 0, 1, 0, 1)))
     assert isinstance(batch, SslBatch)

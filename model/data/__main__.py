@@ -1,0 +1,161 @@
+"""What `dinoctl data` runs. Exits 2, with one message, for a user's mistake, and 1 where images cannot be read.
+
+python -P -m model.data index PATH... --to FOLDER
+python -P -m model.data pack FOLDER TARGET [--name images] [--images-per-shard 1000] [--seed 0]
+python -P -m model.data check PATH... [--index FOLDER]
+python -P -m model.data stats PATH... [--index FOLDER] [--images 10000] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from model import config, storage
+from model.data import check, pack, shards, stats
+from model.data.errors import DataError
+from model.data.shards import Tell
+from model.data.whole import Whole, open_whole, patterns_of
+
+DONE, UNREADABLE, WRONG_INPUT, DISK_FULL, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = _parse(arguments)
+    try:
+        return int(COMMANDS[options.command](options))
+    except DataError as error:
+        return _said(str(error).removeprefix("data.path: "), WRONG_INPUT)
+    except OSError as error:
+        text = str(error) if error.filename else error.strerror or str(error)
+        return _said(text, DISK_FULL if error.errno in storage.NO_SPACE else UNREADABLE)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _said(text: str, code: int) -> int:
+    print(f"dinoctl: {text}", file=sys.stderr)
+    return code
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="dinoctl data")
+    commands = parser.add_subparsers(dest="command", required=True)
+    indexed, packed, checked, measured = (commands.add_parser(name) for name in COMMANDS)
+    for command in (indexed, checked, measured):
+        command.add_argument("paths", nargs="+")
+    indexed.add_argument("--to", required=True)
+    packed.add_argument("folder")
+    packed.add_argument("target")
+    packed.add_argument("--name", default="images")
+    packed.add_argument("--images-per-shard", type=_positive, default=1000)
+    packed.add_argument("--seed", type=int, default=0)
+    for command in (checked, measured):
+        command.add_argument("--index")
+    measured.add_argument("--images", type=_positive, default=10_000)
+    measured.add_argument("--json", action="store_true")
+    return parser.parse_args(arguments)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def index_(options: argparse.Namespace) -> int:
+    """Index tar shards; what is indexed already is not looked at again."""
+    data = _data(options.paths)
+    with _progress("shards indexed") as tell:
+        found = shards.index_shards(patterns_of(data), os.path.abspath(options.to), tell)
+    print(f"{found.index}: {found.total:,} images in {len(found.paths):,} shards; data.index takes this folder")
+    if found.without_image:
+        print(f"{found.without_image:,} keys have no image and are passed over")
+    for one in found.skipped:
+        print(f"damaged: {one.path}: {one.reason}")
+    return UNREADABLE if found.skipped else DONE
+
+
+def pack_(options: argparse.Namespace) -> int:
+    with _progress("images packed") as tell:
+        made = pack.pack(options.folder, options.target, options.name, options.images_per_shard, options.seed, tell)
+    classes = f", {made.classes} classes ({pack.CLASSES})" if made.classes else ""
+    print(f"{made.images:,} images in {made.shards:,} shards{classes}; data.path: {made.pattern}")
+    return DONE
+
+
+def check_(options: argparse.Namespace) -> int:
+    bad = 0
+    with _whole(options) as whole, _progress("images checked") as tell:
+        for problem in check.problems(whole, tell):
+            bad += 1
+            print(f"{problem.path}: {problem.reason}", flush=True)
+        without = whole.shards.without_image if whole.shards else 0
+    passed_over = f"; {without:,} keys have no image" if without else ""
+    print(f"{whole.total:,} images of {whole.where} looked at, {bad:,} problems{passed_over}")
+    return UNREADABLE if bad else DONE
+
+
+def stats_(options: argparse.Namespace) -> int:
+    with _whole(options) as whole, _progress("images measured") as tell:
+        found = stats.measure(whole, options.images, tell)
+    if options.json:
+        print(json.dumps(asdict(found)))
+        return DONE
+    for name, values in (("mean", found.mean), ("std", found.std)):
+        print(f"{name}: [{', '.join(f'{value:.4f}' for value in values)}]")
+    unreadable = f", {found.unreadable:,} could not be read" if found.unreadable else ""
+    print(f"# of {found.images:,} images of {whole.where}{unreadable}")
+    return DONE
+
+
+COMMANDS = {"index": index_, "pack": pack_, "check": check_, "stats": stats_}
+
+
+# --- what they share --------------------------------------------------------------------------------------------------
+
+
+def _data(paths: list[str]) -> config.Data:
+    """`paths` as a `data:` section. Raises DataError with what is wrong with them."""
+    try:
+        return config.read(config.Data, {"path": paths[0] if len(paths) == 1 else paths})
+    except ValidationError as error:
+        reasons = [str(one.get("ctx", {}).get("error", one["msg"])) for one in error.errors()]
+        raise DataError("; ".join(reason.removeprefix("path: ") for reason in reasons)) from error
+
+
+@contextmanager
+def _whole(options: argparse.Namespace) -> Iterator[Whole]:
+    """Every image that the options name. Without --index the index is made for now and thrown away."""
+    data = _data(options.paths)
+    with tempfile.TemporaryDirectory(prefix="dinoctl-index-") as scratch:
+        with _progress("shards indexed") as tell:
+            whole = open_whole(data, os.path.abspath(options.index) if options.index else scratch, tell)
+        yield whole
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Tell]:
+    """A bar on stderr, where that is a terminal; shown once there is something to tell."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(what, total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

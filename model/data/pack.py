@@ -1,0 +1,106 @@
+"""`dinoctl data pack`: a folder of images as tar shards, named as in WebDataset.
+
+The images are shuffled first, so that each shard holds a bit of everything. The same folder gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from model.data.errors import DataError
+from model.data.index import folder, list_images
+from model.data.shards import Tell
+from model.draws import generator
+
+CLASSES = "classes.txt"
+
+
+@dataclass(frozen=True)
+class Packed:
+    pattern: str  # what `data.path` is to be
+    images: int
+    shards: int
+    classes: int
+
+
+def pack(source: str, target: str, name: str, images_per_shard: int, seed: int, tell: Tell) -> Packed:
+    """Write the images under `source`, with captions and labels, as `target`/`name`-000000.tar and so on.
+
+    A label is the place of its first-level folder in classes.txt, from 0. Raises DataError for a folder that is not
+    there or holds no image and for a target that holds shards of that name, OSError.
+    """
+    root, out = folder(source), Path(target).expanduser().absolute()
+    paths = list_images(root)
+    if not paths:
+        raise DataError(f"no images under {root}")
+    count = -(-len(paths) // images_per_shard)
+    if there := next(out.glob(f"{name}-*.tar"), None):
+        raise DataError(f"{there} is there already: remove it, or take another folder or --name")
+    out.mkdir(parents=True, exist_ok=True)
+    labels = _labels(paths)
+    if labels:
+        (out / CLASSES).write_bytes("".join(f"{label}\n" for label in labels).encode("utf-8", "surrogateescape"))
+    keys = _keys(paths)
+    order = generator(seed, "pack").permutation(len(paths)).tolist()
+    done = 0
+    for shard in range(count):
+        part = [paths[number] for number in order[shard * images_per_shard : (shard + 1) * images_per_shard]]
+        _write(out / f"{name}-{shard:06d}.tar", [(keys[path], root / path, _label(path, labels)) for path in part])
+        done += len(part)
+        tell(done, len(paths))
+    last = f"-{{000000..{count - 1:06d}}}" if count > 1 else "-000000"
+    return Packed(f"{out}/{name}{last}.tar", len(paths), count, len(labels))
+
+
+def _labels(paths: list[str]) -> dict[str, int]:
+    """Every first-level folder and its number."""
+    names = sorted({path.split("/")[0] for path in paths if "/" in path})
+    return {name: number for number, name in enumerate(names)}
+
+
+def _label(path: str, labels: dict[str, int]) -> int | None:
+    return labels[path.split("/")[0]] if "/" in path else None
+
+
+def _keys(paths: list[str]) -> dict[str, str]:
+    """A key for each path: itself without its suffix, dots replaced, as a key ends at the first dot of its name."""
+    taken: set[str] = set()
+    keys = {}
+    for path in paths:
+        pure = PurePosixPath(path)
+        wanted = (pure.parent / pure.stem.replace(".", "_")).as_posix()
+        key, again = wanted, 1
+        while key in taken:
+            again += 1
+            key = f"{wanted}-{again}"
+        taken.add(key)
+        keys[path] = key
+    return keys
+
+
+def _write(shard: Path, samples: list[tuple[str, Path, int | None]]) -> None:
+    """One shard, whole or not at all."""
+    temporary = shard.with_name(f".{shard.name}.tmp")
+    try:
+        with tarfile.open(temporary, "w") as tar:
+            for key, image, label in samples:
+                for suffix, data in _files(image, label):
+                    member = tarfile.TarInfo(f"{key}{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        temporary.rename(shard)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _files(image: Path, label: int | None) -> Iterator[tuple[str, bytes]]:
+    yield image.suffix.lower(), image.read_bytes()
+    caption = image.with_suffix(".txt")
+    if caption.is_file():
+        yield ".txt", caption.read_bytes()
+    if label is not None:
+        yield ".cls", str(label).encode()

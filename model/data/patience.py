@@ -1,0 +1,38 @@
+"""A store that fails or is slow is asked again, with back-off, and never counts as an unreadable image."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from model.storage import StoreError
+
+log = logging.getLogger(__name__)
+
+WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
+"""Seconds between the tries: two minutes in all."""
+
+HOPELESS = (errno.EACCES, errno.EPERM)
+"""Asking again does not help."""
+
+T = TypeVar("T")
+
+
+def patiently(ask: Callable[[], T]) -> T:
+    """What `ask` returns, tried again while it raises StoreError or FileNotFoundError (a network file system that is
+    not mounted looks like that). Raises StoreError with the last try's reason."""
+    for wait in WAITS:
+        try:
+            return ask()
+        except (StoreError, FileNotFoundError) as error:
+            if error.errno in HOPELESS:
+                raise
+            log.warning("%s; again in %g s", error.strerror, wait)
+            time.sleep(wait)
+    try:
+        return ask()
+    except FileNotFoundError as error:
+        raise StoreError(error.errno, f"{error.strerror}, after {len(WAITS) + 1} tries") from error

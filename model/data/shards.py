@@ -1,0 +1,230 @@
+"""Tar shards as a source of images: the set of all shards, of which only counts are in memory, and reading by range.
+
+    build_or_read(data, run_dir, tell) -> ShardSet      every rank reads the same one; made at the first use
+    ShardSource(set, data).image(number)                image `number`, counted through the shards in their order
+
+The index of a shard is a file of its own (`model.data.tar_shard`), read whole while its samples are due. A run keeps
+the set it began with: shards that come later are not seen, so the order of the data does not depend on them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import islice
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from model import config, contract, storage
+from model.data import tar_shard
+from model.data.errors import BadDataError, DataError, Skipped, UnreadableImageError
+from model.data.images import load_rgb
+from model.data.patience import patiently
+from model.data.patterns import absolute, locate
+from model.data.tar_shard import Samples, Shard
+
+VERSION = 1
+THREADS = 16
+OPEN_SHARDS = 4
+"""Indices kept in memory, for each lane: a lane's shard, the next one, and what replacements open in between."""
+
+FEWEST = 1000
+"""Images after which the share of unreadable ones is looked at."""
+
+Tell = Callable[[int, int], None]
+"""Told how many of how many shards are done."""
+
+
+class ShardSet(contract.Record, frozen=True):
+    """All shards of a `data.path`: column by column, as there may be hundreds of thousands."""
+
+    index: str  # the folder of the shards' indices
+    paths: list[str]
+    bytes: list[int]
+    samples: list[int]
+    without_image: int
+    skipped: list[Skipped]  # shards that are damaged, from some point on
+
+    @property
+    def total(self) -> int:
+        return sum(self.samples)
+
+    @property
+    def holds(self) -> str:
+        """For messages."""
+        return f"{len(self.paths):,} tar shards, from some point on,"
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"{len(self.paths):,} tar shards ({self.paths[0]} ...)"
+
+
+# --- the set ----------------------------------------------------------------------------------------------------------
+
+
+def set_file(index: str, patterns: list[str]) -> str:
+    """Where the folder of an index, or of a run, keeps the set that these patterns name."""
+    key = "\0".join([str(VERSION), *patterns])
+    return f"{index}/set-{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}.json"
+
+
+def build_or_read(data: config.Data, run_dir: str, tell: Tell) -> ShardSet:
+    """The run's set of shards: what it began with, else what `data.index` holds, else made now.
+
+    Raises DataError for shards that are not there or hold no image, StoreError.
+    """
+    patterns = [absolute(pattern) for pattern in data.shards]
+    index = os.path.abspath(data.index) if data.index else f"{run_dir}/data/shards"
+    kept = set_file(f"{run_dir}/data", patterns)
+    try:
+        return _read_set(kept, index)
+    except FileNotFoundError:
+        found = index_shards(patterns, index, tell)
+    try:
+        storage.publish(kept, contract.encode(found))
+    except storage.AlreadyPublished:
+        return _read_set(kept, index)
+    return found
+
+
+def _read_set(file: str, index: str) -> ShardSet:
+    """The set in a file, with the indices where they lie now: a run or a folder may have been moved."""
+    return msgspec.structs.replace(contract.decode(storage.read(file), ShardSet, file), index=index)
+
+
+def index_shards(patterns: list[str], index: str, tell: Tell) -> ShardSet:
+    """The set in the folder `index`, made if it is not there; what an interrupted making left is used."""
+    file = set_file(index, patterns)
+    try:
+        return _read_set(file, index)
+    except FileNotFoundError:
+        found = build(patterns, index, tell)
+    storage.replace(file, contract.encode(found))
+    return found
+
+
+def build(patterns: list[str], index: str, tell: Tell) -> ShardSet:
+    """Look into every shard that has no index yet. Raises as build_or_read."""
+    paths = locate(patterns)
+    shards: list[Shard] = []
+    for shard in _in_threads(partial(tar_shard.ensure, index), paths):
+        shards.append(shard)
+        tell(len(shards), len(paths))
+    made = ShardSet(
+        index=index,
+        paths=paths,
+        bytes=[shard.bytes for shard in shards],
+        samples=[shard.samples for shard in shards],
+        without_image=sum(shard.without_image for shard in shards),
+        skipped=[Skipped(path=shard.path, reason=shard.damage) for shard in shards if shard.damage],
+    )
+    if not made.total:
+        why = f"; {made.skipped[0].path}: {made.skipped[0].reason}" if made.skipped else ""
+        raise DataError(
+            f"data.path: no images in {made.where}{why}. Samples are named as in WebDataset: key.jpg, key.txt, key.cls"
+        )
+    return made
+
+
+def _in_threads(look: Callable[[str], Shard], paths: list[str]) -> Iterator[Shard]:
+    """`look` at every path, in order, some ahead: not all at once, as each that waits takes memory."""
+    left = iter(paths)
+    with ThreadPoolExecutor(THREADS) as pool:
+        waiting: list[Future[Shard]] = [pool.submit(look, path) for path in islice(left, 4 * THREADS)]
+        try:
+            while waiting:
+                yield waiting.pop(0).result()
+                waiting += [pool.submit(look, path) for path in islice(left, 1)]
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a sample lies: the shard's number and the sample's in it."""
+
+    shard: int
+    sample: int
+
+
+class ShardSource:
+    """The images of a set of shards by number. Safe to call from several threads."""
+
+    def __init__(self, found: ShardSet, data: config.Data) -> None:
+        self._set, self._data = found, data
+        self.counts: NDArray[np.int64] = np.array(found.samples, np.int64)
+        self._ends = np.cumsum(self.counts)
+        self.lanes, self.window = data.lanes, data.window
+        self._samples = lru_cache(maxsize=OPEN_SHARDS * data.lanes)(self._read_samples)
+        check_shards(found, data.max_skip_rate)
+
+    def place(self, number: int) -> Place:
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        return Place(shard, number - int(self._ends[shard] - self.counts[shard]))
+
+    def image(self, number: int) -> Image.Image:
+        """Raises UnreadableImageError; StoreError if the store stays out of reach."""
+        place = self.place(number)
+        record = self._samples(place.shard).records[place.sample]
+        return load_rgb(self._bytes(place, int(record["image"]), int(record["image_bytes"])), self._data.background)
+
+    def caption(self, number: int) -> str:
+        """The first line of the caption, "" if there is none."""
+        place = self.place(number)
+        record = self._samples(place.shard).records[place.sample]
+        if not record["caption_bytes"]:
+            return ""
+        text = self._bytes(place, int(record["caption"]), min(int(record["caption_bytes"]), 10_000))
+        return text.decode("utf-8", "replace").split("\n", 1)[0].strip()
+
+    def label(self, number: int) -> int | None:
+        """The number in the sample's .cls, None if it has none."""
+        place = self.place(number)
+        value = int(self._samples(place.shard).records[place.sample]["label"])
+        return None if value < 0 else value
+
+    def name(self, number: int) -> str:
+        """Shard and key, for people."""
+        place = self.place(number)
+        return f"{self._set.paths[place.shard]}: {self._samples(place.shard).key(place.sample)}"
+
+    def check(self, skipped: list[Skipped], seen: int) -> None:
+        """Raises BadDataError if more than the allowed share of the images `seen` so far had to be replaced."""
+        among = min(int(self._ends[-1]), max(seen, FEWEST))
+        if len(skipped) > self._data.max_skip_rate * among:
+            raise too_many(skipped, f"images among {among:,} of {self._set.where}", self._data.max_skip_rate)
+
+    def _bytes(self, place: Place, start: int, length: int) -> bytes:
+        data = patiently(partial(storage.read_range, self._set.paths[place.shard], start, length))
+        if len(data) < length:
+            raise UnreadableImageError("the shard ends before it: it was longer when it was indexed")
+        return data
+
+    def _read_samples(self, shard: int) -> Samples:
+        file = tar_shard.file_of(self._set.index, self._set.paths[shard], self._set.bytes[shard])
+        return patiently(partial(tar_shard.read, file))
+
+
+def check_shards(found: ShardSet, most: float) -> None:
+    """Raises BadDataError if more than the share `most` of the shards are damaged."""
+    if len(found.skipped) > most * len(found.paths):
+        raise too_many(found.skipped, f"of {found.where}", most)
+
+
+def too_many(skipped: list[Skipped], of: str, most: float) -> BadDataError:
+    named = "\n".join(f"  {one.path}: {one.reason}" for one in skipped[-5:])
+    return BadDataError(
+        f"{len(skipped):,} {of} are unreadable, more than data.max_skip_rate ({most:g}) allows. The last of them:\n"
+        f"{named}\nRepair or remove them, or raise data.max_skip_rate."
+    )

@@ -1,0 +1,176 @@
+"""Where the images of a phase come from: a folder, or tar shards. The loader asks for images by number and no more.
+
+    build_or_read(data, run_dir, tell) -> [Found]      what is there; made at the first use, the same for every rank
+    open_sources(found, data, captioned) -> [Source]   what training may see of it, place by place
+    draw(sources, ...) -> Drawn                        which image stands at which position
+
+There is one place for `data.path` and one for each of `data.also`.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from model import config
+from model.data import index as folders
+from model.data import shards
+from model.data.errors import DataError, Skipped
+from model.data.images import load_rgb
+from model.data.index import Entry, Index
+from model.data.mixture import MixedOrder, Share
+from model.data.order import Order
+from model.data.shards import ShardSet, ShardSource, Tell
+from model.data_section import PER_THOUSAND
+
+MEMORY_BUDGET = 512 * 2**20
+"""Bytes of decoded images that a process keeps; a folder that needs more is decoded at every access instead."""
+
+BYTES_PER_PIXEL = 4  # Pillow pads RGB
+
+Found = Index | ShardSet
+"""What lies at one place."""
+
+
+class Drawn(Protocol):
+    """Which image stands where: `model.data.order`, or several of them (`model.data.mixture`)."""
+
+    def number(self, position: int) -> int: ...
+
+    def replacement(self, position: int, attempt: int) -> int: ...
+
+
+class Source(Protocol):
+    """Images by number, 0 to the sum of `counts`. Safe to call from several threads."""
+
+    counts: NDArray[np.int64]
+    """Images of each shard; a folder is one."""
+    lanes: int
+    window: int
+
+    def image(self, number: int) -> Image.Image:
+        """RGB, over the background. Raises UnreadableImageError; StoreError if the store stays out of reach."""
+
+    def caption(self, number: int) -> str:
+        """ "" if it has none."""
+
+    def name(self, number: int) -> str:
+        """For people."""
+
+    def check(self, skipped: list[Skipped], seen: int) -> None:
+        """Raises BadDataError if these, of `seen` images so far, are more than `data.max_skip_rate` allows."""
+
+
+def build_or_read(data: config.Data, run_dir: str, tell: Tell) -> list[Found]:
+    """The run's index of `data.path`, and of each of `data.also`. Raises DataError if one has no image, StoreError."""
+    return [
+        shards.build_or_read(part, run_dir, tell) if part.shards else folders.build_or_read(part, run_dir)
+        for _, part in data.parts
+    ]
+
+
+def open_sources(found: list[Found], data: config.Data, captioned: bool) -> list[Source]:
+    """What training sees of each place; `captioned`: only what has a caption.
+
+    Raises DataError if that is nothing, BadDataError if too much is known to be unreadable.
+    """
+    if captioned and len(found) > 1:
+        raise DataError("data.also: a text phase reads one folder of images; give it a `data` without `also`")
+    return [_open(one, part, captioned) for one, (_, part) in zip(found, data.parts, strict=True)]
+
+
+def draw(sources: list[Source], data: config.Data, seed: int, origin: str, batch: int) -> Drawn:
+    """The order of training over the sources; `batch`: images of a global batch."""
+    orders = [
+        Order(seed, f"{origin}/also-{number}" if number else origin, one.counts, one.lanes, one.window)
+        for number, one in enumerate(sources)
+    ]
+    if len(orders) == 1:
+        return orders[0]
+    shares = [Share(round(part.share * PER_THOUSAND), part.batches) for part in data.also]
+    return MixedOrder(seed, origin, orders, shares, batch)
+
+
+def check_skips(sources: list[Source], skipped: list[Skipped], seen: int, most: float) -> None:
+    """Raises BadDataError if these, of `seen` images so far, are more than the share `most` (`data.max_skip_rate`)."""
+    if len(sources) == 1:
+        sources[0].check(skipped, seen)
+    elif len(skipped) > most * (among := max(seen, shards.FEWEST)):
+        raise shards.too_many(skipped, f"images among {among:,} of all sources", most)
+
+
+def _open(found: Found, data: config.Data, captioned: bool) -> Source:
+    if isinstance(found, Index):
+        return FolderSource(found, data, captioned)
+    if captioned:
+        raise DataError(
+            f"data.path: {found.where}: text phases cannot read tar shards yet; give them a folder of images, each "
+            "with a .txt beside it: phases.<text phase>.data.path"
+        )
+    return ShardSource(found, data)
+
+
+class FolderSource:
+    """The images of a folder: one shard, shuffled whole."""
+
+    def __init__(self, found: Index, data: config.Data, captioned: bool) -> None:
+        entries = folders.training_entries(found, data)
+        self.entries = _with_captions(entries, found) if captioned else entries
+        self.counts: NDArray[np.int64] = np.array([len(self.entries)])
+        self.lanes, self.window = 1, len(self.entries)
+        self._index, self._most = found, data.max_skip_rate
+        self._images = _Images(Path(found.root), self.entries, data.background)
+
+    def image(self, number: int) -> Image.Image:
+        return self._images.get(number)
+
+    def caption(self, number: int) -> str:
+        return self.entries[number].caption or ""
+
+    def captions(self) -> list[str]:
+        """All of them, in the order of the index."""
+        return [entry.caption or "" for entry in self.entries]
+
+    def name(self, number: int) -> str:
+        return self.entries[number].path
+
+    def check(self, skipped: list[Skipped], seen: int) -> None:
+        folders.check_skip_rate(self._index, skipped, self._most)
+
+
+def _with_captions(entries: list[Entry], index: Index) -> list[Entry]:
+    captioned = [entry for entry in entries if entry.caption]
+    if not captioned:
+        raise DataError(
+            f"data.path: no training image under {index.root} has a caption; a text phase needs a .txt beside each "
+            "image, its first line the caption. Leave the text phase out, or add captions"
+        )
+    return captioned
+
+
+class _Images:
+    """Decoded images by number: kept if all of them fit in the budget, else decoded each time."""
+
+    def __init__(self, root: Path, entries: list[Entry], background: config.Rgb) -> None:
+        self._paths = [root / entry.path for entry in entries]
+        self._background = background
+        self._keep = sum(entry.width * entry.height for entry in entries) * BYTES_PER_PIXEL <= MEMORY_BUDGET
+        self._kept: dict[int, Image.Image] = {}
+        self._lock = threading.Lock()
+
+    def get(self, number: int) -> Image.Image:
+        """Raises UnreadableImageError."""
+        with self._lock:
+            kept = self._kept.get(number)
+        if kept is not None:
+            return kept
+        image = load_rgb(self._paths[number], self._background)
+        if self._keep:
+            with self._lock:
+                self._kept[number] = image
+        return image

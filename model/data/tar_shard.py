@@ -1,0 +1,180 @@
+"""One tar shard and its index: where in it each image, caption and label lies, so that any can be read by range.
+
+Naming is WebDataset's: files that follow each other and share what comes before the first dot of their name are one
+sample; `key.jpg` (or another image), `key.txt` its caption, `key.cls` its label, a whole number. Anything else is
+passed over. An index is a line that says what it is, one of JSON (`Shard`), records (RECORD), and the keys one after
+another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from typing import BinaryIO
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from model import contract, storage
+from model.data.errors import DataError
+from model.data.patience import patiently
+
+MAGIC = b"dinoctl shard index 1\n"
+RECORD = np.dtype(
+    [("image", "<i8"), ("image_bytes", "<i4"), ("caption", "<i8"), ("caption_bytes", "<i4"), ("label", "<i4"),
+     ("key", "<i4")]
+)  # fmt: skip
+"""Offsets and sizes in bytes; caption_bytes 0: none; label -1: none; key: where in the keys it begins."""
+
+_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
+LARGEST = 2**31 - 1
+BLOCK = tarfile.BLOCKSIZE
+
+
+class Shard(contract.Record, frozen=True):
+    """What is known of one shard without its samples."""
+
+    path: str
+    bytes: int
+    samples: int
+    without_image: int = 0  # keys passed over, as no image goes with them
+    damage: str = ""  # why what comes after the last sample cannot be read
+
+
+@dataclass
+class _Found:
+    records: list[tuple[int, ...]] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    without_image: int = 0
+    damage: str = ""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The index of one shard in memory, for as long as its samples are read."""
+
+    shard: Shard
+    records: NDArray[np.void]
+    keys: bytes
+
+    def key(self, number: int) -> str:
+        start = int(self.records[number]["key"])
+        stop = int(self.records[number + 1]["key"]) if number + 1 < len(self.records) else len(self.keys)
+        return self.keys[start:stop].decode("utf-8", "replace")
+
+
+def file_of(index: str, path: str, size: int) -> str:
+    """Where in the folder `index` the index of a shard lies. A shard of another size is another shard."""
+    name = hashlib.blake2b(f"{path}\0{size}".encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    return f"{index}/{name[:2]}/{name[2:]}.idx"
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def head(file: str) -> Shard:
+    """What an index says of its shard. Raises FileNotFoundError, DataError, StoreError."""
+    return _head(storage.read(file, 0, 65536), file)[0]
+
+
+def read(file: str) -> Samples:
+    """A whole index. Raises FileNotFoundError, DataError, StoreError."""
+    data = storage.read(file)
+    shard, start = _head(data, file)
+    stop = start + shard.samples * RECORD.itemsize
+    if stop > len(data):
+        raise DataError(f"{file}: the index is torn; remove it, and it is made again")
+    return Samples(shard, np.frombuffer(data[start:stop], RECORD), data[stop:])
+
+
+def _head(data: bytes, file: str) -> tuple[Shard, int]:
+    end = data.find(b"\n", len(MAGIC))
+    if not data.startswith(MAGIC) or end < 0:
+        raise DataError(f"{file}: not an index of this version; remove it, and it is made again")
+    return contract.decode(data[len(MAGIC) : end], Shard, file), end + 1
+
+
+# --- making -----------------------------------------------------------------------------------------------------------
+
+
+def ensure(index: str, path: str) -> Shard:
+    """The shard's index, made unless it is there. Raises DataError if there is no such shard, StoreError."""
+    size = _size(path)
+    file = file_of(index, path, size)
+    try:
+        return head(file)
+    except FileNotFoundError:
+        return patiently(partial(_make, path, size, file))
+
+
+def _size(path: str) -> int:
+    def ask() -> int:
+        try:
+            return storage.size(path)
+        except FileNotFoundError as error:
+            raise DataError(f"data.path: no such tar shard: {path}") from error
+
+    return patiently(ask)
+
+
+def _make(path: str, size: int, file: str) -> Shard:
+    with storage.reading(path) as opened:
+        found = scan(opened, path, size)
+    shard = Shard(path, size, len(found.records), found.without_image, found.damage)
+    records = np.array(found.records, RECORD)
+    storage.replace(file, MAGIC + msgspec.json.encode(shard) + b"\n" + records.tobytes() + b"".join(found.keys))
+    return shard
+
+
+def scan(opened: BinaryIO, path: str, size: int) -> _Found:
+    """Every sample of a tar of `size` bytes. Damage ends the scan and is said in `damage`. Raises StoreError."""
+    found, ends = _Found(), 0
+    for key, members in groupby(_members(opened, path, size, found), key=lambda one: one[0]):
+        parts = {suffix: member for _, suffix, member in members}
+        image = next((part for suffix, part in parts.items() if f".{suffix}" in contract.IMAGE_SUFFIXES), None)
+        if image is None:
+            found.without_image += 1
+            continue
+        caption, label = parts.get("txt"), parts.get("cls")
+        at = (caption.offset_data, caption.size) if caption else (0, 0)
+        number = _label(opened, label) if label else -1
+        found.records.append((image.offset_data, image.size, *at, number, ends))
+        found.keys.append(key.encode("utf-8", "surrogateescape"))
+        ends += len(found.keys[-1])
+    return found
+
+
+def _members(opened: BinaryIO, path: str, size: int, found: _Found) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Key, suffix in lower case, and where it lies, of every file whose name has both."""
+    try:
+        with tarfile.open(fileobj=opened, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
+                named = _NAME.fullmatch(member.name)
+                if member.offset_data + member.size > size:
+                    found.damage = f"it ends within {member.name}"
+                    return
+                if named and member.isreg() and not member.issparse() and member.size <= LARGEST:
+                    yield named[1], named[2].lower(), member
+            opened.seek(tar.offset)
+            if opened.read(BLOCK).strip(b"\0"):
+                found.damage = f"damaged at byte {tar.offset}"
+    except (tarfile.TarError, ValueError) as error:
+        found.damage = f"not a whole tar: {error}"
+    except storage.StoreError:
+        raise
+    except OSError as error:
+        raise storage.StoreError(error.errno, f"reading {path}: {error.strerror or error}") from error
+
+
+def _label(opened: BinaryIO, member: tarfile.TarInfo) -> int:
+    """The whole number in a .cls; -1 if it holds anything else."""
+    opened.seek(member.offset_data)
+    text = opened.read(min(member.size, 32)).strip()
+    return int(text) if text.isdigit() and int(text) <= LARGEST else -1

@@ -1,0 +1,78 @@
+"""All images of a `data.path`, by number, for the commands that look at each of them: `check` and `stats`.
+
+Unlike a phase's source nothing is held out, and nothing stops at the first that cannot be read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+from PIL import Image
+
+from model import config, storage
+from model.data import index as folders
+from model.data import shards
+from model.data.errors import DataError
+from model.data.images import load_rgb
+from model.data.patterns import absolute
+from model.data.shards import ShardSet, ShardSource, Tell
+
+AHEAD = 4
+"""Results of each thread that may wait."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Whole:
+    """`image` raises UnreadableImageError. `shards`: the set that they are in; None for a folder."""
+
+    total: int
+    where: str
+    image: Callable[[int], Image.Image]
+    name: Callable[[int], str]
+    shards: ShardSet | None
+
+
+def open_whole(data: config.Data, index: str, tell: Tell) -> Whole:
+    """Tar shards are indexed in the folder `index` unless they are. Raises DataError, StoreError."""
+    if data.shards:
+        found = shards.index_shards(patterns_of(data), index, tell)
+        source = ShardSource(found, data.model_copy(update={"max_skip_rate": 1.0}))
+        return Whole(found.total, found.where, source.image, source.name, found)
+    if storage.is_uri(data.shown):
+        raise DataError(f"{data.shown}: of what is on a bucket only tar shards can be read; their names end in .tar")
+    root = folders.folder(data.shown)
+    paths = folders.list_images(root)
+    if not paths:
+        raise DataError(f"no images under {root}")
+    return Whole(
+        len(paths), str(root), lambda number: load_rgb(root / paths[number], data.background), paths.__getitem__, None
+    )
+
+
+def patterns_of(data: config.Data) -> list[str]:
+    """Raises DataError for a folder."""
+    if not data.shards:
+        raise DataError(f"{data.shown}: not tar shards (.tar); a folder of images needs no index ahead of time")
+    return [absolute(pattern) for pattern in data.shards]
+
+
+def in_threads(look: Callable[[int], T], numbers: Iterable[int]) -> Iterator[T]:
+    """`look` at every number, on all cores; results in order, few of them in waiting."""
+    cores = len(os.sched_getaffinity(0))
+    left, waiting = iter(numbers), deque[Future[T]]()
+    with ThreadPoolExecutor(cores) as pool:
+        try:
+            waiting.extend(pool.submit(look, number) for number in islice(left, AHEAD * cores))
+            while waiting:
+                yield waiting.popleft().result()
+                waiting.extend(pool.submit(look, number) for number in islice(left, 1))
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,127 @@
+"""The `data:` section: where the images are and what an image is. `orchestrator` comes here through `model.config`."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
+
+from model.sections import Count, Fraction, Rgb, Section
+
+SHARD_SUFFIX = ".tar"
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+DATASET = re.compile(r"[A-Z]\w*:(split|root|extra)=")
+"""How a dataset string of the released DINOv3 code begins: `ImageNet:split=TRAIN:root=/data/in1k:extra=/data/extra`."""
+
+SPLITS = {"TRAIN": "train", "VAL": "val", "TEST": "test"}
+
+
+def _dataset_folder(path: Any) -> Any:
+    """The folder that a dataset string means; anything else as it is. `extra` holds lists that are not needed."""
+    if not isinstance(path, str) or not DATASET.match(path):
+        return path
+    name, *words = path.split(":")
+    given = dict(word.partition("=")[::2] for word in words)
+    if name != "ImageNet":
+        raise ValueError(f"{path}: of these dataset strings only ImageNet's is read; name the folder of images instead")
+    if set(given) - {"split", "root", "extra"} or not given.get("root") or given.get("split") not in SPLITS:
+        raise ValueError(f"{path}: write ImageNet:split=TRAIN:root=FOLDER, split one of {', '.join(SPLITS)}")
+    return os.path.abspath(os.path.join(os.path.expanduser(given["root"]), SPLITS[given["split"]]))
+
+
+DataPath = Annotated[str | Annotated[list[str], Field(min_length=1)], BeforeValidator(_dataset_folder)]
+
+
+PER_THOUSAND = 1000
+"""Shares are dealt exactly in every thousand, so they are whole thousandths."""
+
+
+def _thousandths(share: float) -> float:
+    if abs(share * PER_THOUSAND - round(share * PER_THOUSAND)) > 1e-6:
+        raise ValueError(f"{share:g} is not a multiple of 0.001")
+    return share
+
+
+Share = Annotated[float, Field(gt=0.0, lt=1.0), AfterValidator(_thousandths)]
+
+
+def _is_shards(path: str) -> bool:
+    return path.endswith(SHARD_SUFFIX)
+
+
+def _check_paths(paths: str | list[str]) -> None:
+    for path in [paths] if isinstance(paths, str) else paths:
+        if path.endswith(COMPRESSED):
+            raise ValueError(f"path: {path} is compressed, so no image in it can be read alone; unpack it")
+        if isinstance(paths, list) and not _is_shards(path):
+            raise ValueError(f"path: {path} in a list: only tar shards can be listed, and they end in .tar")
+
+
+class Part(Section):
+    """Images that are mixed in."""
+
+    path: DataPath = Field(description="as data.path")
+    share: Share = Field(description="of the images; with `batches: whole` of the batches. The rest is data.path's")
+    batches: Literal["mixed", "whole"] = Field(
+        "mixed", description="whole: batches of these images alone, as DINOv3's of ImageNet"
+    )
+
+
+class Data(Section):
+    """Where the images are and what an image is."""
+
+    path: DataPath = Field(
+        description="folder of images (`cache:NAME`: one that `make data` fetched), or tar shards: paths, globs or "
+        "URIs ending in .tar, {000000..000123} counts; one or a list; or dinov3's ImageNet:split=TRAIN:root=FOLDER"
+    )
+    also: list[Part] = Field([], description="other images that training sees in given shares; evaluations do not")
+    index: str | None = Field(
+        None, description="folder of the tar shards' index (`dinoctl data index`); null: in the run, at the first use"
+    )
+    lanes: PositiveInt = Field(64, description="tar shards: sequences that are read side by side; part of the order")
+    window: PositiveInt = Field(4096, description="tar shards: images of a lane that are shuffled among themselves")
+    hold_out: Literal["none", "validation", "test"] = Field(
+        "none", description="what training must not see: nothing, the test third, or test and validation"
+    )
+    background: Rgb = Field((1.0, 1.0, 1.0), description="what shows through transparent pixels, RGB in [0, 1]")
+    mean: Rgb = (0.485, 0.456, 0.406)
+    std: Rgb = (0.229, 0.224, 0.225)
+    max_skip_rate: Fraction = Field(0.01, description="share of unreadable images past which the run stops")
+    workers: Count = Field(2, description="loader threads a process")
+
+    @property
+    def parts(self) -> list[tuple[tuple[str | int, ...], Data]]:
+        """Every place that images come from as a section of its own, and where its path stands in this one."""
+        alone = self.model_copy(update={"also": []})
+        hold_outs = [self.hold_out if isinstance(part.path, str) and not _is_shards(part.path) else "none"
+                     for part in self.also]  # fmt: skip
+        return [(("path",), alone)] + [
+            (("also", number, "path"), alone.model_copy(update={"path": part.path, "hold_out": hold_out}))
+            for number, (part, hold_out) in enumerate(zip(self.also, hold_outs, strict=True))
+        ]
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """The tar shards that `path` names, globs and counts not expanded; none if it is a folder of images."""
+        if isinstance(self.path, list):
+            return tuple(self.path)
+        return (self.path,) if _is_shards(self.path) else ()
+
+    @property
+    def shown(self) -> str:
+        """`path` for a person."""
+        return self.path if isinstance(self.path, str) else ", ".join(self.path)
+
+    @model_validator(mode="after")
+    def _readable(self) -> Data:
+        for paths in (self.path, *(part.path for part in self.also)):
+            _check_paths(paths)
+        for batches in ("mixed", "whole"):
+            if sum(part.share for part in self.also if part.batches == batches) > 1 - 1 / PER_THOUSAND:
+                raise ValueError(f"also: the shares of {batches} batches leave nothing for data.path")
+        if self.shards and self.hold_out != "none":
+            raise ValueError("hold_out goes with a folder of images: in tar shards near-duplicates are not looked for")
+        return self

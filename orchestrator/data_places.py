@@ -1,0 +1,63 @@
+"""What lies where a `data.path` says, as far as this machine can see: folders of images, tar shards, captions."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path as FilePath
+
+from model import contract, storage
+from orchestrator.problems import Problem, listed
+
+_FIRST = re.compile(r"\{([^{}]*?)(?:\.\.|,)[^{}]*\}")
+
+
+def shards(patterns: Sequence[str]) -> Problem | None:
+    """Of each pattern of local files the first that it names, or any that a glob matches, is looked for."""
+    for pattern in patterns:
+        name = os.path.expanduser(_FIRST.sub(r"\1", pattern))
+        if not storage.is_uri(pattern) and next(glob.iglob(name), None) is None:
+            return Problem("no such tar shard", found=pattern if name == pattern else f"{pattern} ({name})",
+                           allowed="tar files, globs of them, or x-{000000..000123}.tar",
+                           hint="`dinoctl data pack` makes some from a folder of images")  # fmt: skip
+    return None
+
+
+def folder(path: str) -> Problem | None:
+    if storage.is_uri(path):
+        return None
+    folder = contract.data_folder(path)
+    found = path if str(folder) == path else f"{path} ({folder})"
+    hint = "any folder of images does: data.path=FOLDER"
+    if path.startswith("cache:"):
+        hint = f"`make data` fetches the demo's images; {hint}"
+    if not folder.is_dir():
+        return Problem("no such data folder" if not folder.exists() else "not a folder", found=found, hint=hint)
+    if not has_image(folder):
+        return Problem("no images in the data folder", found=found, hint=hint,
+                       allowed=f"files ending in {listed(sorted(contract.IMAGE_SUFFIXES))}")  # fmt: skip
+    return None
+
+
+def has_image(folder: FilePath) -> bool:
+    return next(images(folder), None) is not None
+
+
+def images(folder: FilePath) -> Iterator[FilePath]:
+    """Looks as the index of the images will, one after the other: to find the first of millions takes no longer."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in contract.IMAGE_SUFFIXES:
+                yield FilePath(place, name)
+
+
+def has_caption(image: FilePath) -> bool:
+    """As the index reads it: the first line of the text beside the image."""
+    try:
+        with image.with_suffix(".txt").open(encoding="utf-8", errors="replace") as text:
+            return bool(text.readline().strip())
+    except OSError:
+        return False
