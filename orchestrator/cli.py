@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 DONE, FAILED, WRONG_INPUT, DISK_FULL, INTERRUPTED = 0, 1, 2, 3, 130
+STAYING = ("submit", "resume", "watch")
+"""Commands that stay with a run: one that leaves early has not done it, though the run may go on."""
 
 EXIT_CODES = f"""\
 exit codes:
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # whoever reads our output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+        return INTERRUPTED if options.command in STAYING and not getattr(options, "dry_run", False) else DONE
     except Exception as error:
         from orchestrator.mistakes import explain
 

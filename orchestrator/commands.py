@@ -32,7 +32,7 @@ Options = argparse.Namespace
 
 _WHAT = {
     "created": "is new",
-    "attached": "is there already, and is shown (Ctrl-C stops it, as it does where it was submitted)",
+    "attached": "is there already",
     "resumed": "goes on",
     "amended": "is amended, and goes on",
 }
@@ -100,7 +100,9 @@ def submit(options: Options) -> int:
     done = control.submit(run_dir, request, by=_me(), fork=options.fork, amending=options.amend)
     for change in done.changes:
         print(f"amended: {change}")
-    print(f"run {name} {_WHAT[done.what]}: {run_dir}", flush=True)
+    shown = done.what == "attached" and not options.detach
+    more = ", and is shown (Ctrl-C stops it, as it does where it was submitted)" if shown else ""
+    print(f"run {name} {_WHAT[done.what]}{more}: {run_dir}", flush=True)
     return _go_on(run_dir, options)
 
 

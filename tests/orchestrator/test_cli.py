@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -376,3 +377,15 @@ def test_answers_that_must_come_at_once_import_nothing_heavy(tmp_path: Path, wor
     )
     done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "closed", "code"), [(["validate", "nowhere.yaml"], "stderr", 2), (["schema"], "stdout", 0)]
+)
+def test_a_reader_that_has_had_enough(words: list[str], closed: str, code: int) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, closed: writer}
+    done = subprocess.run([sys.executable, "-P", "-m", "orchestrator.cli", *words], check=False, **streams)
+    os.close(writer)
+    assert (done.returncode, done.stderr or b"") == (code, b"")

@@ -84,12 +84,16 @@ def test_a_run_and_a_checkpoint_of_it_are_found(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     run = Run(tmp_path / "runs" / "tiny")
     run.done()
+    for phase, attempt in (("pretrain", 1), ("gram", 2)):
+        storage.publish(f"{run.path}/{contract.manifest_file(phase, attempt, 4)}", b"{}")
     assert weights_command.place("tiny", "runs") == f"{run.path}/{contract.checkpoint_dir('gram', 2, 4)}"
     wanted = f"{run.path}/{contract.checkpoint_dir('pretrain', 1, 4)}"
     assert weights_command.place("tiny#pretrain@4", "runs") == wanted
     assert weights_command.place("runs/tiny#pretrain@4", "elsewhere") == wanted
     with pytest.raises(handoff.HandoffError, match="no such checkpoint"):
         weights_command.place("tiny#pretrain@3", "runs")
+    with pytest.raises(handoff.HandoffError, match="no longer there"):
+        weights_command.place("tiny#pretrain@6", "runs")
     for other in ("vits16", "a.pth", "s3://b/a.pth"):
         assert weights_command.place(other, "runs") == other
     assert storage.is_uri("s3://b/a.pth")
