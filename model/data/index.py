@@ -71,7 +71,7 @@ class Index(contract.Record, frozen=True):
 def build_or_read(data: config.Data, run_dir: str) -> Index:
     """The run's index of `data.path`, made if this is the first to ask; two at once agree on the first one published.
 
-    Raises DataError if the folder is missing or holds no image that can be read.
+    Raises DataError if the folder is missing or holds no image that can be read, BadDataError if too many cannot.
     """
     if data.shards or not isinstance(data.path, str):
         raise DataError(f"data.path: {data.shown}: these are tar shards; an evaluation looks at a folder of images")
@@ -83,6 +83,7 @@ def build_or_read(data: config.Data, run_dir: str) -> Index:
     except FileNotFoundError:
         pass
     index = build(root, data.background)
+    check_skip_rate(index, [], data.max_skip_rate)  # before it is published: a repaired folder is looked at anew
     try:
         storage.publish(path, contract.encode(index))
     except storage.AlreadyPublished:
@@ -116,7 +117,7 @@ def check_skip_rate(index: Index, found_later: list[Skipped], most: float) -> No
         named = "\n".join(f"  {one.path}: {one.reason}" for one in skipped[-5:])
         raise BadDataError(
             f"{len(skipped)} of {total} images under {index.root} are unreadable, more than data.max_skip_rate "
-            f"({most:g}) allows. The last of them:\n{named}\nRepair or remove them, or raise data.max_skip_rate."
+            f"({most:g}) allows; repair or remove them, or raise it\nThe last of them:\n{named}"
         )
 
 

@@ -225,6 +225,6 @@ def check_shards(found: ShardSet, most: float) -> None:
 def too_many(skipped: list[Skipped], of: str, most: float) -> BadDataError:
     named = "\n".join(f"  {one.path}: {one.reason}" for one in skipped[-5:])
     return BadDataError(
-        f"{len(skipped):,} {of} are unreadable, more than data.max_skip_rate ({most:g}) allows. The last of them:\n"
-        f"{named}\nRepair or remove them, or raise data.max_skip_rate."
+        f"{len(skipped):,} {of} are unreadable, more than data.max_skip_rate ({most:g}) allows; repair or remove them, "
+        f"or raise it\nThe last of them:\n{named}"
     )

@@ -112,12 +112,22 @@ def test_a_large_folder_is_grouped_by_equal_files_and_says_so(images: Path, monk
 def test_unreadable_images_are_named_and_too_many_of_them_stop_the_run(images: Path, tmp_path: Path) -> None:
     (images / "a/empty.png").write_bytes(b"")
     (images / "a/torn.png").write_bytes((images / "a/02.png").read_bytes()[:80])
-    built = index.build_or_read(settings(images), str(tmp_path))
+    few = settings(images, max_skip_rate=0.05)
+    built = index.build_or_read(few, str(tmp_path))
     assert [one.path for one in built.skipped] == ["a/empty.png", "a/torn.png"]
     assert len(built.entries) == 40
-    assert len(index.training_entries(built, settings(images, max_skip_rate=0.05))) == 40
-    with pytest.raises(BadDataError, match=r"2 of 42 images .*\n  a/empty.png: empty file\n  a/torn.png: "):
+    assert len(index.training_entries(built, few)) == 40
+    with pytest.raises(BadDataError, match=r"2 of 42 images .*\n.*\n  a/empty.png: empty file\n  a/torn.png: "):
         index.training_entries(built, settings(images))
+
+
+def test_a_folder_that_was_repaired_is_looked_at_anew(images: Path, tmp_path: Path) -> None:
+    torn = images / "a/torn.png"
+    torn.write_bytes((images / "a/02.png").read_bytes()[:80])
+    with pytest.raises(BadDataError, match=r"1 of 41 images"):
+        index.build_or_read(settings(images), str(tmp_path))
+    torn.unlink()
+    assert not index.build_or_read(settings(images), str(tmp_path)).skipped
 
 
 def test_missing_and_empty_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,7 +232,7 @@ def test_too_many_unreadable_images_stop_the_run(folder: Path, tmp_path: Path) -
     shard = folder / "x-02.tar"
     overwrite(shard, 0, b"\0" * shard.stat().st_size)
     with pytest.raises(
-        BadDataError, match=r"\d images among 40 of 4 tar shards .*\n  .*x-02.tar: 00\d\d: not an image"
+        BadDataError, match=r"\d images among 40 of 4 tar shards .*\n.*\n  .*x-02.tar: 00\d\d: not an image"
     ):
         batches(data, tmp_path)
 
