@@ -15,6 +15,7 @@ from pydantic import Field, PositiveInt, TypeAdapter, model_validator
 from model.architectures import ARCHITECTURES
 from model.data_section import DATASET as DATASET
 from model.data_section import Data as Data
+from model.sections import BelowOne as BelowOne
 from model.sections import Count as Count
 from model.sections import Fraction as Fraction
 from model.sections import NonNegative as NonNegative
@@ -158,8 +159,8 @@ class Optim(Section):
     lr: Scheduled
     lr_scaling: Literal["none", "linear_256", "sqrt_wrt_1024"] = "none"
     weight_decay: Scheduled = constant(0.04)
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.999
+    beta1: BelowOne = 0.9
+    beta2: BelowOne = 0.999
     clip: Positive | None = Field(3.0, description="gradient norm of backbone and of each head, apart")
     clip_each: Literal["network", "parameter"] = Field("network", description="parameter: each tensor apart, as v1")
     layer_decay: Positive = Field(1.0, description="learning rate of a block over the next one's")

@@ -108,7 +108,7 @@ class TestKeysAndValues:
             ("optim.weight_decay={peak: 0.1, end: -0.1}", "-0.1", "0 or more"),
             ("losses.dino.teacher_temp=0", "0.0", "greater than 0"),
             ("phases.gram.ema=1.5", "1.5", "between 0 and 1"),
-            ("optim.beta1=1.5", "1.5", "less than or equal to 1"),
+            ("optim.beta1=1.0", "1.0", "less than 1"),
             ("phases.pretrain.steps=0", "0", "greater than 0"),
             ("precision.compute=bf61", "'bf61'", "'fp32' or 'bf16'"),
             ("phases.gram.kind=gramm", "'gramm'", "pretrain, gram"),
