@@ -9,7 +9,8 @@ from model import storage
 from model.data.errors import Skipped, UnreadableImageError
 from model.data.patience import patiently
 from model.data.shards import ShardSet, Tell
-from model.data.whole import Whole, in_threads
+from model.data.threads import cores, in_threads
+from model.data.whole import Whole
 
 
 def problems(whole: Whole, tell: Tell) -> Iterator[Skipped]:
@@ -18,7 +19,7 @@ def problems(whole: Whole, tell: Tell) -> Iterator[Skipped]:
         yield from whole.shards.skipped
         yield from _changed(whole.shards)
     look: Callable[[int], Skipped | None] = partial(_look, whole)
-    for done, problem in enumerate(in_threads(look, range(whole.total)), 1):
+    for done, problem in enumerate(in_threads(look, range(whole.total), cores()), 1):
         if problem is not None:
             yield problem
         tell(done, whole.total)

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -25,6 +23,7 @@ from model import config, contract, storage
 from model.data import duplicates
 from model.data.errors import BadDataError, DataError, Skipped, UnreadableImageError
 from model.data.images import alpha, load, over
+from model.data.threads import cores, in_threads
 
 COMPARE_AT_MOST = 20_000
 """Images past which only equal files are grouped: comparing each with each grows with the square."""
@@ -141,7 +140,7 @@ def build(root: Path, background: config.Rgb) -> Index:
         endings = ", ".join(sorted(contract.IMAGE_SUFFIXES))
         raise DataError(f"data.path: no images under {root} (looked for {endings} in all its folders)")
     compare = len(paths) <= COMPARE_AT_MOST
-    looks = _in_threads(lambda path: _look(root / path, background, compare), paths)
+    looks = list(in_threads(lambda path: _look(root / path, background, compare), paths, min(16, cores())))
     skipped = [Skipped(path=p, reason=look) for p, look in zip(paths, looks, strict=True) if isinstance(look, str)]
     read = [(path, look) for path, look in zip(paths, looks, strict=True) if not isinstance(look, str)]
     if not read:
@@ -236,12 +235,3 @@ def _groups(paths: list[str], looks: list[_Look]) -> list[int]:
     if len(thumbnails) < len(looks):
         return duplicates.equal(contents)
     return duplicates.near_duplicates(paths, contents, np.stack(thumbnails))
-
-
-A = TypeVar("A")
-B = TypeVar("B")
-
-
-def _in_threads(function: Callable[[A], B], values: Iterable[A]) -> list[B]:
-    with ThreadPoolExecutor(max_workers=min(16, len(os.sched_getaffinity(0)))) as pool:
-        return list(pool.map(function, values))

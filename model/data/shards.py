@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import islice
 
 import msgspec
 import numpy as np
@@ -29,6 +27,7 @@ from model.data.images import load_rgb
 from model.data.patience import patiently
 from model.data.patterns import absolute, locate
 from model.data.tar_shard import Samples, Shard
+from model.data.threads import in_threads
 
 VERSION = 1
 THREADS = 16
@@ -115,7 +114,7 @@ def build(patterns: list[str], index: str, tell: Tell) -> ShardSet:
     """Look into every shard that has no index yet. Raises as build_or_read."""
     paths = locate(patterns)
     shards: list[Shard] = []
-    for shard in _in_threads(partial(tar_shard.ensure, index), paths):
+    for shard in in_threads(partial(tar_shard.ensure, index), paths, THREADS):
         shards.append(shard)
         tell(len(shards), len(paths))
     made = ShardSet(
@@ -132,19 +131,6 @@ def build(patterns: list[str], index: str, tell: Tell) -> ShardSet:
             f"data.path: no images in {made.where}{why}. Samples are named as in WebDataset: key.jpg, key.txt, key.cls"
         )
     return made
-
-
-def _in_threads(look: Callable[[str], Shard], paths: list[str]) -> Iterator[Shard]:
-    """`look` at every path, in order, some ahead: not all at once, as each that waits takes memory."""
-    left = iter(paths)
-    with ThreadPoolExecutor(THREADS) as pool:
-        waiting: list[Future[Shard]] = [pool.submit(look, path) for path in islice(left, 4 * THREADS)]
-        try:
-            while waiting:
-                yield waiting.pop(0).result()
-                waiting += [pool.submit(look, path) for path in islice(left, 1)]
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

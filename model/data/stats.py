@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from model.data.errors import DataError, UnreadableImageError
 from model.data.shards import Tell
-from model.data.whole import Whole, in_threads
+from model.data.threads import cores, in_threads
+from model.data.whole import Whole
 
 Floats = NDArray[np.float64]
 
@@ -30,7 +31,7 @@ def measure(whole: Whole, images: int, tell: Tell) -> Stats:
     count = min(images, whole.total)
     numbers = [place * whole.total // count for place in range(count)]
     total, read = np.zeros((2, 3)), 0
-    for done, moments in enumerate(in_threads(partial(_moments, whole), numbers), 1):
+    for done, moments in enumerate(in_threads(partial(_moments, whole), numbers, cores()), 1):
         if moments is not None:
             total += moments
             read += 1

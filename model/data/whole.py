@@ -5,13 +5,8 @@ Unlike a phase's source nothing is held out, and nothing stops at the first that
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
-from typing import TypeVar
 
 from PIL import Image
 
@@ -22,11 +17,6 @@ from model.data.errors import DataError
 from model.data.images import load_rgb
 from model.data.patterns import absolute
 from model.data.shards import ShardSet, ShardSource, Tell
-
-AHEAD = 4
-"""Results of each thread that may wait."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,17 +52,3 @@ def patterns_of(data: config.Data) -> list[str]:
     if not data.shards:
         raise DataError(f"{data.shown}: not tar shards (.tar); a folder of images needs no index ahead of time")
     return [absolute(pattern) for pattern in data.shards]
-
-
-def in_threads(look: Callable[[int], T], numbers: Iterable[int]) -> Iterator[T]:
-    """`look` at every number, on all cores; results in order, few of them in waiting."""
-    cores = len(os.sched_getaffinity(0))
-    left, waiting = iter(numbers), deque[Future[T]]()
-    with ThreadPoolExecutor(cores) as pool:
-        try:
-            waiting.extend(pool.submit(look, number) for number in islice(left, AHEAD * cores))
-            while waiting:
-                yield waiting.popleft().result()
-                waiting.extend(pool.submit(look, number) for number in islice(left, 1))
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)

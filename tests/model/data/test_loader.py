@@ -10,10 +10,11 @@ import torch
 
 from model import config
 from model.data import sources
-from model.data.batch import Batch, PairBatch, SslBatch
+from model.data.batch import PairBatch, SslBatch
 from model.data.errors import BadDataError, DataError
 from model.data.loader import Loader
 from model.data.views import PairViews, SslViews, Views
+from tests.model.data.loading import assert_equal, tensors
 
 SIZES = config.Resolution(global_size=16, local_size=8, gram_size=24)
 
@@ -46,18 +47,6 @@ def make(
 ) -> Loader:
     built = sources.build_or_read(settings.data, str(run_dir), lambda done, total: None)
     return Loader(settings, 0, "pretrain", built, str(run_dir), views, *rank, *clocks)
-
-
-def tensors(batch: Batch) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in vars(batch).items() if value is not None}
-
-
-def assert_equal(first: list[Batch], second: list[Batch]) -> None:
-    assert len(first) == len(second)
-    for one, other in zip(first, second, strict=True):
-        assert tensors(one).keys() == tensors(other).keys()
-        for name, value in tensors(one).items():
-            assert torch.equal(value, tensors(other)[name]), name
 
 
 def test_shapes(images: Path, tmp_path: Path) -> None:

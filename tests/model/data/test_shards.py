@@ -18,10 +18,11 @@ from model import config, storage
 from model.data import patience, shards, sources, tar_shard
 from model.data.batch import Batch, SslBatch
 from model.data.errors import BadDataError, DataError, UnreadableImageError
-from model.data.loader import Loader
 from model.data.shards import ShardSet, ShardSource
 from model.data.views import SslViews
+from tests.model.data import loading
 from tests.model.data.conftest import picture
+from tests.model.data.loading import assert_equal
 
 VIEWS = SslViews(config.Resolution(global_size=16, local_size=8), patch_size=4)
 PER_SHARD = 10
@@ -69,28 +70,8 @@ def build(data: config.Data, run: Path) -> ShardSet:
     return shards.build_or_read(data, str(run), lambda done, total: None)
 
 
-def batches(
-    data: config.Data, run: Path, rank: int = 0, world: int = 1, clocks: tuple[int, int] = (0, 7)
-) -> list[Batch]:
-    values = {
-        "kind": "pretrain", "steps": 100, "data": data.model_dump(), "checkpoints": {"every": 10},
-        "optim": {"batch_size": 8, "group_size": 2, "lr": 1e-3},
-        "crops": {"resolutions": [{"global_size": 16, "local_size": 8}], "local_count": 1},
-    }  # fmt: skip
-    found = sources.build_or_read(data, str(run), lambda done, total: None)
-    return list(
-        Loader(config.read_phase(values), 0, "pretrain", found, str(run), lambda _: VIEWS, rank, world, *clocks)
-    )
-
-
-def assert_equal(first: list[Batch], second: list[Batch]) -> None:
-    assert len(first) == len(second)
-    for one, other in zip(first, second, strict=True):
-        assert isinstance(one, SslBatch)
-        assert isinstance(other, SslBatch)
-        assert torch.equal(one.positions, other.positions)
-        assert torch.equal(one.global_crops, other.global_crops)
-        assert torch.equal(one.masks, other.masks)
+def batches(data: config.Data, run: Path, *rank: int, **clocks: tuple[int, int]) -> list[Batch]:
+    return loading.batches(data.model_dump(), run, *rank, **clocks)
 
 
 # --- what is in a shard -----------------------------------------------------------------------------------------------

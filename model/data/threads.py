@@ -1,0 +1,34 @@
+"""Work on many things side by side, for what releases the interpreter lock: decoding, and waiting for a store."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+AHEAD = 4
+"""Results of each thread that may wait: not all at once, as each that waits takes memory."""
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def in_threads(look: Callable[[A], B], values: Iterable[A], threads: int) -> Iterator[B]:
+    """`look` at every value; results in the order of the values. Raises what `look` raised, at its place."""
+    left, waiting = iter(values), deque[Future[B]]()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            waiting.extend(pool.submit(look, value) for value in islice(left, AHEAD * threads))
+            while waiting:
+                yield waiting.popleft().result()
+                waiting.extend(pool.submit(look, value) for value in islice(left, 1))
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
