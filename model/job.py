@@ -10,16 +10,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
-from model import checkpoint, config, contract, optim, parallel, storage
+from model import checkpoint, config, contract, optim, parallel, sharding, storage
 from model.checkpoint import CheckpointError
 from model.contract import Attempt, CheckpointRef, File, Manifest
+from model.data.batch import Batch
 from model.data.loader import MOST_NAMES, Loader
 from model.data.sources import Found, build_or_read
-from model.objectives.base import Objective
+from model.networks.init import Make, create
+from model.objectives.base import Moment, Objective
 from model.objectives.build import build
 from model.progress import Progress
 from model.stopping import Stop
@@ -39,14 +42,50 @@ class Loop:
     position: int  # images consumed since the origin
     non_finite: int = 0  # steps in a row, up to now, that changed nothing
 
-    def after_step(self, images: int, finite: bool) -> Loop:
-        return replace(
-            self,
-            step=self.step + 1,
-            clock=self.clock + 1,
-            position=self.position + images,
-            non_finite=0 if finite else self.non_finite + 1,
-        )
+    def after_step(self, images: int) -> Loop:
+        """One step further; whether it changed anything is known later (`settled`)."""
+        return replace(self, step=self.step + 1, clock=self.clock + 1, position=self.position + images)
+
+    def settled(self, finite: bool) -> Loop:
+        return replace(self, non_finite=0 if finite else self.non_finite + 1)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A step that the device is asked to make; what it came to is read one step later, so that nobody waits for it."""
+
+    moment: Moment
+    batch: Batch
+    names: tuple[str, ...]
+    values: Tensor  # float64 [names], on the host once `there` has happened
+    there: torch.cuda.Event | None  # None on a CPU
+    known: dict[str, float]  # metrics that the host knew at once
+    images_per_second: float
+
+    @classmethod
+    def of(
+        cls,
+        moment: Moment,
+        batch: Batch,
+        names: tuple[str, ...],
+        values: Tensor,
+        known: dict[str, float],
+        images_per_second: float,
+    ) -> Begun:
+        """With `values` of the device on their way to the host."""
+        there = None
+        if values.is_cuda:
+            on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values = on_host.copy_(values, non_blocking=True)
+            there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            there.record()
+        return cls(moment, batch, names, values, there, known, images_per_second)
+
+    def metrics(self) -> dict[str, float]:
+        """Waits for the device."""
+        if self.there is not None:
+            self.there.synchronize()
+        return dict(zip(self.names, self.values.tolist(), strict=True)) | self.known
 
 
 @dataclass
@@ -65,8 +104,19 @@ class Job:
     stored: dict[str, list[File]] = field(default_factory=dict)  # files of frozen parts, once they are in the run
     sealed: dict[int, Manifest] = field(default_factory=dict)  # by this attempt, and not yet removed
     last_sealed: CheckpointRef | None = None  # of this phase, by this attempt or one that it goes on from
+    begun: Begun | None = None  # the last step, as long as the host does not know what it came to
     recorded_non_finite: bool = False  # a step that was not finite was written down (`model.recording`)
     skips_told: int = 0  # unreadable images that somebody was told of
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the networks, and of what they look at."""
+        return dtype_of(self.settings)
+
+
+def dtype_of(settings: config.AnyPhase) -> torch.dtype:
+    """Of weights and everything that is no product."""
+    return torch.float64 if settings.precision.compute == "fp64" else torch.float32
 
 
 def begin(attempt: Attempt, stop: Stop, device: torch.device) -> Job:
@@ -109,29 +159,18 @@ def _user_errors() -> Iterator[None]:
 
 
 def check_layout(settings: config.AnyPhase, world: int) -> None:
-    """Raises ValueError unless every rank's micro-batch is made of whole groups and the settings are ones that this
-    loop can honour."""
-    optim_settings, ways = settings.optim, settings.parallel
-    unit = optim_settings.group_size * optim_settings.accumulate
-    if optim_settings.batch_size % (world * unit):
-        fitting = [n for n in range(1, optim_settings.batch_size + 1) if optim_settings.batch_size % (n * unit) == 0]
-        raise ValueError(
-            f"{world} processes cannot share batch_size {optim_settings.batch_size} in whole groups of "
-            f"{optim_settings.group_size} and {optim_settings.accumulate} micro-batches; these can: {fitting}"
-        )
+    """Raises ValueError unless every rank's micro-batch is made of whole groups and the machine can do what is asked
+    of it."""
+    try:
+        settings.optim.micro_batches(world)
+    except ValueError as error:
+        raise ValueError(f"{error}; these can: {settings.optim.worlds()}") from None
     if isinstance(settings, config.SslPhase) and not settings.koleo_fits(world):
         raise ValueError(
             f"losses.koleo.group_size {settings.koleo_group} fits neither in a micro-batch nor as whole shares of "
-            f"{world} processes: take a number of processes that `validate` lists, or optim.accumulate 1"
+            f"{world} processes: take a number of processes that `validate` lists, or larger micro-batches"
         )
-    asked = {
-        "parallel.shard": ways.shard != "none",
-        "parallel.activation_checkpointing": ways.activation_checkpointing,
-        "parallel.compile": ways.compile,
-        "precision.fp8": settings.precision.fp8 != "none",
-    }
-    if missing := [name for name, wanted in asked.items() if wanted]:
-        raise ValueError(f"{', '.join(missing)}: this version of the trainer cannot do that yet; leave it out")
+    sharding.check(settings, world)
 
 
 def _index(attempt: Attempt, settings: config.AnyPhase) -> list[Found]:
@@ -166,11 +205,10 @@ def _make(
     """The job at `loop`, with networks and optimizer fresh."""
     with _user_errors():
         model = config.read(config.Model, attempt.model)
-        objective = build(settings, model, attempt.seed, loop.origin)
-    built = objective.networks()
-    for network in (*built.trained.values(), *built.frozen.values()):
-        network.to(device)
-    optimizer = optim.build(built.trained, settings.optim)
+        prepare = sharding.Prepare(settings.parallel, settings.precision, device)
+        make = cast(Make, partial(create, prepare=prepare, device=device, dtype=dtype_of(settings)))
+        objective = build(settings, model, attempt.seed, loop.origin, make)
+    optimizer = optim.build(objective.networks().trained, settings.optim)
     loader = Loader(
         settings,
         attempt.seed,
@@ -191,8 +229,8 @@ def _resume(make: partial[Job], ref: CheckpointRef) -> Job:
     job = make(Loop(**manifest.loop))
     with _user_errors():
         for part in job.objective.state():
-            job.objective.load(part, checkpoint.load_files(ref, manifest, part))
-        optim.load(job.optimizer, checkpoint.load_files(ref, manifest, "optimizer"))
+            job.objective.load(part, checkpoint.open_part(ref, manifest, part))
+        optim.load(job.optimizer, checkpoint.open_part(ref, manifest, "optimizer"))
     job.stored = {part: manifest.parts[part] for part in job.objective.frozen_parts()}
     job.last_sealed = ref
     return job
@@ -230,7 +268,7 @@ def _hand_over(make: partial[Job], attempt: Attempt) -> Job:
         loop = replace(Loop(**manifests["init"].loop), step=0, non_finite=0)
     job = make(loop)
     for name, manifest in manifests.items():
-        read = partial(checkpoint.load_files, attempt.inputs[name], manifest)
+        read = partial(checkpoint.open_part, attempt.inputs[name], manifest)
         with _user_errors():
             job.objective.take(name, read)
             if name == "init":
@@ -239,14 +277,15 @@ def _hand_over(make: partial[Job], attempt: Attempt) -> Job:
     for name, where in attempt.files.items():
         with _user_errors():
             _take_file(job, name, where)
-    in_this_run = [
-        file
-        for name, manifest in manifests.items()
-        if attempt.inputs[name].run == attempt.run_dir
-        for files in manifest.parts.values()
-        for file in files
-    ]
-    state = job.objective.state()
-    found = {part: checkpoint.find_stored(state[part], in_this_run) for part in job.objective.frozen_parts()}
-    job.stored = {part: files for part, files in found.items() if files is not None}
+    job.stored = _stored_already(job, manifests)
     return job
+
+
+def _stored_already(job: Job, manifests: dict[str, Manifest]) -> dict[str, list[File]]:
+    """The files of frozen parts that are in this run: what was handed over is what the checkpoint holds."""
+    taken_as = {"gram_teacher": "gram_teacher", "vision_tower": "teacher_backbone"}
+    return {
+        taken_as[name]: manifest.parts["teacher_backbone"]
+        for name, manifest in manifests.items()
+        if taken_as.get(name) in job.objective.frozen_parts() and job.attempt.inputs[name].run == job.attempt.run_dir
+    }

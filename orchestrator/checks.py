@@ -171,8 +171,7 @@ def world(resources: Resources) -> int:
 
 def fitting_worlds(phase: AnyPhase) -> list[int]:
     """The numbers of processes among which whole groups can be dealt evenly."""
-    micro_groups = phase.optim.batch_size // (phase.optim.group_size * phase.optim.accumulate)
-    fitting = [count for count in range(1, micro_groups + 1) if micro_groups % count == 0]
+    fitting = phase.optim.worlds()
     return [count for count in fitting if phase.koleo_fits(count)] if isinstance(phase, SslPhase) else fitting
 
 
@@ -192,7 +191,7 @@ def layouts(draft: Draft) -> Iterator[Problem]:
             yield Problem(
                 f"does not fit the {processes} processes of phase {name}", (*at[:2], "losses", "koleo", "group_size"),
                 found=f"{phase.koleo_group} images; a process has {optim.batch_size // processes} "
-                      f"in {optim.accumulate} micro-batches",
+                      f"in {optim.micro_batches(processes)} micro-batches",
                 allowed=f"numbers of processes that fit: {listed(fitting_worlds(phase))}",
             )  # fmt: skip
         yield from _on_nodes(draft, phase.resources, ("phases", name, "resources"))

@@ -156,12 +156,6 @@ def _of_evaluation(data: Data) -> str:
 
 
 def _features(phase: PhaseBase, cluster: ClusterProfile) -> Iterator[tuple[str, Path]]:
-    if phase.parallel.shard != "none":
-        yield f"parallel.shard {phase.parallel.shard}", ("parallel", "shard")
-    if phase.parallel.compile:
-        yield "parallel.compile", ("parallel", "compile")
-    if phase.precision.fp8 != "none":
-        yield f"precision.fp8 {phase.precision.fp8}", ("precision", "fp8")
     for path, part in phase.data.parts:
         if storage.is_uri(part.shown) and not part.shards:
             yield _ON_A_BUCKET, ("data", *path)

@@ -198,7 +198,7 @@ def test_tar_shards_are_looked_for_where_this_machine_sees_them(tmp_path: Path) 
 def test_the_7b_is_accepted_and_submit_learns_what_is_missing() -> None:
     spec = job(V3_7B)
     missing = " ".join(problem.message for problem in not_there_yet(spec, read_cluster(spec.cluster)))
-    for feature in ("fsdp", "fp8 blocks", "compile", "captions from tar shards", "runs on a bucket"):
+    for feature in ("captions from tar shards", "runs on a bucket"):
         assert feature in missing
 
 
@@ -210,9 +210,6 @@ def test_the_7b_is_accepted_and_submit_learns_what_is_missing() -> None:
             "phases.gram.data.path=s3://b/images",
             "a folder of images on a bucket (tar shards on one are: `dinoctl data pack` makes some)",
         ),
-        ("parallel.shard=fsdp", "parallel.shard fsdp"),
-        ("parallel.compile=true", "parallel.compile"),
-        ("precision.fp8=blocks", "precision.fp8 blocks"),
     ],
 )
 def test_each_feature_is_named_once_with_the_phases_that_ask_for_it(override: str, message: str) -> None:
