@@ -15,10 +15,10 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from model import config
-from model.data.images import square
+from model.data.images import Picture
+from model.data.resize import square, unit
 from model.data.views import SslViews
 from model.draws import generator
 
@@ -72,12 +72,12 @@ class Recipe:
 class Cut:
     """One view before its colours change."""
 
-    image: Image.Image
+    image: Picture  # [side, side, C]
     colours: Colours
-    gram: Image.Image | None = None
+    gram: Picture | None = None
 
 
-def ssl_views(recipe: Recipe, images: Sequence[Image.Image], positions: Sequence[int], views: SslViews) -> Views:
+def ssl_views(recipe: Recipe, images: Sequence[Picture], positions: Sequence[int], views: SslViews) -> Views:
     """Two global crops, `local_count` local ones and, if a Gram teacher looks, its two views, of each RGB image."""
     samples = list(zip(images, positions, strict=True))
     size, count = views.resolution, recipe.crops.local_count
@@ -87,7 +87,7 @@ def ssl_views(recipe: Recipe, images: Sequence[Image.Image], positions: Sequence
     return Views(
         global_crops=_finish(globals_, recipe.data, (2, len(samples)), size.global_size),
         local_crops=_finish(locals_, recipe.data, (count, len(samples)), size.local_size),
-        gram_crops=_finish([Cut(image, Colours()) for image in gram], recipe.data, (2, len(samples)), gram[0].width)
+        gram_crops=_finish([Cut(image, Colours()) for image in gram], recipe.data, (2, len(samples)), len(gram[0]))
         if gram
         else None,
     )
@@ -104,7 +104,7 @@ def _finish(cuts: list[Cut], data: config.Data, shape: tuple[int, int], side: in
     return out.reshape(*shape, 3, side, side)
 
 
-def _cut_global(recipe: Recipe, image: Image.Image, position: int, views: SslViews, number: int) -> Cut:
+def _cut_global(recipe: Recipe, image: Picture, position: int, views: SslViews, number: int) -> Cut:
     """A global crop and the Gram teacher's view of the same box, cut once at the larger of both sizes."""
     a = recipe.augment
     rng = generator(recipe.seed, f"{recipe.origin}/augment", position, "global", number)
@@ -118,13 +118,13 @@ def _cut_global(recipe: Recipe, image: Image.Image, position: int, views: SslVie
     return Cut(square(cut, side), colours, None if gram_side is None else square(cut, gram_side))
 
 
-def _cut_local(recipe: Recipe, image: Image.Image, position: int, side: int, number: int) -> Cut:
+def _cut_local(recipe: Recipe, image: Picture, position: int, side: int, number: int) -> Cut:
     rng = generator(recipe.seed, f"{recipe.origin}/augment", position, "local", number)
     box, flip = _draw_box(rng, recipe, image, recipe.crops.local_scale)
     return Cut(crop(image, box, flip, side), draw_colours(rng, recipe.augment, recipe.augment.blur_local, 0.0))
 
 
-def whole_views(images: Sequence[Image.Image], side: int, data: config.Data) -> Pixels:
+def whole_views(images: Sequence[Picture], side: int, data: config.Data) -> Pixels:
     """The whole of each RGB image in a square, normalised, [n, 3, side, side]: what text phases look at."""
     return normalise(pixels([square(image, side) for image in images]), data)
 
@@ -141,12 +141,10 @@ Box = tuple[int, int, int, int]
 """Left, upper, right, lower, in pixels, as Pillow counts."""
 
 
-def _draw_box(
-    rng: np.random.Generator, recipe: Recipe, image: Image.Image, scale: tuple[float, float]
-) -> tuple[Box, bool]:
+def _draw_box(rng: np.random.Generator, recipe: Recipe, image: Picture, scale: tuple[float, float]) -> tuple[Box, bool]:
     tries = rng.random((CROP_TRIES, 4))
     flip = bool(rng.random() < recipe.augment.horizontal_flip)
-    return random_box(tries, image.size, scale, recipe.crops.aspect), flip
+    return random_box(tries, (image.shape[1], image.shape[0]), scale, recipe.crops.aspect), flip
 
 
 def random_box(
@@ -169,16 +167,16 @@ def random_box(
     return x, y, x + w, y + h
 
 
-def crop(image: Image.Image, box: Box, flip: bool, side: int) -> Image.Image:
-    """The box as a square. Cut before it is resized: with `resize(box=)` pixels outside would shine in at the edges."""
-    cut = square(image.crop(box), side)
-    return cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else cut
+def crop(image: Picture, box: Box, flip: bool, side: int) -> Picture:
+    """The box as a square [side, side, C]. Pixels outside it do not shine in at its edges."""
+    left, upper, right, lower = box
+    cut = square(image[upper:lower, left:right], side)
+    return np.ascontiguousarray(cut[:, ::-1]) if flip else cut
 
 
-def pixels(images: Sequence[Image.Image]) -> Pixels:
-    """RGB images of one size as [n, 3, H, W] in [0, 1]."""
-    stacked = np.stack([np.asarray(image) for image in images])
-    return np.ascontiguousarray(stacked.transpose(0, 3, 1, 2), dtype=np.float32) * np.float32(1 / 255)
+def pixels(images: Sequence[Picture]) -> Pixels:
+    """Pictures of one size as [n, C, H, W] in [0, 1]."""
+    return unit(np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2)))
 
 
 def normalise(x: Pixels, data: config.Data) -> Pixels:

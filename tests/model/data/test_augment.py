@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as tv
-from PIL import Image
 from torch import Tensor
 
 from model import config
 from model.data import augment
 from model.data.augment import Colours, Recipe, as_released, ssl_views
+from model.data.images import Picture
 from model.data.views import SslViews, resolution_at
 
 CLOSE = 2 / 255
@@ -79,10 +79,10 @@ def test_crops_worked_on_together_are_those_worked_on_alone() -> None:
 
 
 def test_cropping_is_torchvisions_on_the_same_box() -> None:
-    image = Image.fromarray((crops(1, 90)[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8))
+    image = sources(1, 90)[0]
     box = (10, 20, 70, 65)
     found = torch.from_numpy(augment.pixels([augment.crop(image, box, True, 32)])[0])
-    source = tv.pil_to_tensor(image).float() / 255
+    source = torch.from_numpy(image).permute(2, 0, 1).float() / 255
     cut = tv.resized_crop(source, 20, 10, 45, 60, [32, 32], tv.InterpolationMode.BICUBIC, antialias=True)
     assert (found - tv.horizontal_flip(cut).clamp(0, 1)).abs().max() < CLOSE
 
@@ -118,8 +118,8 @@ def recipe(crops: config.Crops, values: config.Augment | None = None, seed: int 
     return Recipe(DATA, values or config.Augment(), crops, seed, "pretrain")
 
 
-def sources(count: int = 2) -> list[Image.Image]:
-    return [Image.fromarray((x.permute(1, 2, 0).numpy() * 255).astype(np.uint8)) for x in crops(count, 60)]
+def sources(count: int = 2, side: int = 60) -> list[Picture]:
+    return [(x.permute(1, 2, 0).numpy() * 255).astype(np.uint8) for x in crops(count, side)]
 
 
 def test_shapes_and_that_one_more_view_shifts_no_other() -> None:
