@@ -33,7 +33,9 @@ def load(source: Path | bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             _refuse_bomb(image)
-            return _to_8_bit_colour(ImageOps.exif_transpose(image))
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_8_bit_colour(image)
     except UnreadableImageError:
         raise
     except MemoryError as error:
@@ -63,7 +65,8 @@ def _to_8_bit_colour(image: Image.Image) -> Image.Image:
         raise UnreadableImageError("floating-point pixels have no known range: save it with 8 or 16 bits a channel")
     if image.mode == "I" or image.mode.startswith("I;16"):
         return Image.fromarray(_high_byte(np.asarray(image))).convert("RGB")
-    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    return image if image.mode == mode else image.convert(mode)  # which copies even if there is nothing to convert
 
 
 def _high_byte(values: NDArray[np.integer]) -> NDArray[np.uint8]:
