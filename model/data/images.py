@@ -1,7 +1,7 @@
-"""Opening one image safely: whatever a folder holds becomes 8-bit RGB over a background, an alpha mask, or an error.
+"""Opening one image safely: whatever a folder holds becomes a picture, an alpha mask, or an error.
 
 Greyscale, palette, CMYK, 16-bit, animated (first frame), EXIF-rotated and transparent images are told apart here and
-nowhere else.
+nowhere else. What trains on images calls `decode`; `load` is for those who want Pillow's 8-bit view of any image.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from model.config import Rgb
 from model.data.errors import UnreadableImageError
 
+Picture = NDArray[np.uint8 | np.uint16 | np.float32]
+"""A decoded image, [H, W, C], contiguous and writable: whole numbers over their type's whole range (255 or 65535 is
+full), or float32 in [0, 1]. Three channels of 8 bits are RGB."""
+
 MAX_PIXELS = 89_478_485
 """Pillow's own guess at a decompression bomb (a quarter GiB as RGB); Pillow itself only warns at this size."""
 
@@ -29,7 +33,9 @@ def load(source: Path | bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             _refuse_bomb(image)
-            return _to_8_bit_colour(ImageOps.exif_transpose(image))
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_8_bit_colour(image)
     except UnreadableImageError:
         raise
     except MemoryError as error:
@@ -59,7 +65,8 @@ def _to_8_bit_colour(image: Image.Image) -> Image.Image:
         raise UnreadableImageError("floating-point pixels have no known range: save it with 8 or 16 bits a channel")
     if image.mode == "I" or image.mode.startswith("I;16"):
         return Image.fromarray(_high_byte(np.asarray(image))).convert("RGB")
-    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    return image if image.mode == mode else image.convert(mode)  # which copies even if there is nothing to convert
 
 
 def _high_byte(values: NDArray[np.integer]) -> NDArray[np.uint8]:
@@ -77,24 +84,18 @@ def over(image: Image.Image, background: Rgb) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, (*colour, 255)), image).convert("RGB")
 
 
-def square(image: Image.Image, side: int) -> Image.Image:
-    """The whole image as a square of `side` pixels, its shape not kept, as in random resized crops: what text phases
-    and evaluations look at."""
-    return image if image.size == (side, side) else image.resize((side, side), Image.Resampling.BICUBIC)
+def decode(source: Path | bytes, background: Rgb) -> Picture:
+    """The image as 8-bit RGB over `background`, [H, W, 3]. Raises UnreadableImageError."""
+    return np.array(over(load(source), background))
 
 
-def load_rgb(source: Path | bytes, background: Rgb) -> Image.Image:
-    """The image as RGB over `background`. Raises UnreadableImageError."""
-    return over(load(source), background)
-
-
-def load_with_alpha(path: Path, background: Rgb) -> tuple[Image.Image, NDArray[np.float32] | None]:
-    """The image as RGB over `background`, and its opacity [H, W] in [0, 1] (None if it has no transparent pixels).
+def decode_with_alpha(path: Path, background: Rgb) -> tuple[Picture, NDArray[np.float32] | None]:
+    """The image over `background`, and its opacity [H, W] in [0, 1] (None if it has no transparent pixels).
 
     For the evaluation, which takes opacity as foreground mask. Raises UnreadableImageError.
     """
     image = load(path)
-    return over(image, background), alpha(image)
+    return np.array(over(image, background)), alpha(image)
 
 
 def alpha(image: Image.Image) -> NDArray[np.float32] | None:

@@ -16,13 +16,13 @@ from itertools import accumulate
 
 import numpy as np
 import torch
-from PIL import Image
 
 from model import config
 from model.data import text
 from model.data.augment import Recipe, as_released, ssl_views, whole_views
 from model.data.batch import Batch, PairBatch, SslBatch
 from model.data.errors import BadDataError, DataError, Skipped, UnreadableImageError
+from model.data.images import Picture
 from model.data.masks import group_masks
 from model.data.sources import FolderSource, Found, Source, check_skips, draw, open_sources
 from model.data.views import PairViews, SslViews, Views
@@ -110,7 +110,7 @@ class Loader:
 
 @dataclass(frozen=True)
 class _Sample:
-    image: Image.Image
+    image: Picture
     caption: str
 
 

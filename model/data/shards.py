@@ -18,12 +18,11 @@ from functools import lru_cache, partial
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from model import config, contract, storage
 from model.data import tar_shard
 from model.data.errors import BadDataError, DataError, Skipped, UnreadableImageError
-from model.data.images import load_rgb
+from model.data.images import Picture, decode
 from model.data.patience import patiently
 from model.data.patterns import absolute, locate
 from model.data.tar_shard import Samples, Shard
@@ -159,11 +158,11 @@ class ShardSource:
         shard = int(np.searchsorted(self._ends, number, side="right"))
         return Place(shard, number - int(self._ends[shard] - self.counts[shard]))
 
-    def image(self, number: int) -> Image.Image:
+    def image(self, number: int) -> Picture:
         """Raises UnreadableImageError; StoreError if the store stays out of reach."""
         place = self.place(number)
         record = self._samples(place.shard).records[place.sample]
-        return load_rgb(self._bytes(place, int(record["image"]), int(record["image_bytes"])), self._data.background)
+        return decode(self._bytes(place, int(record["image"]), int(record["image_bytes"])), self._data.background)
 
     def caption(self, number: int) -> str:
         """The first line of the caption, "" if there is none."""

@@ -15,13 +15,12 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from model import config
 from model.data import index as folders
 from model.data import shards
 from model.data.errors import DataError, Skipped
-from model.data.images import load_rgb
+from model.data.images import Picture, decode
 from model.data.index import Entry, Index
 from model.data.mixture import MixedOrder, Share
 from model.data.order import Order
@@ -31,7 +30,7 @@ from model.data_section import PER_THOUSAND
 MEMORY_BUDGET = 512 * 2**20
 """Bytes of decoded images that a process keeps; a folder that needs more is decoded at every access instead."""
 
-BYTES_PER_PIXEL = 4  # Pillow pads RGB
+BYTES_PER_PIXEL = 3
 
 Found = Index | ShardSet
 """What lies at one place."""
@@ -53,8 +52,8 @@ class Source(Protocol):
     lanes: int
     window: int
 
-    def image(self, number: int) -> Image.Image:
-        """RGB, over the background. Raises UnreadableImageError; StoreError if the store stays out of reach."""
+    def image(self, number: int) -> Picture:
+        """Over the background. Raises UnreadableImageError; StoreError if the store stays out of reach."""
 
     def caption(self, number: int) -> str:
         """ "" if it has none."""
@@ -126,7 +125,7 @@ class FolderSource:
         self._index, self._most = found, data.max_skip_rate
         self._images = _Images(Path(found.root), self.entries, data.background)
 
-    def image(self, number: int) -> Image.Image:
+    def image(self, number: int) -> Picture:
         return self._images.get(number)
 
     def caption(self, number: int) -> str:
@@ -160,16 +159,16 @@ class _Images:
         self._paths = [root / entry.path for entry in entries]
         self._background = background
         self._keep = sum(entry.width * entry.height for entry in entries) * BYTES_PER_PIXEL <= MEMORY_BUDGET
-        self._kept: dict[int, Image.Image] = {}
+        self._kept: dict[int, Picture] = {}
         self._lock = threading.Lock()
 
-    def get(self, number: int) -> Image.Image:
+    def get(self, number: int) -> Picture:
         """Raises UnreadableImageError."""
         with self._lock:
             kept = self._kept.get(number)
         if kept is not None:
             return kept
-        image = load_rgb(self._paths[number], self._background)
+        image = decode(self._paths[number], self._background)
         if self._keep:
             with self._lock:
                 self._kept[number] = image

@@ -46,7 +46,7 @@ def measure(whole: Whole, images: int, tell: Tell) -> Stats:
 def _moments(whole: Whole, number: int) -> Floats | None:
     """Mean and mean square of each channel, [2, 3]; None for an image that cannot be read."""
     try:
-        pixels = np.asarray(whole.image(number)).reshape(-1, 3).astype(np.int64)  # sums of integers are exact
+        pixels = whole.image(number).reshape(-1, 3).astype(np.int64)  # sums of integers are exact
     except UnreadableImageError:
         return None
     return np.stack([pixels.sum(0) / 255, (pixels**2).sum(0) / 255**2]) / len(pixels)

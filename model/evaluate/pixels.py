@@ -12,8 +12,9 @@ from PIL import Image, ImageEnhance
 
 from model import draws
 from model.config import Rgb
-from model.data.images import load_with_alpha, square
+from model.data.images import decode_with_alpha
 from model.data.index import Entry
+from model.data.resize import square, unit
 from model.evaluate.baselines import Images
 
 QUERY_AREA = (0.3, 0.7)
@@ -34,9 +35,9 @@ def squares(entries: Sequence[Entry], root: str, side: int, background: Rgb) -> 
     """Load every entry. Raises UnreadableImageError if one has become unreadable since the index was made."""
     rgb, opacity = [], []
     for entry in entries:
-        image, alpha = load_with_alpha(Path(root) / entry.path, background)
-        rgb.append(np.asarray(square(image, side)))
-        opacity.append(None if alpha is None else np.asarray(square(Image.fromarray(alpha), side)))
+        image, alpha = decode_with_alpha(Path(root) / entry.path, background)
+        rgb.append(square(image, side))
+        opacity.append(None if alpha is None else unit(square(alpha[..., None], side))[..., 0])
     return Squares(np.stack(rgb), opacity)
 
 

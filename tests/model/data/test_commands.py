@@ -15,7 +15,7 @@ from PIL import Image
 from model import config
 from model.data import pack, shards
 from model.data.__main__ import main
-from model.data.images import load_rgb
+from model.data.images import decode
 from model.data.index import list_images
 from model.data.shards import ShardSource
 from tests.model.data.conftest import picture, save
@@ -45,7 +45,7 @@ def test_packed_images_are_the_folders_with_captions_and_labels(images: Path, tm
     classes = (tmp_path / "tars/classes.txt").read_text().split()
     for number, key in enumerate(keys):
         file = images / paths[key]
-        assert source.image(number).tobytes() == load_rgb(file, WHITE).tobytes()
+        assert source.image(number).tobytes() == decode(file, WHITE).tobytes()
         assert source.caption(number) == file.with_suffix(".txt").read_text().split("\n")[0]
         assert source.label(number) == classes.index(key.split("/")[0])
 
@@ -96,7 +96,7 @@ def test_stats_are_of_images_that_all_weigh_the_same(tmp_path: Path, capsys: pyt
     assert said.startswith("mean: [0.5000, 0.0000, 0.2000]\nstd: [0.5000, 0.0000, 0.0000]\n# of 2 images of ")
     assert "1 could not be read" in said
     save(picture(1), tmp_path / "one/a.png")
-    pixels = np.asarray(load_rgb(tmp_path / "one/a.png", WHITE)) / 255
+    pixels = np.asarray(decode(tmp_path / "one/a.png", WHITE)) / 255
     assert main(["stats", str(tmp_path / "one"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["mean"] == pytest.approx(pixels.mean((0, 1)).tolist())
