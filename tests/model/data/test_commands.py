@@ -18,9 +18,7 @@ from model.data.__main__ import main
 from model.data.images import decode
 from model.data.index import list_images
 from model.data.shards import ShardSource
-from tests.model.data.conftest import picture, save
-
-WHITE = (1.0, 1.0, 1.0)
+from tests.model.data.conftest import PHOTOGRAPHS, picture, save
 
 
 @pytest.fixture
@@ -45,7 +43,7 @@ def test_packed_images_are_the_folders_with_captions_and_labels(images: Path, tm
     classes = (tmp_path / "tars/classes.txt").read_text().split()
     for number, key in enumerate(keys):
         file = images / paths[key]
-        assert source.image(number).tobytes() == decode(file, WHITE).tobytes()
+        assert source.image(number).tobytes() == decode(file, PHOTOGRAPHS).tobytes()
         assert source.caption(number) == file.with_suffix(".txt").read_text().split("\n")[0]
         assert source.label(number) == classes.index(key.split("/")[0])
 
@@ -96,7 +94,7 @@ def test_stats_are_of_images_that_all_weigh_the_same(tmp_path: Path, capsys: pyt
     assert said.startswith("mean: [0.5000, 0.0000, 0.2000]\nstd: [0.5000, 0.0000, 0.0000]\n# of 2 images of ")
     assert "1 could not be read" in said
     save(picture(1), tmp_path / "one/a.png")
-    pixels = np.asarray(decode(tmp_path / "one/a.png", WHITE)) / 255
+    pixels = np.asarray(decode(tmp_path / "one/a.png", PHOTOGRAPHS)) / 255
     assert main(["stats", str(tmp_path / "one"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["mean"] == pytest.approx(pixels.mean((0, 1)).tolist())
