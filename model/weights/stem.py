@@ -1,0 +1,61 @@
+"""The patch embedding of other channels: what `init` and `weights` make of weights that saw images of another kind.
+
+The mean over the channels that the weights know, for each channel that images have now, scaled by their ratio: an image
+that shows the same in all of its channels is embedded as before (the inflation of arXiv 1705.07750, over channels).
+Adam's moments follow the gradients, whose size does not depend on the number of channels: their mean, not scaled.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from model import config
+
+State = dict[str, Tensor]
+ReadPart = Callable[[str], State]
+Settings = Mapping[str, Any]
+
+WEIGHT = "patch_embed.proj.weight"
+
+_NAMED = re.compile(r"(?:(?P<entry>\w+)/)?(?:backbone\.)?" + re.escape(WEIGHT))
+"""In a backbone, in a student, and in an optimizer, where the entry (`exp_avg`, `step` ..) leads."""
+
+
+ADAPTED = ("init", "weights")
+"""The inputs that go on learning. A frozen network is taken as it is, or refused."""
+
+
+def fit(tensors: State, channels: int) -> State:
+    """`tensors` with the patch embedding, and its moments, for images of `channels`. The rest is not copied."""
+    return {name: _fit(tensor, channels, _NAMED.fullmatch(name)) for name, tensor in tensors.items()}
+
+
+def _fit(tensor: Tensor, channels: int, named: re.Match[str] | None) -> Tensor:
+    if named is None or tensor.ndim != 4 or tensor.shape[1] == channels:  # Adam's count of steps has no channels
+        return tensor
+    mean = tensor.float().mean(dim=1, keepdim=True)
+    if named["entry"] is None:
+        mean *= tensor.shape[1] / channels
+    return mean.to(tensor.dtype).repeat(1, channels, 1, 1)
+
+
+def handed_over(name: str, read: ReadPart, before: Settings, now: Settings) -> tuple[ReadPart, str]:
+    """How the input `name` of a phase is read from a checkpoint, and `told`. `before`, `now`: a checkpoint's `networks`
+    and an attempt's `model`."""
+    there, here = (config.read(config.Model, model).backbone.channels for model in (before, now))
+    if name not in ADAPTED or there == here:
+        return read, ""
+    return lambda part: fit(read(part), here), told(there, here)
+
+
+def told(before: int, now: int) -> str:
+    """What `fit` does to an embedding of `before` channels, as the end of a sentence; "" for nothing."""
+    if before == now:
+        return ""
+    return (
+        f"; its patch embedding, of {before} channels, is adapted to {now}: each has their mean, times {before}/{now}"
+    )
