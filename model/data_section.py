@@ -69,6 +69,8 @@ ARRAY_SUFFIXES = frozenset({".npy"})
 
 RGB = 3
 WHITE = (1.0, 1.0, 1.0)
+MOST_CHANNELS = 1024
+"""Hyperspectral cameras have some hundreds."""
 
 # A list is fine for a tuple: past a validator in mode "before", strict pydantic no longer knows that it came from JSON.
 PerChannel = Annotated[tuple[float, ...], Field(min_length=1, strict=False)]
@@ -99,12 +101,14 @@ class Statistics(Section):
 def _named(values: Any) -> Any:
     """`normalise` by name as the numbers that it means: a resolved section holds numbers alone, which no file and no
     table of a later version can change."""
-    if not isinstance(values, Mapping) or values.get("normalise") is None:
+    if not isinstance(values, Mapping) or not isinstance(values.get("normalise"), str):
         return values
     name, channels = values["normalise"], values.get("channels", RGB)
+    if not isinstance(channels, int) or not 0 < channels <= MOST_CHANNELS:
+        return {key: value for key, value in values.items() if key != "normalise"}  # the channels are the mistake
     if given := [key for key in ("mean", "std") if key in values]:
         raise ValueError(f"normalise and {' and '.join(given)} exclude each other: it says both")
-    if name not in NORMALISATIONS or not isinstance(channels, int):
+    if name not in NORMALISATIONS:
         raise ValueError(f"normalise: {name!r}: no such name; allowed: {', '.join(NORMALISATIONS)}, or a file of "
                          "`dinoctl data stats --to FILE`")  # fmt: skip
     mean, std = NORMALISATIONS[name]
@@ -141,7 +145,9 @@ class Data(Section):
     hold_out: Literal["none", "validation", "test"] = Field(
         "none", description="what training must not see: nothing, the test third, or test and validation"
     )
-    channels: PositiveInt = Field(RGB, description="of an image; 3 is RGB, to which grey, palette and CMYK are made")
+    channels: Annotated[int, Field(ge=1, le=MOST_CHANNELS)] = Field(
+        RGB, description="of an image; 3 is RGB, to which grey, palette and CMYK are made"
+    )
     bits: Literal[8, 16] = Field(8, description="of a channel; 16 keeps all of 16-bit PNG, TIFF, JPEG 2000 and .npy")
     background: Rgb = Field(WHITE, strict=False, description="what shows through transparent pixels, RGB in [0, 1]")
     normalise: str | None = Field(

@@ -42,6 +42,7 @@ def all_problems(draft: Draft, *, check_data: bool) -> list[Problem]:
         *schedules(draft),
         *evaluated(draft),
         *image_checks.channels(draft),
+        *image_checks.normalised(draft),
         *image_checks.augmentations(draft),
     ]
     return [*problems, *data(draft), *captions(draft)] if check_data else problems

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from model.config import RGB, Data, SslPhase
+from orchestrator.handoff import SSL_KINDS
 from orchestrator.problems import Path, Problem, listed
 
 if TYPE_CHECKING:
@@ -36,6 +37,23 @@ def _sections(draft: Draft) -> Iterator[tuple[Path, Data]]:
         yield ("phases", name, "data"), phase.data
     if draft.evaluate is not None:
         yield ("evaluate", "data"), draft.evaluate.data
+
+
+def normalised(draft: Draft) -> Iterator[Problem]:
+    """An evaluation that shows the backbone images on another scale than it was trained on."""
+    trained = [name for name, settings in draft.raw.items() if str(settings.get("kind")) in SSL_KINDS]
+    if draft.evaluate is None or not trained or (phase := draft.phases.get(trained[-1])) is None:
+        return
+    seen, own = draft.evaluate.data, phase.data
+    for key in ("bits", "mean", "std"):
+        if getattr(seen, key) != getattr(own, key):
+            yield Problem(f"the evaluation's is not that of phase {trained[-1]}, whose backbone it scores",
+                          ("evaluate", "data", key), found=_numbers(getattr(seen, key)),
+                          allowed=f"{_numbers(getattr(own, key))} (phases.{trained[-1]}.data.{key})")  # fmt: skip
+
+
+def _numbers(value: Any) -> str:
+    return f"[{listed([f'{one:g}' for one in value])}]" if isinstance(value, tuple) else str(value)
 
 
 def augmentations(draft: Draft) -> Iterator[Problem]:

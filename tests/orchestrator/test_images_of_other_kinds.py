@@ -79,6 +79,15 @@ def test_a_phase_may_have_its_own() -> None:
     assert made.phases["pretrain"].data.mean == (0.485, 0.456, 0.406)
 
 
+def test_the_evaluation_normalises_as_the_backbone_learnt() -> None:
+    mean, std = problems("phases.highres.data.normalise=half")
+    assert "data.mean: the evaluation's is not that of phase highres, whose backbone it scores" in str(mean)
+    assert "found: [0.485, 0.456, 0.406]" in str(mean)
+    assert "allowed: [0.5, 0.5, 0.5] (phases.highres.data.mean)" in str(mean)
+    assert std.found == "[0.229, 0.224, 0.225]"
+    assert job("phases.highres.data.normalise=half", "evaluate.data.normalise=half").phases
+
+
 def test_what_is_wrong_with_a_file_is_said_once() -> None:
     says = only(*FIVE, *NO_COLOURS, "data.normalise=nowhere.json")
     assert says.startswith("override data.normalise=nowhere.json: data.normalise: no such file")
@@ -97,6 +106,8 @@ def test_numbers_for_each_channel_and_said_once() -> None:
     assert "normalise and mean exclude each other" in only(HALF, "data.mean=[0.5, 0.5, 0.5]")
     assert "mean: 2 numbers for channels: 3" in only("data.mean=[0.5, 0.5]")
     assert "data.std" in only("data.std=[0.0, 1.0, 1.0]")
+    assert "data.channels: not allowed here" in only("data.channels=1000000000", HALF)
+    assert "data.normalise: not allowed here" in only("data.normalise=[1]")
     says = only(*FIVE, *NO_COLOURS, HALF, "data.background=[0.0, 0.0, 0.0]")
     assert "background: a colour, which 5 channels have not" in says
 
