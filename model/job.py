@@ -218,7 +218,7 @@ def _take_file(job: Job, name: str, where: str) -> None:
     heads = {key: tensor for key, tensor in tensors.items() if networks.is_head(key)}
     fresh = job.objective.state()["teacher_heads"]  # student's and teacher's are alike still
     job.objective.take(name, {"teacher_backbone": backbone, "teacher_heads": {**fresh, **heads}}.__getitem__)
-    job.progress.note(f"takes {name} from {where} ({source.format}){start.told(source, model)}")
+    job.progress.note(f"takes {name} from {where} ({source.format}){start.told(source, model, job.settings.data)}")
 
 
 def _hand_over(make: partial[Job], attempt: Attempt) -> Job:

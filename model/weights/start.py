@@ -11,6 +11,7 @@ from model import config
 from model.networks.heads import ProjectionHead
 from model.weights import networks, stem
 from model.weights.entries import WeightsError, compare, shapes
+from model.weights.outside import Prepared
 from model.weights.sources import Source, open_source
 from model.weights.stem import State
 
@@ -60,11 +61,14 @@ def read(source: Source, model: config.Model) -> State:
     return stem.fit({name: entry.read() for name, entry in source.own.items()}, model.backbone.channels)
 
 
-def told(source: Source, model: config.Model) -> str:
-    """What a person should know of how training begins with it: heads that begin fresh, an adapted embedding; ""."""
+def told(source: Source, model: config.Model, data: config.Data) -> str:
+    """What a person should know of how training begins with it: heads that begin fresh, an adapted embedding, images
+    that are normalised otherwise; "" for nothing."""
     without = fresh_heads(source)
     heads = f"; it has no {' and no '.join(without)}: fresh ones" if without else ""
-    return heads + stem.told(source.backbone.channels, model.backbone.channels)
+    before, now = source.backbone.channels, model.backbone.channels
+    other = before == now and source.images not in (None, Prepared(data.bits, data.mean, data.std))
+    return heads + stem.told(before, now) + ("; it was trained on images normalised otherwise" if other else "")
 
 
 def fresh_heads(source: Source) -> list[str]:

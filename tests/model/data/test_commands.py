@@ -101,6 +101,37 @@ def test_stats_are_of_images_that_all_weigh_the_same(tmp_path: Path, capsys: pyt
     assert found["std"] == pytest.approx(pixels.std((0, 1)).tolist())
 
 
+def test_images_of_another_kind_are_packed_checked_and_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng, folder = np.random.default_rng(0), tmp_path / "bands"
+    folder.mkdir()
+    bands = rng.integers(0, 4096, (4, 20, 30, 5), dtype=np.uint16)
+    for number, pixels in enumerate(bands):
+        np.save(folder / f"{number}.npy", pixels)
+    save(picture(1), folder / "preview.png")
+    kind = ["--channels", "5", "--bits", "16"]
+    assert main(["check", str(folder), *kind]) == 1
+    assert capsys.readouterr().out.startswith("preview.png: 4 channels, and data.channels is 5\n5 images of ")
+    assert main(["pack", str(folder), str(tmp_path / "tars"), *kind]) == 0
+    shard = str(tmp_path / "tars/images-000000.tar")
+    for path in (str(folder), shard):
+        assert main(["stats", path, *kind, "--to", str(tmp_path / "stats.json")]) == 0
+        said = capsys.readouterr().out
+        assert "# of 4 images of " in said
+        assert said.endswith(f", 1 could not be read\n# data.normalise: {tmp_path}/stats.json\n")
+        found = config.read(config.Statistics, json.loads((tmp_path / "stats.json").read_bytes()))
+        assert (found.channels, found.bits, found.images, found.unreadable) == (5, 16, 4, 1)
+        assert found.mean == pytest.approx(bands.mean((0, 1, 2)) / 65535)
+        assert found.std == pytest.approx(bands.std((0, 1, 2)) / 65535)
+    bands[..., 2] = 7
+    for number, pixels in enumerate(bands):
+        np.save(folder / f"{number}.npy", pixels)
+    assert main(["stats", str(folder), *kind, "--to", str(tmp_path / "stats.json")]) == 2
+    assert "channel 2 (from 0) is the same everywhere in " in capsys.readouterr().err
+    assert main(["stats", str(folder)]) == 0  # as RGB: the preview alone
+
+
 def test_check_names_everything_that_cannot_be_read(
     images: Path, tmp_path: Path, packed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from model import config
 from model.networks.vit import VisionTransformer
 from model.weights import start, stem
 from model.weights.convert import convert
 from model.weights.entries import WeightsError
-from model.weights.outside import Prepared
+from model.weights.outside import IMAGENET, Prepared
 from model.weights.sources import open_source
 from tests.model.weights.test_sources import model, state
 
@@ -77,7 +78,11 @@ def test_a_file_of_rgb_fits_a_job_of_five_channels(tmp_path: Path, form: str) ->
         convert(open_source(str(tmp_path / "rgb.safetensors"), model().backbone), str(file), "ours")
     source = start.open_fitting(str(file), model(channels=5))
     assert start.read(source, model(channels=5))[WEIGHT].shape[1] == 5
-    assert start.told(source, model(channels=5)).endswith(stem.told(3, 5))
+    half = config.read(config.Data, {"path": ".", "normalise": "half"})
+    assert start.told(source, model(channels=5), half).endswith(stem.told(3, 5))
+    of_imagenet = replace(source, images=IMAGENET)
+    assert start.told(of_imagenet, model(), half).endswith("; it was trained on images normalised otherwise")
+    assert start.told(of_imagenet, model(), config.read(config.Data, {"path": "."})).endswith("fresh ones")
     with pytest.raises(WeightsError, match=r"storage_tokens is \[1, 2, 32\] and not \[1, 1, 32\]"):
         start.open_fitting(str(file), model(channels=5, registers=1))
 
