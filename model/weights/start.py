@@ -6,6 +6,7 @@ Public backbones have no heads; those begin fresh.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from model import config
 from model.networks.heads import ProjectionHead
@@ -13,7 +14,6 @@ from model.weights import networks, stem
 from model.weights.entries import WeightsError, compare, shapes
 from model.weights.outside import Prepared
 from model.weights.sources import Source, open_source
-from model.weights.stem import State
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -56,7 +56,7 @@ def open_fitting(where: str, model: config.Model) -> Source:
     return source
 
 
-def read(source: Source, model: config.Model) -> State:
+def read(source: Source, model: config.Model) -> dict[str, Tensor]:
     """The tensors of a source that fits, for the channels of `model`."""
     return stem.fit({name: entry.read() for name, entry in source.own.items()}, model.backbone.channels)
 

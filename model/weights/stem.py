@@ -9,43 +9,55 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from model import config
 
-State = dict[str, Tensor]
-ReadPart = Callable[[str], State]
-Settings = Mapping[str, Any]
+
+class Rows(Protocol):
+    """A tensor that is not read yet, as a checkpoint gives it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self, rows: range) -> Tensor: ...
+
+
+Tensors = Mapping[str, Any]
+"""By name, each a Tensor or Rows."""
 
 WEIGHT = "patch_embed.proj.weight"
 
 _NAMED = re.compile(r"(?:(?P<entry>\w+)/)?(?:backbone\.)?" + re.escape(WEIGHT))
 """In a backbone, in a student, and in an optimizer, where the entry (`exp_avg`, `step` ..) leads."""
 
-
 ADAPTED = ("init", "weights")
 """The inputs that go on learning. A frozen network is taken as it is, or refused."""
 
 
-def fit(tensors: State, channels: int) -> State:
-    """`tensors` with the patch embedding, and its moments, for images of `channels`. The rest is not copied."""
+def fit(tensors: Tensors, channels: int) -> dict[str, Any]:
+    """`tensors` with the patch embedding, and its moments, for images of `channels`. The rest is not read or copied."""
     return {name: _fit(tensor, channels, _NAMED.fullmatch(name)) for name, tensor in tensors.items()}
 
 
-def _fit(tensor: Tensor, channels: int, named: re.Match[str] | None) -> Tensor:
-    if named is None or tensor.ndim != 4 or tensor.shape[1] == channels:  # Adam's count of steps has no channels
+def _fit(tensor: Tensor | Rows, channels: int, named: re.Match[str] | None) -> Tensor | Rows:
+    shape = tensor.shape
+    if named is None or len(shape) != 4 or shape[1] == channels:  # Adam's count of steps has no channels
         return tensor
-    mean = tensor.float().mean(dim=1, keepdim=True)
+    whole = tensor if isinstance(tensor, Tensor) else tensor.read(range(shape[0]))
+    mean = whole.float().mean(dim=1, keepdim=True)
     if named["entry"] is None:
-        mean *= tensor.shape[1] / channels
-    return mean.to(tensor.dtype).repeat(1, channels, 1, 1)
+        mean *= shape[1] / channels
+    return mean.to(whole.dtype).repeat(1, channels, 1, 1)
 
 
-def handed_over(name: str, read: ReadPart, before: Settings, now: Settings) -> tuple[ReadPart, str]:
-    """How the input `name` of a phase is read from a checkpoint, and `told`. `before`, `now`: a checkpoint's `networks`
-    and an attempt's `model`."""
+def handed_over(
+    name: str, read: Callable[[str], Tensors], before: Mapping[str, Any], now: Mapping[str, Any]
+) -> tuple[Callable[[str], Any], str]:
+    """How the input `name` of a phase reads the parts of a checkpoint, and what to tell of it. `before`, `now`: the
+    `model` sections of the checkpoint and of the phase."""
     there, here = (config.read(config.Model, model).backbone.channels for model in (before, now))
     if name not in ADAPTED or there == here:
         return read, ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,27 @@ def test_moments_are_averaged_and_all_else_is_as_it_was() -> None:
     assert stem.fit(tensors, 3)[f"backbone.{WEIGHT}"] is weight
 
 
+@dataclass(frozen=True)
+class Unread:
+    shape: tuple[int, ...]
+
+    def read(self, rows: range) -> torch.Tensor:
+        return torch.ones(len(rows), *self.shape[1:])
+
+
+def test_of_what_is_not_read_yet_only_the_embedding_is() -> None:
+    norm = Unread((4,))
+    found = stem.fit({WEIGHT: Unread((4, 3, 2, 2)), "norm.weight": norm}, 6)
+    assert torch.equal(found[WEIGHT], torch.full((4, 6, 2, 2), 0.5))
+    assert found["norm.weight"] is norm
+
+
 def networks(channels: int) -> dict[str, Any]:
     return model(channels=channels).model_dump(mode="json")
 
 
 def test_only_what_goes_on_learning_is_adapted() -> None:
-    def read(part: str) -> stem.State:
+    def read(part: str) -> dict[str, torch.Tensor]:
         return {WEIGHT: torch.ones(4, 3, 2, 2)}
 
     for name in ("init", "weights"):
