@@ -230,8 +230,8 @@ def _hand_over(make: partial[Job], attempt: Attempt) -> Job:
     job = make(loop)
     for name, manifest in manifests.items():
         stored = partial(checkpoint.load_files, attempt.inputs[name], manifest)
-        read, told = stem.handed_over(name, stored, manifest.model["networks"], attempt.model)
         with _user_errors():
+            read, told = stem.handed_over(name, stored, manifest.model["networks"], attempt.model)
             job.objective.take(name, read)
             if name == "init":
                 optim.load(job.optimizer, read("optimizer"))

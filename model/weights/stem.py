@@ -57,10 +57,15 @@ def handed_over(
     name: str, read: Callable[[str], Tensors], before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> tuple[Callable[[str], Any], str]:
     """How the input `name` of a phase reads the parts of a checkpoint, and what to tell of it. `before`, `now`: the
-    `model` sections of the checkpoint and of the phase."""
+    `model` sections of the checkpoint and of the phase. Raises ValueError for a frozen network of other channels."""
     there, here = (config.read(config.Model, model).backbone.channels for model in (before, now))
-    if name not in ADAPTED or there == here:
+    if there == here:
         return read, ""
+    if name not in ADAPTED:
+        raise ValueError(
+            f"{name}: that network looks at images of {there} channels and this job's have {here} (data.channels). It "
+            f"stays as it is, so nothing could teach it the others; only {' and '.join(ADAPTED)} are adapted"
+        )
     return lambda part: fit(read(part), here), told(there, here)
 
 

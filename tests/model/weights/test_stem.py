@@ -81,7 +81,11 @@ def test_only_what_goes_on_learning_is_adapted() -> None:
         assert adapted("teacher_backbone")[WEIGHT].shape == (4, 5, 2, 2)
         assert told == "; its patch embedding, of 3 channels, is adapted to 5: each has their mean, times 3/5"
         assert stem.handed_over(name, read, networks(3), networks(3)) == (read, "")
-    assert stem.handed_over("gram_teacher", read, networks(3), networks(5)) == (read, "")
+    assert stem.handed_over("gram_teacher", read, networks(3), networks(3)) == (read, "")
+    with pytest.raises(
+        ValueError, match="gram_teacher: that network looks at images of 3 channels and this job's have 5"
+    ):
+        stem.handed_over("gram_teacher", read, networks(3), networks(5))
 
 
 @pytest.mark.parametrize("form", ["official", "ours"])
