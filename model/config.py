@@ -14,7 +14,10 @@ from pydantic import Field, PositiveInt, TypeAdapter, model_validator
 
 from model.architectures import ARCHITECTURES
 from model.data_section import DATASET as DATASET
+from model.data_section import NORMALISATIONS as NORMALISATIONS
+from model.data_section import RGB as RGB
 from model.data_section import Data as Data
+from model.data_section import Statistics as Statistics
 from model.engine_section import Optim as Optim
 from model.engine_section import Parallel as Parallel
 from model.engine_section import Precision as Precision

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
 
-from model.sections import Count, Fraction, Rgb, Section
+from model.contract import IMAGE_SUFFIXES
+from model.sections import Count, Fraction, Positive, Rgb, Section
 
 SHARD_SUFFIX = ".tar"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -60,6 +62,63 @@ def _check_paths(paths: str | list[str]) -> None:
             raise ValueError(f"path: {path} in a list: only tar shards can be listed, and they end in .tar")
 
 
+# --- what an image is -------------------------------------------------------------------------------------------------
+
+ARRAY_SUFFIXES = frozenset({".npy"})
+"""What counts as an image too, where images are no photographs."""
+
+RGB = 3
+WHITE = (1.0, 1.0, 1.0)
+MOST_CHANNELS = 1024
+"""Hyperspectral cameras have some hundreds."""
+
+# A list is fine for a tuple: past a validator in mode "before", strict pydantic no longer knows that it came from JSON.
+PerChannel = Annotated[tuple[float, ...], Field(min_length=1, strict=False)]
+PerChannelPositive = Annotated[tuple[Positive, ...], Field(min_length=1, strict=False)]
+
+NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5,), (0.5,)),
+    "none": ((0.0,), (1.0,)),
+}
+"""`data.normalise` by name -> mean and std; a single number is every channel's."""
+
+MEASURE = "`dinoctl data stats PATH --channels {0} --bits {1} --to FILE` measures them; data.normalise: FILE takes them"
+
+
+class Statistics(Section):
+    """What `dinoctl data stats --to FILE` writes and `data.normalise: FILE` reads. Of channels in [0, 1]."""
+
+    channels: PositiveInt
+    bits: Literal[8, 16]
+    mean: PerChannel
+    std: PerChannel
+    images: PositiveInt = Field(description="that were measured, every image weighing the same")
+    unreadable: Count = 0
+    of: str = Field("", description="where they lie; for people")
+
+
+def _named(values: Any) -> Any:
+    """`normalise` by name as the numbers that it means: a resolved section holds numbers alone, which no file and no
+    table of a later version can change."""
+    if not isinstance(values, Mapping) or not isinstance(values.get("normalise"), str):
+        return values
+    name, channels = values["normalise"], values.get("channels", RGB)
+    if not isinstance(channels, int) or not 0 < channels <= MOST_CHANNELS:
+        return {key: value for key, value in values.items() if key != "normalise"}  # the channels are the mistake
+    if given := [key for key in ("mean", "std") if key in values]:
+        raise ValueError(f"normalise and {' and '.join(given)} exclude each other: it says both")
+    if name not in NORMALISATIONS:
+        raise ValueError(f"normalise: {name!r}: no such name; allowed: {', '.join(NORMALISATIONS)}, or a file of "
+                         "`dinoctl data stats --to FILE`")  # fmt: skip
+    mean, std = NORMALISATIONS[name]
+    if len(mean) not in (1, channels):
+        raise ValueError(f"normalise: {name} is for {len(mean)} channels and not for {channels}; "
+                         + MEASURE.format(channels, values.get("bits", 8)))  # fmt: skip
+    mean, std = (one * channels if len(one) == 1 else one for one in (mean, std))
+    return {**values, "normalise": None, "mean": mean, "std": std}
+
+
 class Part(Section):
     """Images that are mixed in."""
 
@@ -86,9 +145,16 @@ class Data(Section):
     hold_out: Literal["none", "validation", "test"] = Field(
         "none", description="what training must not see: nothing, the test third, or test and validation"
     )
-    background: Rgb = Field((1.0, 1.0, 1.0), description="what shows through transparent pixels, RGB in [0, 1]")
-    mean: Rgb = (0.485, 0.456, 0.406)
-    std: Rgb = (0.229, 0.224, 0.225)
+    channels: Annotated[int, Field(ge=1, le=MOST_CHANNELS)] = Field(
+        RGB, description="of an image; 3 is RGB, to which grey, palette and CMYK are made"
+    )
+    bits: Literal[8, 16] = Field(8, description="of a channel; 16 keeps all of 16-bit PNG, TIFF, JPEG 2000 and .npy")
+    background: Rgb = Field(WHITE, strict=False, description="what shows through transparent pixels, RGB in [0, 1]")
+    normalise: str | None = Field(
+        None, description="imagenet, half, none, or a file of `dinoctl data stats --to FILE`; resolved to mean and std"
+    )
+    mean: PerChannel = Field(NORMALISATIONS["imagenet"][0], description="of each channel in [0, 1]; ImageNet's for RGB")
+    std: PerChannelPositive = NORMALISATIONS["imagenet"][1]
     max_skip_rate: Fraction = Field(0.01, description="share of unreadable images past which the run stops")
     workers: Count = Field(2, description="loader threads a process")
 
@@ -114,6 +180,34 @@ class Data(Section):
     def shown(self) -> str:
         """`path` for a person."""
         return self.path if isinstance(self.path, str) else ", ".join(self.path)
+
+    @property
+    def suffixes(self) -> frozenset[str]:
+        """How files of images end. Beside photographs a .npy is something else: features, say."""
+        return IMAGE_SUFFIXES if self.photographs else IMAGE_SUFFIXES | ARRAY_SUFFIXES
+
+    @property
+    def photographs(self) -> bool:
+        """8-bit RGB: what Pillow reads whole, and what other images are made into."""
+        return (self.channels, self.bits) == (RGB, 8)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _normalised(cls, values: Any) -> Any:
+        return _named(values)
+
+    @model_validator(mode="after")
+    def _fitting(self) -> Data:
+        for name, numbers in (("mean", self.mean), ("std", self.std)):
+            if len(numbers) == self.channels:
+                continue
+            if name not in self.model_fields_set:
+                raise ValueError(f"{name}: missing: {self.channels} channels have no usual one, as RGB has; "
+                                 + MEASURE.format(self.channels, self.bits))  # fmt: skip
+            raise ValueError(f"{name}: {len(numbers)} numbers for channels: {self.channels}; one for each channel")
+        if self.channels != RGB and self.background != WHITE:
+            raise ValueError(f"background: a colour, which {self.channels} channels have not; it goes with channels: 3")
+        return self
 
     @model_validator(mode="after")
     def _readable(self) -> Data:

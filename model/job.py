@@ -26,7 +26,7 @@ from model.objectives.base import Moment, Objective
 from model.objectives.build import build
 from model.progress import Progress
 from model.stopping import Stop
-from model.weights import networks, start
+from model.weights import networks, start, stem
 from model.worker import UserError
 
 log = logging.getLogger(__name__)
@@ -249,15 +249,14 @@ def _on_every_rank(attempt_it: partial[Job]) -> tuple[Job | None, str]:
 
 def _take_file(job: Job, name: str, where: str) -> None:
     """Weights that no run of ours made: a backbone, often without heads, which then begin fresh."""
-    source = start.open_fitting(where, config.read(config.Model, job.attempt.model))
-    tensors = {key: entry.read() for key, entry in source.own.items()}
+    model = config.read(config.Model, job.attempt.model)
+    source = start.open_fitting(where, model)
+    tensors = start.read(source, model)
     backbone = {key: tensor for key, tensor in tensors.items() if not networks.is_head(key)}
     heads = {key: tensor for key, tensor in tensors.items() if networks.is_head(key)}
     fresh = job.objective.state()["teacher_heads"]  # student's and teacher's are alike still
     job.objective.take(name, {"teacher_backbone": backbone, "teacher_heads": {**fresh, **heads}}.__getitem__)
-    without = start.fresh_heads(source)
-    told = f"; it has no {' and no '.join(without)}: fresh ones" if without else ""
-    job.progress.note(f"takes {name} from {where} ({source.format}){told}")
+    job.progress.note(f"takes {name} from {where} ({source.format}){start.told(source, model, job.settings.data)}")
 
 
 def _hand_over(make: partial[Job], attempt: Attempt) -> Job:
@@ -268,12 +267,13 @@ def _hand_over(make: partial[Job], attempt: Attempt) -> Job:
         loop = replace(Loop(**manifests["init"].loop), step=0, non_finite=0)
     job = make(loop)
     for name, manifest in manifests.items():
-        read = partial(checkpoint.open_part, attempt.inputs[name], manifest)
+        stored = partial(checkpoint.open_part, attempt.inputs[name], manifest)
         with _user_errors():
+            read, told = stem.handed_over(name, stored, manifest.model["networks"], attempt.model)
             job.objective.take(name, read)
             if name == "init":
                 optim.load(job.optimizer, read("optimizer"))
-        job.progress.note(f"takes {name} from {attempt.inputs[name]}")
+        job.progress.note(f"takes {name} from {attempt.inputs[name]}{told}")
     for name, where in attempt.files.items():
         with _user_errors():
             _take_file(job, name, where)

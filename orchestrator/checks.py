@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from model import contract, storage
 from model.config import AnyPhase, Data, Evaluate, Model, Resources, SslPhase, TextPhase
-from orchestrator import attempts, data_places, handoff
+from orchestrator import attempts, data_places, handoff, image_checks
 from orchestrator.cluster import ClusterProfile
 from orchestrator.handoff import SSL_KINDS, TAKES, HandoffError, Reference
 from orchestrator.problems import Path, Problem, did_you_mean, listed, shown
@@ -38,7 +38,13 @@ class Draft:
 
 def all_problems(draft: Draft, *, check_data: bool) -> list[Problem]:
     problems = [*references(draft), *layouts(draft), *sizes(draft), *ranges(draft), *towers(draft), *held_out(draft)]
-    problems += [*schedules(draft), *evaluated(draft)]
+    problems += [
+        *schedules(draft),
+        *evaluated(draft),
+        *image_checks.channels(draft),
+        *image_checks.normalised(draft),
+        *image_checks.augmentations(draft),
+    ]
     return [*problems, *data(draft), *captions(draft)] if check_data else problems
 
 
@@ -311,7 +317,9 @@ def data(draft: Draft) -> Iterator[Problem]:
     for at, section in sections:
         if section.shown not in looked_at:
             looked_at[section.shown] = (
-                data_places.shards(section.shards) if section.shards else data_places.folder(section.shown)
+                data_places.shards(section.shards)
+                if section.shards
+                else data_places.folder(section.shown, section.suffixes)
             )
         if (problem := looked_at[section.shown]) is not None:
             yield Problem(problem.message, at, found=problem.found, allowed=problem.allowed, hint=problem.hint)
@@ -335,11 +343,12 @@ def uncaptioned(phases: Mapping[str, AnyPhase], cluster: ClusterProfile | None) 
     """The text phases whose folder, where this machine can see it, holds images and no caption."""
     if cluster is None or cluster.launcher != "local":
         return []
-    text = {n: p.data.shown for n, p in phases.items()
+    text = {n: (p.data.shown, p.data.suffixes) for n, p in phases.items()
             if isinstance(p, TextPhase) and not p.data.shards and not storage.is_uri(p.data.shown)}  # fmt: skip
-    without = {path for path in text.values() if data_places.has_image(folder := contract.data_folder(path))
-               and not any(map(data_places.has_caption, data_places.images(folder)))}  # fmt: skip
-    return [name for name, path in text.items() if path in without]
+    without = {(path, ends) for path, ends in text.values()
+               if data_places.has_image(folder := contract.data_folder(path), ends)
+               and not any(map(data_places.has_caption, data_places.images(folder, ends)))}  # fmt: skip
+    return [name for name, where in text.items() if where in without]
 
 
 def evaluated(draft: Draft) -> Iterator[Problem]:

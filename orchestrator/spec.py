@@ -29,7 +29,7 @@ from model.config import (
     TextPhase,
     read,
 )
-from orchestrator import checks, handoff, layers
+from orchestrator import checks, handoff, layers, normalisation
 from orchestrator.checks import Draft
 from orchestrator.cluster import ClusterProfile, read_cluster
 from orchestrator.layers import SHARED
@@ -83,10 +83,11 @@ def read_job(
     values, source, problems = layers.override(read_yaml(file), file, overrides)
     problems += _unknown_keys(values)
     merged, unused = layers.merge({k: v for k, v in values.items() if k in TOP_KEYS}, source)
+    merged, unread = normalisation.resolve(merged)
     draft, mistakes = _draft(merged)
     if check_runs:
         draft = replace(draft, runs=runs or str(merged.get("runs", DEFAULT_RUNS)))
-    problems += [*unused, *mistakes, *checks.all_problems(draft, check_data=check_data)]
+    problems += [*unused, *unread, *mistakes, *checks.all_problems(draft, check_data=check_data)]
     if problems:
         raise SpecError(source.place_all(problems))
     _make_absolute(merged)

@@ -21,11 +21,11 @@ class SslBatch:
     groups: Tensor
     """int64 [b / group_size]: numbers of the groups in the global batch of this step."""
     global_crops: Tensor
-    """[2, b, 3, G, G]"""
+    """[2, b, C, G, G]"""
     local_crops: Tensor
-    """[L, b, 3, l, l]"""
+    """[L, b, C, l, l]"""
     gram_crops: Tensor | None
-    """[2, b, 3, g, g]: the boxes of the global crops, undistorted; None where no Gram teacher looks."""
+    """[2, b, C, g, g]: the boxes of the global crops, undistorted; None where no Gram teacher looks."""
     masks: Tensor
     """bool [2, b, N]: patches of the global crops that the student does not see (N: patches of one, row by row)."""
 
@@ -61,7 +61,7 @@ class PairBatch:
     groups: Tensor
     """int64 [b / group_size], as in SslBatch."""
     images: Tensor
-    """[b, 3, H, W]"""
+    """[b, C, H, W]"""
     tokens: Tensor
     """int64 [b, context]: start token, caption, end token, padding."""
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from model.contract import IMAGE_SUFFIXES
 from model.data.errors import DataError
 from model.data.index import folder, list_images
 from model.data.shards import Tell
@@ -27,14 +28,23 @@ class Packed:
     classes: int
 
 
-def pack(source: str, target: str, name: str, images_per_shard: int, seed: int, tell: Tell) -> Packed:
+def pack(
+    source: str,
+    target: str,
+    name: str,
+    images_per_shard: int,
+    seed: int,
+    tell: Tell,
+    suffixes: frozenset[str] = IMAGE_SUFFIXES,
+) -> Packed:
     """Write the images under `source`, with captions and labels, as `target`/`name`-000000.tar and so on.
+    `suffixes`: how the names of images end.
 
     A label is the place of its first-level folder in classes.txt, from 0. Raises DataError for a folder that is not
     there or holds no image and for a target that holds shards of that name, OSError.
     """
     root, out = folder(source), Path(target).expanduser().absolute()
-    paths = list_images(root)
+    paths = list_images(root, suffixes)
     if not paths:
         raise DataError(f"no images under {root}")
     count = -(-len(paths) // images_per_shard)

@@ -162,7 +162,7 @@ class ShardSource:
         """Raises UnreadableImageError; StoreError if the store stays out of reach."""
         place = self.place(number)
         record = self._samples(place.shard).records[place.sample]
-        return decode(self._bytes(place, int(record["image"]), int(record["image_bytes"])), self._data.background)
+        return decode(self._bytes(place, int(record["image"]), int(record["image_bytes"])), self._data)
 
     def caption(self, number: int) -> str:
         """The first line of the caption, "" if there is none."""

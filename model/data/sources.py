@@ -30,8 +30,6 @@ from model.data_section import PER_THOUSAND
 MEMORY_BUDGET = 512 * 2**20
 """Bytes of decoded images that a process keeps; a folder that needs more is decoded at every access instead."""
 
-BYTES_PER_PIXEL = 3
-
 Found = Index | ShardSet
 """What lies at one place."""
 
@@ -123,7 +121,7 @@ class FolderSource:
         self.counts: NDArray[np.int64] = np.array([len(self.entries)])
         self.lanes, self.window = 1, len(self.entries)
         self._index, self._most = found, data.max_skip_rate
-        self._images = _Images(Path(found.root), self.entries, data.background)
+        self._images = _Images(Path(found.root), self.entries, data)
 
     def image(self, number: int) -> Picture:
         return self._images.get(number)
@@ -155,10 +153,11 @@ def _with_captions(entries: list[Entry], index: Index) -> list[Entry]:
 class _Images:
     """Decoded images by number: kept if all of them fit in the budget, else decoded each time."""
 
-    def __init__(self, root: Path, entries: list[Entry], background: config.Rgb) -> None:
+    def __init__(self, root: Path, entries: list[Entry], data: config.Data) -> None:
         self._paths = [root / entry.path for entry in entries]
-        self._background = background
-        self._keep = sum(entry.width * entry.height for entry in entries) * BYTES_PER_PIXEL <= MEMORY_BUDGET
+        self._data = data
+        bytes_per_pixel = data.channels * data.bits // 8
+        self._keep = sum(entry.width * entry.height for entry in entries) * bytes_per_pixel <= MEMORY_BUDGET
         self._kept: dict[int, Picture] = {}
         self._lock = threading.Lock()
 
@@ -168,7 +167,7 @@ class _Images:
             kept = self._kept.get(number)
         if kept is not None:
             return kept
-        image = decode(self._paths[number], self._background)
+        image = decode(self._paths[number], self._data)
         if self._keep:
             with self._lock:
                 self._kept[number] = image

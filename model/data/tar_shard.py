@@ -1,9 +1,9 @@
 """One tar shard and its index: where in it each image, caption and label lies, so that any can be read by range.
 
 Naming is WebDataset's: files that follow each other and share what comes before the first dot of their name are one
-sample; `key.jpg` (or another image), `key.txt` its caption, `key.cls` its label, a whole number. Anything else is
-passed over. An index is a line that says what it is, one of JSON (`Shard`), records (RECORD), and the keys one after
-another.
+sample; `key.jpg` (or another image; `key.npy` if there is no other), `key.txt` its caption, `key.cls` its label, a
+whole number. Anything else is passed over. An index is a line that says what it is, one of JSON (`Shard`), records
+(RECORD), and the keys one after another.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from model import contract, storage
 from model.data.errors import DataError
 from model.data.patience import patiently
+from model.data_section import ARRAY_SUFFIXES
 
 MAGIC = b"dinoctl shard index 1\n"
 RECORD = np.dtype(
@@ -137,7 +138,7 @@ def scan(opened: BinaryIO, path: str, size: int) -> _Found:
     found, ends = _Found(), 0
     for key, members in groupby(_members(opened, path, size, found), key=lambda one: one[0]):
         parts = {suffix: member for _, suffix, member in members}
-        image = next((part for suffix, part in parts.items() if f".{suffix}" in contract.IMAGE_SUFFIXES), None)
+        image = _image(parts, contract.IMAGE_SUFFIXES) or _image(parts, ARRAY_SUFFIXES)
         if image is None:
             found.without_image += 1
             continue
@@ -148,6 +149,11 @@ def scan(opened: BinaryIO, path: str, size: int) -> _Found:
         found.keys.append(key.encode("utf-8", "surrogateescape"))
         ends += len(found.keys[-1])
     return found
+
+
+def _image(parts: Mapping[str, tarfile.TarInfo], suffixes: frozenset[str]) -> tarfile.TarInfo | None:
+    """The first that is an image. A .npy is one where there is no other: beside one it is something else."""
+    return next((part for suffix, part in parts.items() if f".{suffix}" in suffixes), None)
 
 
 def _members(opened: BinaryIO, path: str, size: int, found: _Found) -> Iterator[tuple[str, str, tarfile.TarInfo]]:

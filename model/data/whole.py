@@ -37,12 +37,10 @@ def open_whole(data: config.Data, index: str, tell: Tell) -> Whole:
     if storage.is_uri(data.shown):
         raise DataError(f"{data.shown}: of what is on a bucket only tar shards can be read; their names end in .tar")
     root = folders.folder(data.shown)
-    paths = folders.list_images(root)
+    paths = folders.list_images(root, data.suffixes)
     if not paths:
         raise DataError(f"no images under {root}")
-    return Whole(
-        len(paths), str(root), lambda number: decode(root / paths[number], data.background), paths.__getitem__, None
-    )
+    return Whole(len(paths), str(root), lambda number: decode(root / paths[number], data), paths.__getitem__, None)
 
 
 def patterns_of(data: config.Data) -> list[str]:
