@@ -60,6 +60,9 @@ def _check_paths(paths: str | list[str]) -> None:
             raise ValueError(f"path: {path} in a list: only tar shards can be listed, and they end in .tar")
 
 
+HoldOut = Literal["none", "validation", "test"]
+
+
 class Part(Section):
     """Images that are mixed in."""
 
@@ -67,6 +70,9 @@ class Part(Section):
     share: Share = Field(description="of the images; with `batches: whole` of the batches. The rest is data.path's")
     batches: Literal["mixed", "whole"] = Field(
         "mixed", description="whole: batches of these images alone, as DINOv3's of ImageNet"
+    )
+    hold_out: HoldOut | None = Field(
+        None, description="as data.hold_out, which it is where nothing is said; tar shards: none"
     )
 
 
@@ -83,7 +89,7 @@ class Data(Section):
     )
     lanes: PositiveInt = Field(64, description="tar shards: sequences that are read side by side; part of the order")
     window: PositiveInt = Field(4096, description="tar shards: images of a lane that are shuffled among themselves")
-    hold_out: Literal["none", "validation", "test"] = Field(
+    hold_out: HoldOut = Field(
         "none", description="what training must not see: nothing, the test third, or test and validation"
     )
     background: Rgb = Field((1.0, 1.0, 1.0), description="what shows through transparent pixels, RGB in [0, 1]")
@@ -96,8 +102,10 @@ class Data(Section):
     def parts(self) -> list[tuple[tuple[str | int, ...], Data]]:
         """Every place that images come from as a section of its own, and where its path stands in this one."""
         alone = self.model_copy(update={"also": []})
-        hold_outs = [self.hold_out if isinstance(part.path, str) and not _is_shards(part.path) else "none"
-                     for part in self.also]  # fmt: skip
+        hold_outs = [
+            (part.hold_out or self.hold_out) if isinstance(part.path, str) and not _is_shards(part.path) else "none"
+            for part in self.also
+        ]
         return [(("path",), alone)] + [
             (("also", number, "path"), alone.model_copy(update={"path": part.path, "hold_out": hold_out}))
             for number, (part, hold_out) in enumerate(zip(self.also, hold_outs, strict=True))
