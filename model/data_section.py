@@ -62,6 +62,8 @@ def _check_paths(paths: str | list[str]) -> None:
             raise ValueError(f"path: {path} in a list: only tar shards can be listed, and they end in .tar")
 
 
+HoldOut = Literal["none", "validation", "test"]
+
 # --- what an image is -------------------------------------------------------------------------------------------------
 
 ARRAY_SUFFIXES = frozenset({".npy"})
@@ -127,6 +129,9 @@ class Part(Section):
     batches: Literal["mixed", "whole"] = Field(
         "mixed", description="whole: batches of these images alone, as DINOv3's of ImageNet"
     )
+    hold_out: HoldOut | None = Field(
+        None, description="as data.hold_out, which it is where nothing is said; tar shards: none"
+    )
 
 
 class Data(Section):
@@ -142,7 +147,7 @@ class Data(Section):
     )
     lanes: PositiveInt = Field(64, description="tar shards: sequences that are read side by side; part of the order")
     window: PositiveInt = Field(4096, description="tar shards: images of a lane that are shuffled among themselves")
-    hold_out: Literal["none", "validation", "test"] = Field(
+    hold_out: HoldOut = Field(
         "none", description="what training must not see: nothing, the test third, or test and validation"
     )
     channels: Annotated[int, Field(ge=1, le=MOST_CHANNELS)] = Field(
@@ -162,8 +167,10 @@ class Data(Section):
     def parts(self) -> list[tuple[tuple[str | int, ...], Data]]:
         """Every place that images come from as a section of its own, and where its path stands in this one."""
         alone = self.model_copy(update={"also": []})
-        hold_outs = [self.hold_out if isinstance(part.path, str) and not _is_shards(part.path) else "none"
-                     for part in self.also]  # fmt: skip
+        hold_outs = [
+            (part.hold_out or self.hold_out) if isinstance(part.path, str) and not _is_shards(part.path) else "none"
+            for part in self.also
+        ]
         return [(("path",), alone)] + [
             (("also", number, "path"), alone.model_copy(update={"path": part.path, "hold_out": hold_out}))
             for number, (part, hold_out) in enumerate(zip(self.also, hold_outs, strict=True))

@@ -32,7 +32,7 @@ def folder(path: str, suffixes: frozenset[str]) -> Problem | None:
     found = path if str(folder) == path else f"{path} ({folder})"
     hint = "any folder of images does: data.path=FOLDER"
     if path.startswith("cache:"):
-        hint = f"`make data` fetches the demo's images; {hint}"
+        hint = f"`make data` fetches the demo's images, `make data_long` the longer demo's; {hint}"
     if not folder.is_dir():
         return Problem("no such data folder" if not folder.exists() else "not a folder", found=found, hint=hint)
     if not has_image(folder, suffixes):

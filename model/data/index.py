@@ -128,7 +128,8 @@ def folder(path: str) -> Path:
     if root.is_dir():
         return root
     if path.startswith("cache:"):
-        raise DataError(f"data.path: {path}: {root} is not there; `make data` fetches the demo's images")
+        fetched = "`make data` fetches the demo's images, `make data_long` the longer demo's"
+        raise DataError(f"data.path: {path}: {root} is not there; {fetched}")
     raise DataError(f"data.path: no such folder: {root}")
 
 

@@ -158,11 +158,25 @@ def test_dinov3s_dataset_strings_are_folders(tmp_path: Path, monkeypatch: Any) -
             job(TINY, f'data.path="{path}"')
 
 
+def test_past_a_link_two_dots_lead_where_the_system_leads(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "disk/deep").mkdir(parents=True)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/link").symlink_to(tmp_path / "disk/deep")
+    monkeypatch.chdir(tmp_path / "home")
+    for written, meant in (
+        ("../disk/./images", f"{tmp_path}/disk/images"),
+        ("link/../images", f"{tmp_path}/home/link/../images"),
+    ):
+        assert job(TINY, f"data.path={written}").phases["gram"].data.path == meant
+
+
 def test_what_is_mixed_in_is_pinned_and_checked_too(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     data = job(TINY, "data.also=[{path: more, share: 0.1}]").phases["gram"].data
     assert [part.path for _, part in data.parts] == [str(tmp_path / "images"), str(tmp_path / "more")]
     assert [part.hold_out for _, part in data.parts] == ["test", "test"]
+    apart = job(TINY, "data.also=[{path: more, share: 0.1, hold_out: none}]").phases["gram"].data
+    assert [part.hold_out for _, part in apart.parts] == ["test", "none"]
     (tmp_path / "images").mkdir()
     (tmp_path / "images/a.png").touch()
     with pytest.raises(SpecError, match=r"data\.also\[0\]\.path: no such data folder"):
