@@ -129,6 +129,15 @@ def test_an_image_of_another_kind_is_unreadable_and_says_why(content: bytes, why
         load_array(content, 5, 16)
 
 
+def test_without_channels_in_the_spec_the_reason_says_what_to_set() -> None:
+    with pytest.raises(UnreadableImageError, match=r"^5 channels of 16 bits, and data\.channels is 3, data\.bits 8"):
+        decode(FORMS["samples"], PHOTOGRAPHS)
+    with pytest.raises(UnreadableImageError, match=r"^not an image of a known format$"):
+        decode(b"no image at all", PHOTOGRAPHS)
+    with pytest.raises(UnreadableImageError, match="in a form that Pillow does not know"):
+        decode(npy((RGB16 >> 8).astype(np.uint8)), PHOTOGRAPHS)
+
+
 def test_a_large_array_is_refused_before_it_is_read(tmp_path: Path) -> None:
     np.lib.format.open_memmap(tmp_path / "large.npy", mode="w+", dtype=np.uint16, shape=(20000, 20000, 5))  # sparse
     with pytest.raises(UnreadableImageError, match="20000 x 20000 x 5 values of 16 bits, more than 255 MiB"):
