@@ -23,20 +23,21 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
-from model import accounting, config, optim, parallel
+from model import accounting, config, optim, parallel, sharding
 from model.data.augment import Recipe, ssl_views
 from model.data.batch import SslBatch
 from model.data.masks import group_masks
 from model.data.views import SslViews
 from model.draws import generator
+from model.networks.init import create
 from model.objectives.base import Moment
 from model.objectives.build import build
 from model.objectives.ssl import SslObjective
@@ -69,16 +70,11 @@ class Training:
 def prepare(options: argparse.Namespace) -> Training:
     model, settings = _sections(options)
     device = torch.device(options.device)
-    objective = build(settings, model, 0, "pretrain")
+    prepare_network = sharding.Prepare(settings.parallel, settings.precision, device)
+    make = partial(create, prepare=prepare_network, device=device)
+    objective = build(settings, model, 0, "pretrain", make)
     assert isinstance(objective, SslObjective)
-    networks = objective.networks()
-    for network in (*networks.trained.values(), *networks.frozen.values()):
-        network.to(device)
-    if options.compile:
-        for _, module in _parts(objective):
-            for block in getattr(module, "blocks", ()):
-                block.compile()
-    optimizer = optim.build(networks.trained, settings.optim)
+    optimizer = optim.build(objective.networks().trained, settings.optim)
     maker = Maker(settings, objective.views(0))
     return Training(model, settings, device, objective, optimizer, maker, maker.batch(0).to(device))
 
@@ -97,6 +93,7 @@ def _sections(options: argparse.Namespace) -> tuple[config.Model, config.SslPhas
         "optim": {"batch_size": options.batch, "group_size": options.batch, "lr": 1e-4},
         "checkpoints": {"every": STEPS},
         "precision": {"compute": options.dtype},
+        "parallel": {"compile": options.compile},
     }
     if options.gram:
         phase["gram_teacher"] = "pretrain@final"
@@ -113,7 +110,7 @@ class Maker:
     def __init__(self, settings: config.SslPhase, views: SslViews) -> None:
         rng = np.random.default_rng(0)
         self.settings, self.views, self.size = settings, views, settings.optim.batch_size
-        self.images = [Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)) for _ in range(self.size)]
+        self.images = list(rng.integers(0, 256, (self.size, SIDE, SIDE, 3), np.uint8))
 
     def batch(self, step: int) -> SslBatch:
         size, ibot, grid = (
@@ -180,12 +177,13 @@ def step(training: Training, watch: Stopwatch) -> None:
     terms["total"].backward()
     watch.mark("backward")
     parallel.reduce_gradients(p for network in trained.values() for p in network.parameters() if p.requires_grad)
-    optim.clip(trained, settings.optim.clip, settings.optim.clip_each)
+    norms = optim.clip(trained, settings.optim.clip, settings.optim.clip_each)
+    finite = torch.stack([*terms.values(), *norms.values()]).isfinite().all()
     watch.mark("clip")
     optim.set_step(training.optimizer, settings.optim, moment.step, moment.steps)
-    training.optimizer.step()
+    optim.update(training.optimizer, finite)
     watch.mark("optimizer")
-    objective.after_step(moment)
+    objective.after_step(moment, finite)
     watch.mark("ema")
     training.optimizer.zero_grad(set_to_none=True)
     training.step += 1
