@@ -15,6 +15,9 @@ log = logging.getLogger(__name__)
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 """Seconds between the tries: two minutes in all."""
 
+LONGEST = 300.0
+"""Seconds after which no other try begins: where a store takes connections and stays silent, a try is long."""
+
 HOPELESS = (errno.EACCES, errno.EPERM)
 """Asking again does not help."""
 
@@ -24,7 +27,10 @@ T = TypeVar("T")
 def patiently(ask: Callable[[], T]) -> T:
     """What `ask` returns, tried again while it raises StoreError or FileNotFoundError (a network file system that is
     not mounted looks like that). Raises StoreError with the last try's reason."""
+    began = time.monotonic()
     for wait in WAITS:
+        if time.monotonic() - began > LONGEST:
+            break
         try:
             return ask()
         except (StoreError, FileNotFoundError) as error:

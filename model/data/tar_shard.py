@@ -134,8 +134,15 @@ def _make(path: str, size: int, file: str) -> Shard:
 
 def scan(opened: BinaryIO, path: str, size: int) -> _Found:
     """Every sample of a tar of `size` bytes. Damage ends the scan and is said in `damage`. Raises StoreError."""
-    found, ends = _Found(), 0
-    for key, members in groupby(_members(opened, path, size, found), key=lambda one: one[0]):
+    found = _Found()
+    with storage.foreign(path, "reading"):
+        _scan(opened, size, found)
+    return found
+
+
+def _scan(opened: BinaryIO, size: int, found: _Found) -> None:
+    ends = 0
+    for key, members in groupby(_members(opened, size, found), key=lambda one: one[0]):
         parts = {suffix: member for _, suffix, member in members}
         image = next((part for suffix, part in parts.items() if f".{suffix}" in contract.IMAGE_SUFFIXES), None)
         if image is None:
@@ -147,10 +154,9 @@ def scan(opened: BinaryIO, path: str, size: int) -> _Found:
         found.records.append((image.offset_data, image.size, *at, number, ends))
         found.keys.append(key.encode("utf-8", "surrogateescape"))
         ends += len(found.keys[-1])
-    return found
 
 
-def _members(opened: BinaryIO, path: str, size: int, found: _Found) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+def _members(opened: BinaryIO, size: int, found: _Found) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
     """Key, suffix in lower case, and where it lies, of every file whose name has both."""
     try:
         with tarfile.open(fileobj=opened, mode="r:") as tar:
@@ -167,10 +173,6 @@ def _members(opened: BinaryIO, path: str, size: int, found: _Found) -> Iterator[
                 found.damage = f"damaged at byte {tar.offset}"
     except (tarfile.TarError, ValueError) as error:
         found.damage = f"not a whole tar: {error}"
-    except storage.StoreError:
-        raise
-    except OSError as error:
-        raise storage.StoreError(error.errno, f"reading {path}: {error.strerror or error}") from error
 
 
 def _label(opened: BinaryIO, member: tarfile.TarInfo) -> int:

@@ -17,10 +17,10 @@ from model.data.views import SslViews
 VIEWS = SslViews(config.Resolution(global_size=16, local_size=8), patch_size=4)
 
 
-def batches(
+def loader(
     data: Mapping[str, Any], run: Path, rank: int = 0, world: int = 1, clocks: tuple[int, int] = (0, 7)
-) -> list[Batch]:
-    """A rank's batches of a phase with this `data:` section, clock by clock."""
+) -> Loader:
+    """A rank's loader of a phase with this `data:` section."""
     values = {
         "kind": "pretrain", "steps": 100, "data": data, "checkpoints": {"every": 10},
         "optim": {"batch_size": 8, "group_size": 2, "lr": 1e-3},
@@ -28,7 +28,14 @@ def batches(
     }  # fmt: skip
     settings = config.read_phase(values)
     found = sources.build_or_read(settings.data, str(run), lambda done, total: None)
-    return list(Loader(settings, 0, "pretrain", found, str(run), lambda _: VIEWS, rank, world, *clocks))
+    return Loader(settings, 0, "pretrain", found, str(run), lambda _: VIEWS, rank, world, *clocks)
+
+
+def batches(
+    data: Mapping[str, Any], run: Path, rank: int = 0, world: int = 1, clocks: tuple[int, int] = (0, 7)
+) -> list[Batch]:
+    """A rank's batches of such a phase, clock by clock."""
+    return list(loader(data, run, rank, world, clocks))
 
 
 def tensors(batch: Batch) -> dict[str, torch.Tensor]:
