@@ -91,6 +91,7 @@ class Data(Section):
     std: Rgb = (0.229, 0.224, 0.225)
     max_skip_rate: Fraction = Field(0.01, description="share of unreadable images past which the run stops")
     workers: Count = Field(2, description="loader threads a process")
+    read_ahead_mib: PositiveInt = Field(256, description="tar shards: memory a process fills with what comes next")
 
     @property
     def parts(self) -> list[tuple[tuple[str | int, ...], Data]]:

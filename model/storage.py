@@ -197,8 +197,14 @@ def foreign(uri: str, doing: str) -> Iterator[None]:
         raise StoreError(number, f"{doing} {uri}: {type(error).__name__}: {error}") from error
 
 
-S3_OPTIONS = {"config_kwargs": {"connect_timeout": 10, "read_timeout": 20, "retries": {"total_max_attempts": 1}}}
-"""s3fs asks five times by itself; botocore under it would ask five times more each time, a minute each."""
+S3_OPTIONS: dict[str, dict[str, Any]] = {
+    "config_kwargs": {
+        "connect_timeout": 10,
+        "read_timeout": 20,
+        "retries": {"total_max_attempts": 1},  # s3fs asks five times; this would be for each, and a minute each time
+        "max_pool_connections": 64,
+    }
+}
 
 
 def _system(uri: str) -> tuple[Any, str]:

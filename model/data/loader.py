@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -24,6 +25,8 @@ from model.data.augment import Recipe, as_released, ssl_views, whole_views
 from model.data.batch import Batch, PairBatch, SslBatch
 from model.data.errors import BadDataError, DataError, Skipped, UnreadableImageError
 from model.data.masks import group_masks
+from model.data.read_ahead import Piece, ReadAhead, read_now
+from model.data.shards import ShardSource
 from model.data.sources import FolderSource, Found, Source, check_skips, draw, open_sources
 from model.data.views import PairViews, SslViews, Views
 from model.draws import generator
@@ -62,7 +65,7 @@ class Loader:
         stop_clock: int,
     ) -> None:
         self.tokenizer: str | None = None
-        self._sources = open_sources(found, settings.data, isinstance(settings, config.TextPhase))
+        self._sources = open_sources(found, settings.data, isinstance(settings, config.TextPhase), self._read)
         first = self._sources[0]
         if isinstance(settings, config.TextPhase) and isinstance(first, FolderSource):
             self.tokenizer = text.build_or_read(first.captions(), settings.text.vocabulary, run_dir)
@@ -70,6 +73,8 @@ class Loader:
         self._clocks = range(start_clock, stop_clock)
         self._workers, self._most = settings.data.workers, settings.data.max_skip_rate
         self._pool: ThreadPoolExecutor | None = None
+        self._reading: ReadAhead | None = None
+        self._budget = settings.data.read_ahead_mib * 2**20
         self._skipped: dict[str, Skipped] = {}
 
     @property
@@ -78,22 +83,34 @@ class Loader:
         return SkippedImages(len(self._skipped), list(self._skipped.values())[-MOST_NAMES:])
 
     def __iter__(self) -> Iterator[Batch]:
+        self.close()
+        if any(isinstance(source, ShardSource) for source in self._sources):
+            self._reading = ReadAhead(self._clocks, self._make.pieces, self._budget, least=self._workers + 1)
         seen = 0
-        for batch, skipped in self._ahead() if self._workers else map(self._make.batch, self._clocks):
-            seen += len(batch.positions)
-            self._skipped.update((one.path, one) for one in skipped)
-            if skipped:
-                check_skips(self._sources, list(self._skipped.values()), seen, self._most)
-            yield batch
+        try:
+            for batch, skipped in self._ahead() if self._workers else map(self._batch, self._clocks):
+                seen += len(batch.positions)
+                self._skipped.update((one.path, one) for one in skipped)
+                if skipped:
+                    check_skips(self._sources, list(self._skipped.values()), seen, self._most)
+                yield batch
+        finally:
+            self.close()
+
+    def _batch(self, clock: int) -> tuple[Batch, list[Skipped]]:
+        with self._reading.batch(clock) if self._reading else nullcontext():
+            return self._make.batch(clock)
+
+    def _read(self, piece: Piece) -> bytes:
+        return self._reading.read(piece) if self._reading else read_now(piece)
 
     def _ahead(self) -> Iterator[tuple[Batch, list[Skipped]]]:
         """The same batches, each made by one of the threads, at most one more than there are threads in waiting."""
-        self.close()
         pool = self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="loader")
         waiting: deque[Future[tuple[Batch, list[Skipped]]]] = deque()
         try:
             for clock in self._clocks:
-                waiting.append(pool.submit(self._make.batch, clock))
+                waiting.append(pool.submit(self._batch, clock))
                 if len(waiting) > self._workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -106,6 +123,9 @@ class Loader:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
+        if self._reading is not None:  # after the threads that take from it
+            self._reading.close()
+            self._reading = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +171,15 @@ class _Maker:
         if isinstance(views, PairViews):
             return self._pairs(positions, samples, views), skipped
         return self._ssl(clock, positions, samples, views), skipped
+
+    def pieces(self, clock: int) -> list[Piece]:
+        """What this rank's part of the batch at `clock` takes from tar shards, unless something is unreadable."""
+        first, captioned = clock * self.settings.optim.batch_size, self.tokenizer is not None
+        found: list[Piece] = []
+        for place in self.slice:
+            source, own = self._find(self.order.number(first + place))
+            found += source.pieces(own, captioned)
+        return found
 
     def _sample(self, position: int, skipped: list[Skipped]) -> _Sample:
         """The image at `position`, or the first of its replacements that can be read."""

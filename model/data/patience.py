@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -36,9 +37,19 @@ def patiently(ask: Callable[[], T]) -> T:
         except (StoreError, FileNotFoundError) as error:
             if error.errno in HOPELESS:
                 raise
-            log.warning("%s; again in %g s", error.strerror, wait)
+            _say(f"{error.strerror}; again in {wait:g} s")
             time.sleep(wait)
     try:
         return ask()
     except FileNotFoundError as error:
         raise StoreError(error.errno, f"{error.strerror}, after {len(WAITS) + 1} tries") from error
+
+
+_said = {"at": -math.inf}
+
+
+def _say(text: str) -> None:
+    """Once a second: when a store fails, it fails for all threads that read from it."""
+    if time.monotonic() - _said["at"] >= 1.0:
+        _said["at"] = time.monotonic()
+        log.warning(text)

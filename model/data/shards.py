@@ -26,6 +26,7 @@ from model.data.errors import BadDataError, DataError, Skipped, UnreadableImageE
 from model.data.images import load_rgb
 from model.data.patience import patiently
 from model.data.patterns import absolute, locate
+from model.data.read_ahead import Piece, read_now
 from model.data.tar_shard import Samples, Shard
 from model.data.threads import in_threads
 
@@ -36,6 +37,9 @@ OPEN_SHARDS = 4
 
 FEWEST = 1000
 """Images after which the share of unreadable ones is looked at."""
+
+LONGEST_CAPTION = 10_000
+"""Bytes that are looked at."""
 
 Tell = Callable[[int, int], None]
 """Told how many of how many shards are done."""
@@ -145,10 +149,10 @@ class Place:
 
 
 class ShardSource:
-    """The images of a set of shards by number. Safe to call from several threads."""
+    """The images of a set of shards by number, `read` piece by piece. Safe to call from several threads."""
 
-    def __init__(self, found: ShardSet, data: config.Data) -> None:
-        self._set, self._data = found, data
+    def __init__(self, found: ShardSet, data: config.Data, read: Callable[[Piece], bytes] = read_now) -> None:
+        self._set, self._data, self._read = found, data, read
         self.counts: NDArray[np.int64] = np.array(found.samples, np.int64)
         self._ends = np.cumsum(self.counts)
         self.lanes, self.window = data.lanes, data.window
@@ -159,20 +163,19 @@ class ShardSource:
         shard = int(np.searchsorted(self._ends, number, side="right"))
         return Place(shard, number - int(self._ends[shard] - self.counts[shard]))
 
+    def pieces(self, number: int, captioned: bool) -> list[Piece]:
+        """What `image`, and with `captioned` also `caption`, read."""
+        both = (self._image_piece(number), self._caption_piece(number) if captioned else None)
+        return [piece for piece in both if piece is not None]
+
     def image(self, number: int) -> Image.Image:
         """Raises UnreadableImageError; StoreError if the store stays out of reach."""
-        place = self.place(number)
-        record = self._samples(place.shard).records[place.sample]
-        return load_rgb(self._bytes(place, int(record["image"]), int(record["image_bytes"])), self._data.background)
+        return load_rgb(self._bytes(self._image_piece(number)), self._data.background)
 
     def caption(self, number: int) -> str:
         """The first line of the caption, "" if there is none."""
-        place = self.place(number)
-        record = self._samples(place.shard).records[place.sample]
-        if not record["caption_bytes"]:
-            return ""
-        text = self._bytes(place, int(record["caption"]), min(int(record["caption_bytes"]), 10_000))
-        return text.decode("utf-8", "replace").split("\n", 1)[0].strip()
+        piece = self._caption_piece(number)
+        return "" if piece is None else first_line(self._bytes(piece))
 
     def label(self, number: int) -> int | None:
         """The number in the sample's .cls, None if it has none."""
@@ -191,15 +194,30 @@ class ShardSource:
         if len(skipped) > self._data.max_skip_rate * among:
             raise too_many(skipped, f"images among {among:,} of {self._set.where}", self._data.max_skip_rate)
 
-    def _bytes(self, place: Place, start: int, length: int) -> bytes:
-        data = patiently(partial(storage.read_range, self._set.paths[place.shard], start, length))
-        if len(data) < length:
+    def _image_piece(self, number: int) -> Piece:
+        place = self.place(number)
+        record = self._samples(place.shard).records[place.sample]
+        return Piece(self._set.paths[place.shard], int(record["image"]), int(record["image_bytes"]))
+
+    def _caption_piece(self, number: int) -> Piece | None:
+        place = self.place(number)
+        record = self._samples(place.shard).records[place.sample]
+        size = min(int(record["caption_bytes"]), LONGEST_CAPTION)
+        return Piece(self._set.paths[place.shard], int(record["caption"]), size) if size else None
+
+    def _bytes(self, piece: Piece) -> bytes:
+        data = self._read(piece)
+        if len(data) < piece.length:
             raise UnreadableImageError("the shard ends before it: it was longer when it was indexed")
         return data
 
     def _read_samples(self, shard: int) -> Samples:
         file = tar_shard.file_of(self._set.index, self._set.paths[shard], self._set.bytes[shard])
         return patiently(partial(tar_shard.read, file))
+
+
+def first_line(caption: bytes) -> str:
+    return caption.decode("utf-8", "replace").split("\n", 1)[0].strip()
 
 
 def check_shards(found: ShardSet, most: float) -> None:

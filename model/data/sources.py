@@ -10,6 +10,7 @@ There is one place for `data.path` and one for each of `data.also`.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +26,7 @@ from model.data.images import load_rgb
 from model.data.index import Entry, Index
 from model.data.mixture import MixedOrder, Share
 from model.data.order import Order
+from model.data.read_ahead import Piece, read_now
 from model.data.shards import ShardSet, ShardSource, Tell
 from model.data_section import PER_THOUSAND
 
@@ -35,6 +37,8 @@ BYTES_PER_PIXEL = 4  # Pillow pads RGB
 
 Found = Index | ShardSet
 """What lies at one place."""
+
+Read = Callable[[Piece], bytes]
 
 
 class Drawn(Protocol):
@@ -59,6 +63,9 @@ class Source(Protocol):
     def caption(self, number: int) -> str:
         """ "" if it has none."""
 
+    def pieces(self, number: int, captioned: bool) -> list[Piece]:
+        """What of tar shards that reads; none of a folder."""
+
     def name(self, number: int) -> str:
         """For people."""
 
@@ -74,14 +81,14 @@ def build_or_read(data: config.Data, run_dir: str, tell: Tell) -> list[Found]:
     ]
 
 
-def open_sources(found: list[Found], data: config.Data, captioned: bool) -> list[Source]:
-    """What training sees of each place; `captioned`: only what has a caption.
+def open_sources(found: list[Found], data: config.Data, captioned: bool, read: Read = read_now) -> list[Source]:
+    """What training sees of each place; `captioned`: only what has a caption; `read`: how shards are read.
 
     Raises DataError if that is nothing, BadDataError if too much is known to be unreadable.
     """
     if captioned and len(found) > 1:
         raise DataError("data.also: a text phase reads one folder of images; give it a `data` without `also`")
-    return [_open(one, part, captioned) for one, (_, part) in zip(found, data.parts, strict=True)]
+    return [_open(one, part, captioned, read) for one, (_, part) in zip(found, data.parts, strict=True)]
 
 
 def draw(sources: list[Source], data: config.Data, seed: int, origin: str, batch: int) -> Drawn:
@@ -104,7 +111,7 @@ def check_skips(sources: list[Source], skipped: list[Skipped], seen: int, most: 
         raise shards.too_many(skipped, f"images among {among:,} of all sources", most)
 
 
-def _open(found: Found, data: config.Data, captioned: bool) -> Source:
+def _open(found: Found, data: config.Data, captioned: bool, read: Read) -> Source:
     if isinstance(found, Index):
         return FolderSource(found, data, captioned)
     if captioned:
@@ -112,7 +119,7 @@ def _open(found: Found, data: config.Data, captioned: bool) -> Source:
             f"data.path: {found.where}: text phases cannot read tar shards yet; give them a folder of images, each "
             "with a .txt beside it: phases.<text phase>.data.path"
         )
-    return ShardSource(found, data)
+    return ShardSource(found, data, read)
 
 
 class FolderSource:
@@ -131,6 +138,9 @@ class FolderSource:
 
     def caption(self, number: int) -> str:
         return self.entries[number].caption or ""
+
+    def pieces(self, number: int, captioned: bool) -> list[Piece]:
+        return []
 
     def captions(self) -> list[str]:
         """All of them, in the order of the index."""

@@ -121,6 +121,11 @@ class _Handler(BaseHTTPRequestHandler):
         with suppress(OSError):  # what was cut off cannot be flushed
             super().finish()
 
+    def handle_expect_100(self) -> bool:
+        super().handle_expect_100()
+        self.wfile.flush()  # the client waits for it before it sends what it has
+        return True
+
     def log_message(self, format: str, *args: object) -> None:
         """Says nothing."""
 

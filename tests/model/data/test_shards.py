@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -273,11 +274,11 @@ def test_a_failing_store_is_asked_again_and_is_no_skip(
     data = settings(f"{folder}/*.tar")
     whole = batches(data, tmp_path)
     monkeypatch.setattr(patience, "WAITS", (0.0, 0.0))
-    fails, read = [0], storage.read_range
+    asked, read = Counter[tuple[str, int]](), storage.read_range
 
     def failing(uri: str, start: int, length: int) -> bytes:
-        fails[0] += 1
-        if fails[0] % 3:
+        asked[uri, start] += 1
+        if asked[uri, start] % 3:
             raise storage.StoreError(5, f"reading {uri}: no answer")
         return read(uri, start, length)
 
