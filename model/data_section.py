@@ -84,7 +84,9 @@ class Data(Section):
     lanes: PositiveInt = Field(64, description="tar shards: sequences that are read side by side; part of the order")
     window: PositiveInt = Field(4096, description="tar shards: images of a lane that are shuffled among themselves")
     hold_out: Literal["none", "validation", "test"] = Field(
-        "none", description="what training must not see: nothing, the test third, or test and validation"
+        "none",
+        description="what training must not see: nothing, the test third, or test and validation. In a folder "
+        "near-duplicates stay together; in tar shards a hash of the key decides, and they are not looked for",
     )
     background: Rgb = Field((1.0, 1.0, 1.0), description="what shows through transparent pixels, RGB in [0, 1]")
     mean: Rgb = (0.485, 0.456, 0.406)
@@ -97,8 +99,9 @@ class Data(Section):
     def parts(self) -> list[tuple[tuple[str | int, ...], Data]]:
         """Every place that images come from as a section of its own, and where its path stands in this one."""
         alone = self.model_copy(update={"also": []})
-        hold_outs = [self.hold_out if isinstance(part.path, str) and not _is_shards(part.path) else "none"
-                     for part in self.also]  # fmt: skip
+        # Shards that are mixed into a folder are seen whole: their keys' splits have nothing to do with the folder's.
+        folders = [isinstance(part.path, str) and not _is_shards(part.path) for part in self.also]
+        hold_outs = [self.hold_out if self.shards or folder else "none" for folder in folders]
         return [(("path",), alone)] + [
             (("also", number, "path"), alone.model_copy(update={"path": part.path, "hold_out": hold_out}))
             for number, (part, hold_out) in enumerate(zip(self.also, hold_outs, strict=True))
@@ -123,6 +126,4 @@ class Data(Section):
         for batches in ("mixed", "whole"):
             if sum(part.share for part in self.also if part.batches == batches) > 1 - 1 / PER_THOUSAND:
                 raise ValueError(f"also: the shares of {batches} batches leave nothing for data.path")
-        if self.shards and self.hold_out != "none":
-            raise ValueError("hold_out goes with a folder of images: in tar shards near-duplicates are not looked for")
         return self

@@ -17,7 +17,7 @@ import torch
 from model import checkpoint, config, contract, optim, parallel, storage
 from model.checkpoint import CheckpointError
 from model.contract import Attempt, CheckpointRef, File, Manifest
-from model.data.loader import MOST_NAMES, Loader
+from model.data.loader import MOST_NAMES, Loader, prepare
 from model.data.sources import Found, build_or_read
 from model.objectives.base import Objective
 from model.objectives.build import build
@@ -144,7 +144,7 @@ def _index(attempt: Attempt, settings: config.AnyPhase) -> list[Found]:
         pulse.touch()  # this may take longer than `health.stall_seconds`
 
     if parallel.rank() == 0:
-        build_or_read(settings.data, attempt.run_dir, tell)
+        prepare(settings, build_or_read(settings.data, attempt.run_dir, tell), attempt.run_dir)
     parallel.gather_text("the index is there")
     return build_or_read(settings.data, attempt.run_dir, tell)
 

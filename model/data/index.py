@@ -23,18 +23,13 @@ from model import config, contract, storage
 from model.data import duplicates
 from model.data.errors import BadDataError, DataError, Skipped, UnreadableImageError
 from model.data.images import alpha, load, over
+from model.data.splits import HIDDEN, Split, split_of
 from model.data.threads import cores, in_threads
 
 COMPARE_AT_MOST = 20_000
 """Images past which only equal files are grouped: comparing each with each grows with the square."""
 
 VERSION = 1
-TEST_SHARE, VALIDATION_SHARE = 1 / 3, 0.15
-SPLIT_KEY = b"dinoctl split 1"  # a constant: a split that moved with the seed would leak from one seed to the next
-
-Split = Literal["train", "validation", "test"]
-HIDDEN: dict[str, tuple[Split, ...]] = {"none": (), "test": ("test",), "validation": ("validation", "test")}
-"""`data.hold_out` -> the splits that training does not see."""
 
 
 class Entry(contract.Record, frozen=True):
@@ -184,15 +179,6 @@ def list_images(root: Path) -> list[str]:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in contract.IMAGE_SUFFIXES
         ]
     return sorted(found)
-
-
-def split_of(first_path: str) -> Split:
-    """The split of a group of near-duplicates, by the path of its first member."""
-    digest = hashlib.blake2b(first_path.encode("utf-8", "surrogateescape"), digest_size=8, key=SPLIT_KEY).digest()
-    point = int.from_bytes(digest, "little") / 2**64
-    if point < TEST_SHARE:
-        return "test"
-    return "validation" if point < TEST_SHARE + VALIDATION_SHARE else "train"
 
 
 class _Look(msgspec.Struct, frozen=True):

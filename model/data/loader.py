@@ -27,7 +27,7 @@ from model.data.errors import BadDataError, DataError, Skipped, UnreadableImageE
 from model.data.masks import group_masks
 from model.data.read_ahead import Piece, ReadAhead, read_now
 from model.data.shards import ShardSource
-from model.data.sources import FolderSource, Found, Source, check_skips, draw, open_sources
+from model.data.sources import Found, Source, check_skips, draw, open_sources
 from model.data.views import PairViews, SslViews, Views
 from model.draws import generator
 
@@ -65,15 +65,14 @@ class Loader:
         stop_clock: int,
     ) -> None:
         self.tokenizer: str | None = None
+        self._reading: ReadAhead | None = None
         self._sources = open_sources(found, settings.data, isinstance(settings, config.TextPhase), self._read)
-        first = self._sources[0]
-        if isinstance(settings, config.TextPhase) and isinstance(first, FolderSource):
-            self.tokenizer = text.build_or_read(first.captions(), settings.text.vocabulary, run_dir)
+        if isinstance(settings, config.TextPhase):
+            self.tokenizer = text.build_or_read(self._sources[0].captions(), settings.text.vocabulary, run_dir)
         self._make = _Maker(settings, seed, origin, self._sources, self.tokenizer, objective_views, rank, world)
         self._clocks = range(start_clock, stop_clock)
         self._workers, self._most = settings.data.workers, settings.data.max_skip_rate
         self._pool: ThreadPoolExecutor | None = None
-        self._reading: ReadAhead | None = None
         self._budget = settings.data.read_ahead_mib * 2**20
         self._skipped: dict[str, Skipped] = {}
 
@@ -126,6 +125,16 @@ class Loader:
         if self._reading is not None:  # after the threads that take from it
             self._reading.close()
             self._reading = None
+
+
+def prepare(settings: config.AnyPhase, found: list[Found], run_dir: str) -> None:
+    """What takes long and is the same on every rank, so that one does it first: a text phase's tokenizer.
+
+    Raises DataError, BadDataError, StoreError.
+    """
+    if isinstance(settings, config.TextPhase):
+        (source,) = open_sources(found, settings.data, captioned=True)
+        text.build_or_read(source.captions(), settings.text.vocabulary, run_dir)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from model.data.mixture import MixedOrder, Share
 from model.data.order import Order
 from model.data.read_ahead import Piece, read_now
 from model.data.shards import ShardSet, ShardSource, Tell
+from model.data.text import Captions
 from model.data_section import PER_THOUSAND
 
 MEMORY_BUDGET = 512 * 2**20
@@ -63,6 +64,9 @@ class Source(Protocol):
     def caption(self, number: int) -> str:
         """ "" if it has none."""
 
+    def captions(self) -> Captions:
+        """Those that a tokenizer is learnt from, always the same ones."""
+
     def pieces(self, number: int, captioned: bool) -> list[Piece]:
         """What of tar shards that reads; none of a folder."""
 
@@ -87,7 +91,7 @@ def open_sources(found: list[Found], data: config.Data, captioned: bool, read: R
     Raises DataError if that is nothing, BadDataError if too much is known to be unreadable.
     """
     if captioned and len(found) > 1:
-        raise DataError("data.also: a text phase reads one folder of images; give it a `data` without `also`")
+        raise DataError("data.also: a text phase reads from one place; give it a `data` without `also`")
     return [_open(one, part, captioned, read) for one, (_, part) in zip(found, data.parts, strict=True)]
 
 
@@ -114,12 +118,7 @@ def check_skips(sources: list[Source], skipped: list[Skipped], seen: int, most: 
 def _open(found: Found, data: config.Data, captioned: bool, read: Read) -> Source:
     if isinstance(found, Index):
         return FolderSource(found, data, captioned)
-    if captioned:
-        raise DataError(
-            f"data.path: {found.where}: text phases cannot read tar shards yet; give them a folder of images, each "
-            "with a .txt beside it: phases.<text phase>.data.path"
-        )
-    return ShardSource(found, data, read)
+    return ShardSource(found, data, captioned, read)
 
 
 class FolderSource:
@@ -142,9 +141,10 @@ class FolderSource:
     def pieces(self, number: int, captioned: bool) -> list[Piece]:
         return []
 
-    def captions(self) -> list[str]:
-        """All of them, in the order of the index."""
-        return [entry.caption or "" for entry in self.entries]
+    def captions(self) -> Captions:
+        """All of them, in the order of the index: they are in memory."""
+        captions = [entry.caption or "" for entry in self.entries]
+        return Captions("\n".join(captions), lambda: captions)
 
     def name(self, number: int) -> str:
         return self.entries[number].path

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import re
 import tarfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from model import contract, storage
 from model.data.errors import DataError
 from model.data.patience import patiently
+from model.data.splits import SPLITS, Split, split_of
 
 MAGIC = b"dinoctl shard index 1\n"
 RECORD = np.dtype(
@@ -45,12 +47,16 @@ class Shard(contract.Record, frozen=True):
     samples: int
     without_image: int = 0  # keys passed over, as no image goes with them
     damage: str = ""  # why what comes after the last sample cannot be read
+    splits: tuple[int, ...] = ()  # samples in each of SPLITS, by their keys
+    captioned: tuple[int, ...] = ()  # those of them that have a caption
 
 
 @dataclass
 class _Found:
     records: list[tuple[int, ...]] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
+    splits: Counter[Split] = field(default_factory=Counter)
+    captioned: Counter[Split] = field(default_factory=Counter)
     without_image: int = 0
     damage: str = ""
 
@@ -63,10 +69,21 @@ class Samples:
     records: NDArray[np.void]
     keys: bytes
 
+    def visible(self, hidden: Collection[Split], captioned: bool) -> NDArray[np.int64]:
+        """The samples that are in none of the splits `hidden` and, with `captioned`, have a caption."""
+        keep = self.records["caption_bytes"] > 0 if captioned else np.ones(len(self.records), bool)
+        if hidden:
+            names = [self._key(number).decode("utf-8", "surrogateescape") for number in range(len(self.records))]
+            keep &= np.array([split_of(name) not in hidden for name in names], bool)
+        return np.flatnonzero(keep)
+
     def key(self, number: int) -> str:
+        """For people."""
+        return self._key(number).decode("utf-8", "replace")
+
+    def _key(self, number: int) -> bytes:
         start = int(self.records[number]["key"])
-        stop = int(self.records[number + 1]["key"]) if number + 1 < len(self.records) else len(self.keys)
-        return self.keys[start:stop].decode("utf-8", "replace")
+        return self.keys[start : int(self.records[number + 1]["key"]) if number + 1 < len(self.records) else None]
 
 
 def file_of(index: str, path: str, size: int) -> str:
@@ -126,7 +143,8 @@ def _size(path: str) -> int:
 def _make(path: str, size: int, file: str) -> Shard:
     with storage.reading(path) as opened:
         found = scan(opened, path, size)
-    shard = Shard(path, size, len(found.records), found.without_image, found.damage)
+    splits, captioned = (tuple(count[split] for split in SPLITS) for count in (found.splits, found.captioned))
+    shard = Shard(path, size, len(found.records), found.without_image, found.damage, splits, captioned)
     records = np.array(found.records, RECORD)
     storage.replace(file, MAGIC + msgspec.json.encode(shard) + b"\n" + records.tobytes() + b"".join(found.keys))
     return shard
@@ -153,6 +171,8 @@ def _scan(opened: BinaryIO, size: int, found: _Found) -> None:
         number = _label(opened, label) if label else -1
         found.records.append((image.offset_data, image.size, *at, number, ends))
         found.keys.append(key.encode("utf-8", "surrogateescape"))
+        found.splits[split_of(key)] += 1
+        found.captioned[split_of(key)] += at[1] > 0
         ends += len(found.keys[-1])
 
 

@@ -7,7 +7,8 @@ text tower finds it as the argmax of the ids. Captions are lower-cased, as there
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -18,21 +19,32 @@ from model.data.errors import DataError
 
 PAD, START, END = "<|pad|>", "<|start|>", "<|end|>"
 SPECIAL = [PAD, START, END]  # added in this order after training: END's id is the highest
+MOST_CAPTIONS = 16_384
+"""Captions that a tokenizer is learnt from, where each has to be fetched: spread evenly over all."""
+
 SMALLEST = 256 + len(SPECIAL)
 
 
-def build_or_read(captions: Sequence[str], vocabulary: int, run_dir: str) -> str:
+@dataclass(frozen=True)
+class Captions:
+    """What a tokenizer is learnt from. `identity`: equal for equal captions, and known without reading them."""
+
+    identity: str
+    read: Callable[[], Sequence[str]]
+
+
+def build_or_read(captions: Captions, vocabulary: int, run_dir: str) -> str:
     """The run's tokenizer for these captions as JSON, learnt if this is the first to ask.
 
     The JSON goes into the checkpoint's manifest, so that an evaluation needs no spec. Raises DataError.
     """
-    key = "\n".join([str(vocabulary), *captions])
+    key = f"{vocabulary}\n{captions.identity}"
     path = f"{run_dir}/data/tokenizer-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     try:
         return storage.read(path).decode()
     except FileNotFoundError:
         pass
-    learnt = train(captions, vocabulary)
+    learnt = train(captions.read(), vocabulary)
     try:
         storage.publish(path, learnt.encode())
     except storage.AlreadyPublished:

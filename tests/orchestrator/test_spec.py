@@ -192,13 +192,20 @@ def test_tar_shards_are_looked_for_where_this_machine_sees_them(tmp_path: Path) 
     assert found(f"{tmp_path}/x-{{00..10}}.tar") == found(f"{tmp_path}/*.tar") == found("s3://b/x.tar") == []
 
 
+def test_an_evaluation_needs_a_folder() -> None:
+    with pytest.raises(SpecError, match=r"evaluate\.data\.path: an evaluation looks at a folder of images: near-dup"):
+        job(TINY, "data.path=x.tar")
+    job(TINY, "data.path=x.tar", "evaluate.data.path=images")
+    job(TINY, "data.path=x.tar", "evaluate=null")
+
+
 # --- what is not there yet --------------------------------------------------------------------------------------------
 
 
 def test_the_7b_is_accepted_and_submit_learns_what_is_missing() -> None:
     spec = job(V3_7B)
     missing = " ".join(problem.message for problem in not_there_yet(spec, read_cluster(spec.cluster)))
-    for feature in ("fsdp", "fp8 blocks", "compile", "captions from tar shards", "runs on a bucket"):
+    for feature in ("fsdp", "fp8 blocks", "compile", "runs on a bucket"):
         assert feature in missing
 
 
