@@ -16,23 +16,34 @@ COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 DATASET = re.compile(r"[A-Z]\w*:(split|root|extra)=")
 """How a dataset string of the released DINOv3 code begins: `ImageNet:split=TRAIN:root=/data/in1k:extra=/data/extra`."""
 
-SPLITS = {"TRAIN": "train", "VAL": "val", "TEST": "test"}
+DATASETS: dict[str, dict[str | None, str]] = {
+    "ImageNet": {"TRAIN": "train", "VAL": "val", "TEST": "test"},
+    "ImageNet22k": {None: "*.tar"},  # a tar a class, not compressed
+    "ADE20K": {"TRAIN": "images/training", "VAL": "images/validation"},
+}
+"""What of the root a dataset string means, by its split (None: it has none)."""
 
 
-def _dataset_folder(path: Any) -> Any:
-    """The folder that a dataset string means; anything else as it is. `extra` holds lists that are not needed."""
+def _dataset_path(path: Any) -> Any:
+    """What a dataset string means; anything else as it is. `extra` holds lists that are not needed."""
     if not isinstance(path, str) or not DATASET.match(path):
         return path
     name, *words = path.split(":")
     given = dict(word.partition("=")[::2] for word in words)
-    if name != "ImageNet":
-        raise ValueError(f"{path}: of these dataset strings only ImageNet's is read; name the folder of images instead")
-    if set(given) - {"split", "root", "extra"} or not given.get("root") or given.get("split") not in SPLITS:
-        raise ValueError(f"{path}: write ImageNet:split=TRAIN:root=FOLDER, split one of {', '.join(SPLITS)}")
-    return os.path.abspath(os.path.join(os.path.expanduser(given["root"]), SPLITS[given["split"]]))
+    if name == "CocoCaptions":
+        raise ValueError(f"{path}: its captions lie in one JSON file: write each as a .txt beside its image, and name "
+                         "the folder of images")  # fmt: skip
+    if name not in DATASETS:
+        raise ValueError(f"{path}: of these dataset strings {', '.join(DATASETS)} are read; name the folder of images")
+    splits = DATASETS[name]
+    if set(given) - {"split", "root", "extra"} or not given.get("root") or given.get("split") not in splits:
+        split = "" if None in splits else f":split={next(iter(splits))}"
+        allowed = "it has no split" if None in splits else f"split one of {', '.join(map(str, splits))}"
+        raise ValueError(f"{path}: write {name}{split}:root=FOLDER, {allowed}")
+    return os.path.abspath(os.path.join(os.path.expanduser(given["root"]), splits[given.get("split")]))
 
 
-DataPath = Annotated[str | Annotated[list[str], Field(min_length=1)], BeforeValidator(_dataset_folder)]
+DataPath = Annotated[str | Annotated[list[str], Field(min_length=1)], BeforeValidator(_dataset_path)]
 
 
 PER_THOUSAND = 1000
@@ -75,7 +86,8 @@ class Data(Section):
 
     path: DataPath = Field(
         description="folder of images (`cache:NAME`: one that `make data` fetched), or tar shards: paths, globs or "
-        "URIs ending in .tar, {000000..000123} counts; one or a list; or dinov3's ImageNet:split=TRAIN:root=FOLDER"
+        "URIs ending in .tar, {000000..000123} counts; one or a list; or a dataset string of dinov3's, as "
+        "ImageNet:split=TRAIN:root=FOLDER"
     )
     also: list[Part] = Field([], description="other images that training sees in given shares; evaluations do not")
     index: str | None = Field(
