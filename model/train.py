@@ -21,6 +21,7 @@ from torch import Tensor
 from model import checkpoint, contract, health, optim, parallel, recording, storage, worker
 from model.contract import Attempt, Cause, CheckpointRef, RankEnd
 from model.data.batch import Batch
+from model.data.waiting import awaited
 from model.job import Job, begin
 from model.objectives.base import Moment
 from model.objectives.pure import Slices
@@ -40,7 +41,8 @@ def train(job: Job) -> Cause:
     trained = objective.networks().trained
     pulse = contract.pulse_file(job.attempt.launch_name, parallel.rank())
     began = time.monotonic()
-    for batch in (one.to(job.device) for one in job.loader):
+    waiting = contract.waiting_file(job.attempt.launch_name, parallel.rank())
+    for batch in (one.to(job.device) for one in awaited(job.loader, waiting, settings.data.shown)):
         moment = Moment(step=job.loop.step, steps=settings.steps, clock=job.loop.clock)
         recording.record_if_due(job, batch, moment)
         targets = objective.targets(batch, moment)

@@ -28,6 +28,7 @@ from model.data.masks import group_masks
 from model.data.read_ahead import Piece, ReadAhead, read_now
 from model.data.shards import ShardSource
 from model.data.sources import Found, Source, check_skips, draw, open_sources
+from model.data.threads import deaf
 from model.data.views import PairViews, SslViews, Views
 from model.draws import generator
 
@@ -105,7 +106,7 @@ class Loader:
 
     def _ahead(self) -> Iterator[tuple[Batch, list[Skipped]]]:
         """The same batches, each made by one of the threads, at most one more than there are threads in waiting."""
-        pool = self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="loader")
+        pool = self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="loader", initializer=deaf)
         waiting: deque[Future[tuple[Batch, list[Skipped]]]] = deque()
         try:
             for clock in self._clocks:

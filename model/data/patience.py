@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from model.data.errors import StalledDataError
 from model.storage import StoreError
 
 log = logging.getLogger(__name__)
@@ -27,22 +28,17 @@ T = TypeVar("T")
 
 def patiently(ask: Callable[[], T]) -> T:
     """What `ask` returns, tried again while it raises StoreError or FileNotFoundError (a network file system that is
-    not mounted looks like that). Raises StoreError with the last try's reason."""
+    not mounted looks like that). Raises StalledDataError with the last try's reason."""
     began = time.monotonic()
-    for wait in WAITS:
-        if time.monotonic() - began > LONGEST:
-            break
+    for tries, wait in enumerate([*WAITS, None], 1):
         try:
             return ask()
         except (StoreError, FileNotFoundError) as error:
-            if error.errno in HOPELESS:
-                raise
+            if wait is None or error.errno in HOPELESS or time.monotonic() - began > LONGEST:
+                raise StalledDataError(error.errno, f"{error.strerror}, after {tries} tries") from error
             _say(f"{error.strerror}; again in {wait:g} s")
             time.sleep(wait)
-    try:
-        return ask()
-    except FileNotFoundError as error:
-        raise StoreError(error.errno, f"{error.strerror}, after {len(WAITS) + 1} tries") from error
+    raise AssertionError("the last try returns or raises")
 
 
 _said = {"at": -math.inf}

@@ -22,6 +22,7 @@ from functools import partial
 
 from model import storage
 from model.data.patience import patiently
+from model.data.threads import deaf
 
 READERS = 32
 """Requests under way at once: at 20 ms each, 1,600 a second."""
@@ -94,7 +95,7 @@ class ReadAhead:
         self._changed = threading.Condition()
         self._failure: Exception | None = None  # what pieces_of raised: nothing is planned beyond
         self._planned = self._over = False
-        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read-ahead")
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read-ahead", initializer=deaf)
         self._planner = threading.Thread(target=self._plan, name="read-ahead-plan", daemon=True)
         self._planner.start()
 
@@ -134,6 +135,7 @@ class ReadAhead:
     # What the planner's thread does.
 
     def _plan(self) -> None:
+        deaf()
         while (following := self._next_round()) is not None:
             with self._changed:
                 self._changed.wait_for(lambda: self._over or self._has_room())

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ from model.data import sources
 from model.data.batch import PairBatch, SslBatch
 from model.data.errors import BadDataError, DataError
 from model.data.loader import Loader
+from model.data.threads import ASYNCHRONOUS
 from model.data.views import PairViews, SslViews, Views
 from tests.model.data.loading import assert_equal, tensors
 
@@ -155,6 +158,27 @@ def test_threads_end_when_closed_and_few_batches_are_made_ahead(images: Path, tm
     made.close()
     assert max(asked) <= 3
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+def test_loader_threads_take_no_signals(images: Path, tmp_path: Path) -> None:
+    """A handler runs in the main thread whatever the loader does, and no worker is interrupted in its place."""
+    handled: list[threading.Thread] = []
+    before = signal.signal(signal.SIGTERM, lambda *_: handled.append(threading.current_thread()))
+    blocked: set[bool] = set()
+
+    def views(clock: int) -> Views:
+        blocked.add(set(signal.pthread_sigmask(signal.SIG_BLOCK, [])) >= ASYNCHRONOUS)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return gram_views(clock)
+
+    try:
+        batches = list(make(phase(images, workers=3), tmp_path, views=views))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert blocked == {True}
+    assert handled
+    assert set(handled) == {threading.main_thread()}
+    assert_equal(batches, list(make(phase(images), tmp_path)))
 
 
 def test_views_may_change_from_step_to_step(images: Path, tmp_path: Path) -> None:
