@@ -15,6 +15,7 @@ from pydantic import Field, PositiveInt, TypeAdapter, model_validator
 from model.architectures import ARCHITECTURES
 from model.data_section import DATASET as DATASET
 from model.data_section import Data as Data
+from model.data_section import Jump as Jump
 from model.sections import BelowOne as BelowOne
 from model.sections import Count as Count
 from model.sections import Fraction as Fraction

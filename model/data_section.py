@@ -81,6 +81,13 @@ class Part(Section):
     )
 
 
+class Jump(Section):
+    """Data that a phase jumps over."""
+
+    at: Count = Field(description="updates of the phase before the jump")
+    steps: PositiveInt = Field(description="of data that nobody sees")
+
+
 class Data(Section):
     """Where the images are and what an image is."""
 
@@ -104,6 +111,7 @@ class Data(Section):
     mean: Rgb = (0.485, 0.456, 0.406)
     std: Rgb = (0.229, 0.224, 0.225)
     max_skip_rate: Fraction = Field(0.01, description="share of unreadable images past which the run stops")
+    skip: list[Jump] = Field([], description="data to jump over; `resume --skip-data` adds to it where a run diverged")
     workers: Count = Field(2, description="loader threads a process")
     read_ahead_mib: PositiveInt = Field(256, description="tar shards: memory a process fills with what comes next")
 

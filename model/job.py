@@ -6,7 +6,7 @@ begin(attempt, ...) -> Job      from a checkpoint of its own, or at step 0 with 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,7 +17,7 @@ import torch
 from model import checkpoint, config, contract, optim, parallel, storage
 from model.checkpoint import CheckpointError
 from model.contract import Attempt, CheckpointRef, File, Manifest
-from model.data.loader import MOST_NAMES, Loader, prepare
+from model.data.loader import MOST_NAMES, Loader, Stream, prepare
 from model.data.sources import Found, build_or_read
 from model.objectives.base import Objective
 from model.objectives.build import build
@@ -38,6 +38,14 @@ class Loop:
     clock: int  # updates since the origin
     position: int  # images consumed since the origin
     non_finite: int = 0  # steps in a row, up to now, that changed nothing
+    jumps: tuple[tuple[int, int], ...] = ()  # (clock, steps) of data that was, or will be, jumped over since the origin
+
+    def with_jumps(self, ahead: Sequence[config.Jump]) -> Loop:
+        """What was jumped over stays as the checkpoint says it; `ahead` is what the phase is told of the rest."""
+        first = self.clock - self.step
+        past = [(at, steps) for at, steps in self.jumps if at < self.clock]
+        following = [(first + jump.at, jump.steps) for jump in ahead if jump.at >= self.step]
+        return replace(self, jumps=(*past, *following))
 
     def after_step(self, images: int, finite: bool) -> Loop:
         return replace(
@@ -90,7 +98,7 @@ def begin(attempt: Attempt, stop: Stop, device: torch.device) -> Job:
     for ref in attempt.resume:
         job, failure = _on_every_rank(partial(_resume, make, ref))
         if job is not None:
-            progress.note(f"goes on from {ref}")
+            progress.note(f"goes on from {ref}{_jumps(job.loop)}")
             return job
         progress.note(f"cannot resume from {ref}: {failure}")
         failures.append(f"{ref}: {failure}")
@@ -149,6 +157,13 @@ def _index(attempt: Attempt, settings: config.AnyPhase) -> list[Found]:
     return build_or_read(settings.data, attempt.run_dir, tell)
 
 
+def _jumps(loop: Loop) -> str:
+    """For a person: what is about to be jumped over."""
+    first = loop.clock - loop.step
+    ahead = [f"{steps} steps of data at step {at - first}" for at, steps in loop.jumps if at >= loop.clock]
+    return f", jumping over {', '.join(ahead)}" if ahead else ""
+
+
 def _left_out(index: Found) -> str:
     last = ", ".join(f"{one.path} ({one.reason})" for one in index.skipped[-MOST_NAMES:])
     return f"{len(index.skipped)} of {index.holds} are unreadable and left out, last: {last}"
@@ -171,18 +186,10 @@ def _make(
     for network in (*built.trained.values(), *built.frozen.values()):
         network.to(device)
     optimizer = optim.build(built.trained, settings.optim)
-    loader = Loader(
-        settings,
-        attempt.seed,
-        loop.origin,
-        index,
-        attempt.run_dir,
-        objective.views,
-        parallel.rank(),
-        parallel.world(),
-        start_clock=loop.clock,
-        stop_clock=loop.clock + settings.steps - loop.step,
-    )
+    loop = loop.with_jumps(settings.data.skip)
+    clocks = range(loop.clock, loop.clock + settings.steps - loop.step)
+    stream = Stream(attempt.seed, loop.origin, clocks, parallel.rank(), parallel.world(), loop.jumps)
+    loader = Loader(settings, stream, index, attempt.run_dir, objective.views)
     return Job(attempt, settings, device, stop, progress, objective, optimizer, loader, loop)
 
 

@@ -1,6 +1,6 @@
 """The loader: one rank's part of every step's batch, in order, prepared ahead by threads.
 
-A batch is a function of (settings, seed, origin, clock, rank) alone, so that any number of threads, a resumed run and
+A batch is a function of (settings, stream, clock) alone, so that any number of threads, a resumed run and
 another number of ranks see the same images, crops and masks. Threads rather than processes: decoding, resizing and the
 array work release the interpreter lock, and nothing has to be pickled or shared.
 """
@@ -44,8 +44,24 @@ class SkippedImages:
     last: list[Skipped]
 
 
+@dataclass(frozen=True)
+class Stream:
+    """Which batches a loader makes: of whose order, at which clocks, and which rank's part of them."""
+
+    seed: int
+    origin: str
+    clocks: range
+    rank: int = 0
+    world: int = 1
+    jumps: tuple[tuple[int, int], ...] = ()  # (clock, steps): from there on the data of so many steps is jumped over
+
+    def data_clock(self, clock: int) -> int:
+        """The clock at which the data of the batch would stand if nothing were jumped over."""
+        return clock + sum(steps for at, steps in self.jumps if at <= clock)
+
+
 class Loader:
-    """Iterates over this rank's batches for the clocks from `start_clock` up to, not including, `stop_clock`.
+    """Iterates over the batches of a stream.
 
     Iterating raises BadDataError when more images are unreadable than `data.max_skip_rate` allows, and whatever else
     went wrong in a thread, at the batch it belongs to. `tokenizer` is the JSON of a text phase's tokenizer, else None.
@@ -55,23 +71,18 @@ class Loader:
     def __init__(
         self,
         settings: config.AnyPhase,
-        seed: int,
-        origin: str,
+        stream: Stream,
         found: list[Found],
         run_dir: str,
-        objective_views: Callable[[int], Views],
-        rank: int,
-        world: int,
-        start_clock: int,
-        stop_clock: int,
+        views: Callable[[int], Views],
     ) -> None:
         self.tokenizer: str | None = None
         self._reading: ReadAhead | None = None
         self._sources = open_sources(found, settings.data, isinstance(settings, config.TextPhase), self._read)
         if isinstance(settings, config.TextPhase):
             self.tokenizer = text.build_or_read(self._sources[0].captions(), settings.text.vocabulary, run_dir)
-        self._make = _Maker(settings, seed, origin, self._sources, self.tokenizer, objective_views, rank, world)
-        self._clocks = range(start_clock, stop_clock)
+        self._make = _Maker(settings, stream, self._sources, self.tokenizer, views)
+        self._clocks = stream.clocks
         self._workers, self._most = settings.data.workers, settings.data.max_skip_rate
         self._pool: ThreadPoolExecutor | None = None
         self._budget = settings.data.read_ahead_mib * 2**20
@@ -150,31 +161,28 @@ class _Maker:
     def __init__(
         self,
         settings: config.AnyPhase,
-        seed: int,
-        origin: str,
+        stream: Stream,
         sources: list[Source],
         tokenizer: str | None,
         views: Callable[[int], Views],
-        rank: int,
-        world: int,
     ) -> None:
-        self.settings, self.seed, self.origin, self.sources, self.views = settings, seed, origin, sources, views
-        self.order = draw(sources, settings.data, seed, origin, settings.optim.batch_size)
+        self.settings, self.stream, self.sources, self.views = settings, stream, sources, views
+        self.seed, self.origin = stream.seed, stream.origin
+        self.order = draw(sources, settings.data, stream.seed, stream.origin, settings.optim.batch_size)
         self.ends = list(accumulate(int(source.counts.sum()) for source in sources))
         self.tokenizer = None if tokenizer is None else text.load(tokenizer)
         batch, group = settings.optim.batch_size, settings.optim.group_size
-        if batch % (world * group):
+        if batch % (stream.world * group):
             raise DataError(
-                f"optim.batch_size: {batch} images in groups of {group} do not divide over {world} processes; "
+                f"optim.batch_size: {batch} images in groups of {group} do not divide over {stream.world} processes; "
                 f"take a number of processes that divides {batch // group}"
             )
-        share = batch // world
-        self.slice = range(rank * share, (rank + 1) * share)
+        share = batch // stream.world
+        self.slice = range(stream.rank * share, (stream.rank + 1) * share)
 
     def batch(self, clock: int) -> tuple[Batch, list[Skipped]]:
         """This rank's part of the batch at `clock`, and the images that had to be replaced in it."""
-        first = clock * self.settings.optim.batch_size
-        positions = [first + place for place in self.slice]
+        positions = self._positions(clock)
         skipped: list[Skipped] = []
         samples = [self._sample(position, skipped) for position in positions]
         views = self.views(clock)
@@ -184,12 +192,15 @@ class _Maker:
 
     def pieces(self, clock: int) -> list[Piece]:
         """What this rank's part of the batch at `clock` takes from tar shards, unless something is unreadable."""
-        first, captioned = clock * self.settings.optim.batch_size, self.tokenizer is not None
         found: list[Piece] = []
-        for place in self.slice:
-            source, own = self._find(self.order.number(first + place))
-            found += source.pieces(own, captioned)
+        for position in self._positions(clock):
+            source, own = self._find(self.order.number(position))
+            found += source.pieces(own, captioned=self.tokenizer is not None)
         return found
+
+    def _positions(self, clock: int) -> list[int]:
+        first = self.stream.data_clock(clock) * self.settings.optim.batch_size
+        return [first + place for place in self.slice]
 
     def _sample(self, position: int, skipped: list[Skipped]) -> _Sample:
         """The image at `position`, or the first of its replacements that can be read."""

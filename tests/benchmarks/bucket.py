@@ -94,7 +94,7 @@ def measure(data: dict[str, Any], run: Path, batches: int, proxy: subprocess.Pop
     settings = config.read_phase(values)
     found = sources.build_or_read(settings.data, str(run), lambda done, total: None)
     views = SslViews(settings.crops.resolutions[0], patch_size=4)  # type: ignore[union-attr]
-    made = loader.Loader(settings, 0, "pretrain", found, str(run), lambda _: views, 0, 1, 0, batches)
+    made = loader.Loader(settings, loader.Stream(0, "pretrain", range(batches)), found, str(run), lambda _: views)
     before, began = counted(proxy), time.perf_counter()
     for _ in made:
         pass

@@ -11,7 +11,7 @@ import torch
 from model import config
 from model.data import sources
 from model.data.batch import Batch
-from model.data.loader import Loader
+from model.data.loader import Loader, Stream
 from model.data.views import SslViews
 
 VIEWS = SslViews(config.Resolution(global_size=16, local_size=8), patch_size=4)
@@ -28,7 +28,7 @@ def loader(
     }  # fmt: skip
     settings = config.read_phase(values)
     found = sources.build_or_read(settings.data, str(run), lambda done, total: None)
-    return Loader(settings, 0, "pretrain", found, str(run), lambda _: VIEWS, rank, world, *clocks)
+    return Loader(settings, Stream(0, "pretrain", range(*clocks), rank, world), found, str(run), lambda _: VIEWS)
 
 
 def batches(

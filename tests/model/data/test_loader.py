@@ -14,7 +14,7 @@ from model import config
 from model.data import sources
 from model.data.batch import PairBatch, SslBatch
 from model.data.errors import BadDataError, DataError
-from model.data.loader import Loader
+from model.data.loader import Loader, Stream
 from model.data.threads import ASYNCHRONOUS
 from model.data.views import PairViews, SslViews, Views
 from tests.model.data.loading import assert_equal, tensors
@@ -47,9 +47,10 @@ def make(
     clocks: tuple[int, int] = (0, 7),
     rank: tuple[int, int] = (0, 1),
     views: Callable[[int], Views] = gram_views,
+    jumps: tuple[tuple[int, int], ...] = (),
 ) -> Loader:
     built = sources.build_or_read(settings.data, str(run_dir), lambda done, total: None)
-    return Loader(settings, 0, "pretrain", built, str(run_dir), views, *rank, *clocks)
+    return Loader(settings, Stream(0, "pretrain", range(*clocks), *rank, jumps), built, str(run_dir), views)
 
 
 def test_shapes(images: Path, tmp_path: Path) -> None:
@@ -93,6 +94,18 @@ def test_a_slice_through_a_group_is_refused(images: Path, tmp_path: Path) -> Non
 def test_going_on_at_a_clock_is_as_if_never_stopped(images: Path, tmp_path: Path) -> None:
     whole = list(make(phase(images, workers=2), tmp_path, (0, 9)))
     assert_equal(whole[4:], list(make(phase(images, workers=2), tmp_path, (4, 9))))
+
+
+def test_what_is_jumped_over_is_never_seen_and_the_rest_keeps_its_order(images: Path, tmp_path: Path) -> None:
+    whole = list(make(phase(images), tmp_path, (0, 12)))
+    jumps = ((3, 2), (5, 1))
+    seen = list(make(phase(images, workers=2), tmp_path, (0, 9), jumps=jumps))
+    positions = [batch.positions[0].item() // 8 for batch in seen]
+    assert positions == [0, 1, 2, 5, 6, 8, 9, 10, 11]
+    assert [batch.positions.tolist() for batch in seen] == [whole[at].positions.tolist() for at in positions]
+    for batch, at in zip(seen, positions, strict=True):
+        assert torch.equal(tensors(batch)["global_crops"], tensors(whole[at])["global_crops"])
+    assert_equal(seen[4:], list(make(phase(images), tmp_path, (4, 9), jumps=jumps)))
 
 
 def test_world_sizes_that_do_not_fit_are_refused(images: Path, tmp_path: Path) -> None:

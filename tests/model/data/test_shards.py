@@ -20,7 +20,7 @@ from model import config, storage
 from model.data import patience, shards, sources, splits, tar_shard
 from model.data.batch import Batch, SslBatch
 from model.data.errors import BadDataError, DataError, UnreadableImageError
-from model.data.loader import Loader
+from model.data.loader import Loader, Stream
 from model.data.shards import ShardSet, ShardSource
 from model.data.views import PairViews, SslViews
 from tests.model.data import loading
@@ -82,7 +82,7 @@ def pairs(data: config.Data, run: Path, rank: int = 0, world: int = 1) -> list[B
     }  # fmt: skip
     text = config.read_phase(values)
     found = sources.build_or_read(text.data, str(run), lambda done, total: None)
-    return list(Loader(text, 0, "text", found, str(run), lambda _: PairViews(16, 12), rank, world, 0, 7))
+    return list(Loader(text, Stream(0, "text", range(7), rank, world), found, str(run), lambda _: PairViews(16, 12)))
 
 
 def batches(data: config.Data, run: Path, *rank: int, **clocks: tuple[int, int]) -> list[Batch]:
