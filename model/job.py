@@ -17,7 +17,8 @@ import torch
 from model import checkpoint, config, contract, optim, parallel, storage
 from model.checkpoint import CheckpointError
 from model.contract import Attempt, CheckpointRef, File, Manifest
-from model.data.loader import MOST_NAMES, Loader, Stream, prepare
+from model.data.loader import Loader, Stream, prepare
+from model.data.skips import MOST_NAMES
 from model.data.sources import Found, build_or_read
 from model.objectives.base import Objective
 from model.objectives.build import build

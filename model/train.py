@@ -63,7 +63,7 @@ def train(job: Job) -> Cause:
             metrics |= health.measure(objective, targets, metrics.get("loss/dino_global"))
         if job.loop.step == settings.steps and (collapsed := health.collapse(metrics)):
             job.progress.note(f"collapsed: {collapsed}")
-        _tell_skipped(job)
+        metrics |= _tell_skipped(job)
         job.progress.step(job.loop.step, settings.optim.batch_size / (time.monotonic() - began), metrics)
         pulse.touch()
         if not finite:
@@ -100,12 +100,14 @@ def _summed(terms: dict[str, Tensor]) -> dict[str, float]:
     return {"loss" if name == "total" else f"loss/{name}": value for name, value in zip(terms, values, strict=True)}
 
 
-def _tell_skipped(job: Job) -> None:
+def _tell_skipped(job: Job) -> dict[str, float]:
+    """This rank's unreadable images, by name for a person and, once there is one, as a metric."""
     skipped = job.loader.skipped
     if skipped.count > job.skips_told:
         job.skips_told = skipped.count
         last = ", ".join(f"{image.path} ({image.reason})" for image in skipped.last)
         job.progress.note(f"{skipped.count} unreadable images replaced so far, last: {last}")
+    return {"data/replaced": float(skipped.replaced)} if skipped.replaced else {}
 
 
 def _changed_nothing(job: Job, batch: Batch, moment: Moment, metrics: dict[str, float]) -> None:

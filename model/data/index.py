@@ -23,6 +23,7 @@ from model import config, contract, storage
 from model.data import duplicates
 from model.data.errors import BadDataError, DataError, Skipped, UnreadableImageError
 from model.data.images import alpha, load, over
+from model.data.skips import MOST_NAMES
 from model.data.splits import HIDDEN, Split, split_of
 from model.data.threads import cores, in_threads
 
@@ -77,7 +78,7 @@ def build_or_read(data: config.Data, run_dir: str) -> Index:
     except FileNotFoundError:
         pass
     index = build(root, data.background)
-    check_skip_rate(index, [], data.max_skip_rate)  # before it is published: a repaired folder is looked at anew
+    check_skip_rate(index, 0, [], data.max_skip_rate)  # before it is published: a repaired folder is looked at anew
     try:
         storage.publish(path, contract.encode(index))
     except storage.AlreadyPublished:
@@ -88,7 +89,7 @@ def build_or_read(data: config.Data, run_dir: str) -> Index:
 def training_entries(index: Index, data: config.Data) -> list[Entry]:
     """What training sees under `data.hold_out`. Raises DataError if nothing is left, BadDataError if too many images
     of the folder are unreadable."""
-    check_skip_rate(index, [], data.max_skip_rate)
+    check_skip_rate(index, 0, [], data.max_skip_rate)
     entries = [entry for entry in index.entries if entry.split not in HIDDEN[data.hold_out]]
     if not entries:
         raise DataError(
@@ -103,14 +104,15 @@ def entries_of(index: Index, split: Split) -> list[Entry]:
     return [entry for entry in index.entries if entry.split == split]
 
 
-def check_skip_rate(index: Index, found_later: list[Skipped], most: float) -> None:
-    """Raises BadDataError if the index's unreadable images and those `found_later` are more than the share `most`."""
-    skipped = [*index.skipped, *found_later]
+def check_skip_rate(index: Index, found_later: int, last: list[Skipped], most: float) -> None:
+    """Raises BadDataError if the index's unreadable images and those `found_later`, `last` among them, are more than
+    the share `most`."""
+    count = len(index.skipped) + found_later
     total = len(index.entries) + len(index.skipped)
-    if len(skipped) > most * total:
-        named = "\n".join(f"  {one.path}: {one.reason}" for one in skipped[-5:])
+    if count > most * total:
+        named = "\n".join(f"  {one.path}: {one.reason}" for one in [*index.skipped[-MOST_NAMES:], *last][-MOST_NAMES:])
         raise BadDataError(
-            f"{len(skipped)} of {total} images under {index.root} are unreadable, more than data.max_skip_rate "
+            f"{count} of {total} images under {index.root} are unreadable, more than data.max_skip_rate "
             f"({most:g}) allows; repair or remove them, or raise it\nThe last of them:\n{named}"
         )
 

@@ -27,21 +27,13 @@ from model.data.errors import BadDataError, DataError, Skipped, UnreadableImageE
 from model.data.masks import group_masks
 from model.data.read_ahead import Piece, ReadAhead, read_now
 from model.data.shards import ShardSource
+from model.data.skips import Skips
 from model.data.sources import Found, Source, check_skips, draw, open_sources
 from model.data.threads import deaf
 from model.data.views import PairViews, SslViews, Views
 from model.draws import generator
 
 MOST_REPLACEMENTS = 100
-MOST_NAMES = 5
-
-
-@dataclass(frozen=True)
-class SkippedImages:
-    """Images that turned out unreadable while training, and were replaced: how many, and the last few."""
-
-    count: int
-    last: list[Skipped]
 
 
 @dataclass(frozen=True)
@@ -86,12 +78,8 @@ class Loader:
         self._workers, self._most = settings.data.workers, settings.data.max_skip_rate
         self._pool: ThreadPoolExecutor | None = None
         self._budget = settings.data.read_ahead_mib * 2**20
-        self._skipped: dict[str, Skipped] = {}
-
-    @property
-    def skipped(self) -> SkippedImages:
+        self.skipped = Skips()
         """Unreadable images in the batches handed out so far; those that the index knows of are not among them."""
-        return SkippedImages(len(self._skipped), list(self._skipped.values())[-MOST_NAMES:])
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
@@ -101,9 +89,9 @@ class Loader:
         try:
             for batch, skipped in self._ahead() if self._workers else map(self._batch, self._clocks):
                 seen += len(batch.positions)
-                self._skipped.update((one.path, one) for one in skipped)
                 if skipped:
-                    check_skips(self._sources, list(self._skipped.values()), seen, self._most)
+                    self.skipped.add(skipped)
+                    check_skips(self._sources, self.skipped, seen, self._most)
                 yield batch
         finally:
             self.close()

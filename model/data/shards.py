@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -27,6 +27,7 @@ from model.data.images import load_rgb
 from model.data.patience import patiently
 from model.data.patterns import absolute, locate
 from model.data.read_ahead import Piece, read_now
+from model.data.skips import MOST_NAMES, Skips
 from model.data.splits import HIDDEN, SPLITS
 from model.data.tar_shard import Samples, Shard
 from model.data.text import MOST_CAPTIONS, Captions
@@ -222,11 +223,11 @@ class ShardSource:
         path, samples, sample = self._sample(number)
         return f"{path}: {samples.key(sample)}"
 
-    def check(self, skipped: list[Skipped], seen: int) -> None:
+    def check(self, skips: Skips, seen: int) -> None:
         """Raises BadDataError if more than the allowed share of the images `seen` so far had to be replaced."""
-        among = min(int(self._ends[-1]), max(seen, FEWEST))
-        if len(skipped) > self._data.max_skip_rate * among:
-            raise too_many(skipped, f"images among {among:,} of {self._set.where}", self._data.max_skip_rate)
+        most, among = self._data.max_skip_rate, max(seen, min(int(self._ends[-1]), FEWEST))
+        if skips.replaced > most * among:
+            raise too_many(skips.replaced, skips.last, f"images among {among:,} of {self._set.where}", most)
 
     def _image_piece(self, number: int) -> Piece:
         path, samples, sample = self._sample(number)
@@ -278,12 +279,12 @@ def first_line(caption: bytes) -> str:
 def check_shards(found: ShardSet, most: float) -> None:
     """Raises BadDataError if more than the share `most` of the shards are damaged."""
     if len(found.skipped) > most * len(found.paths):
-        raise too_many(found.skipped, f"of {found.where}", most)
+        raise too_many(len(found.skipped), found.skipped[-MOST_NAMES:], f"of {found.where}", most)
 
 
-def too_many(skipped: list[Skipped], of: str, most: float) -> BadDataError:
-    named = "\n".join(f"  {one.path}: {one.reason}" for one in skipped[-5:])
+def too_many(count: int, last: Iterable[Skipped], of: str, most: float) -> BadDataError:
+    named = "\n".join(f"  {one.path}: {one.reason}" for one in last)
     return BadDataError(
-        f"{len(skipped):,} {of} are unreadable, more than data.max_skip_rate ({most:g}) allows; repair or remove them, "
+        f"{count:,} {of} are unreadable, more than data.max_skip_rate ({most:g}) allows; repair or remove them, "
         f"or raise it\nThe last of them:\n{named}"
     )

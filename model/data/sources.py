@@ -21,13 +21,14 @@ from PIL import Image
 from model import config
 from model.data import index as folders
 from model.data import shards
-from model.data.errors import DataError, Skipped
+from model.data.errors import DataError
 from model.data.images import load_rgb
 from model.data.index import Entry, Index
 from model.data.mixture import MixedOrder, Share
 from model.data.order import Order
 from model.data.read_ahead import Piece, read_now
 from model.data.shards import ShardSet, ShardSource, Tell
+from model.data.skips import Skips
 from model.data.text import Captions
 from model.data_section import PER_THOUSAND
 
@@ -73,7 +74,7 @@ class Source(Protocol):
     def name(self, number: int) -> str:
         """For people."""
 
-    def check(self, skipped: list[Skipped], seen: int) -> None:
+    def check(self, skips: Skips, seen: int) -> None:
         """Raises BadDataError if these, of `seen` images so far, are more than `data.max_skip_rate` allows."""
 
 
@@ -107,12 +108,12 @@ def draw(sources: list[Source], data: config.Data, seed: int, origin: str, batch
     return MixedOrder(seed, origin, orders, shares, batch)
 
 
-def check_skips(sources: list[Source], skipped: list[Skipped], seen: int, most: float) -> None:
+def check_skips(sources: list[Source], skips: Skips, seen: int, most: float) -> None:
     """Raises BadDataError if these, of `seen` images so far, are more than the share `most` (`data.max_skip_rate`)."""
     if len(sources) == 1:
-        sources[0].check(skipped, seen)
-    elif len(skipped) > most * (among := max(seen, shards.FEWEST)):
-        raise shards.too_many(skipped, f"images among {among:,} of all sources", most)
+        sources[0].check(skips, seen)
+    elif skips.replaced > most * (among := max(seen, shards.FEWEST)):
+        raise shards.too_many(skips.replaced, skips.last, f"images among {among:,} of all sources", most)
 
 
 def _open(found: Found, data: config.Data, captioned: bool, read: Read) -> Source:
@@ -149,8 +150,9 @@ class FolderSource:
     def name(self, number: int) -> str:
         return self.entries[number].path
 
-    def check(self, skipped: list[Skipped], seen: int) -> None:
-        folders.check_skip_rate(self._index, skipped, self._most)
+    def check(self, skips: Skips, seen: int) -> None:
+        """Of a folder each image counts once, however often it is due."""
+        folders.check_skip_rate(self._index, skips.count, list(skips.last), self._most)
 
 
 def _with_captions(entries: list[Entry], index: Index) -> list[Entry]:
