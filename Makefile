@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data demo demo_seeds ablations test check lint types unit jobs lock clean
+.PHONY: help setup data data_long demo demo_seeds demo_long ablations test check lint types unit jobs lock clean
 
 help:           ## this list
 	@grep -E '^[a-z_]+: .*##|^[a-z_]+:  +##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -19,11 +19,17 @@ setup: .venv/.installed   ## .venv with everything, pinned
 data: setup     ## the demo's images, into ~/.cache/dinoctl
 	$(BIN)/python -P -m model.data.stamps
 
+data_long: data ## the longer demo's images, beside the demo's
+	$(BIN)/python -P -m model.data.openclipart
+
 demo: data      ## the main job, on real images: 7 minutes on 2 cores
 	$(BIN)/dinoctl submit jobs/demo.yaml
 
 demo_seeds: data  ## the main job with three seeds, and their tables in one
 	$(BIN)/python -P -m tests.benchmarks.demo_seeds
+
+demo_long: data_long  ## the same job with eight times the steps, and drawings beside the stamps
+	$(BIN)/dinoctl submit jobs/demo_long.yaml
 
 ablations: data ## v1's, v2's and v3's ablations on small images, and their curves in runs/ablations.png
 	$(BIN)/python -P -m tests.benchmarks.ablations

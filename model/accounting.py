@@ -178,7 +178,7 @@ def _ssl_step(model: Model, phase: SslPhase, resolution: Resolution) -> float:
     ibot = _ibot_head(model, phase, patches(backbone, resolution.global_size))
     dino = head_flops(model.dino_head, backbone.dim)
     other = GLOBAL_CROPS * seen[0].other + local * seen[1].other + ibot + (GLOBAL_CROPS + local) * dino
-    again = 1 if phase.parallel.activation_checkpointing else 0
+    again = 1 if phase.parallel.activation_checkpointing == "full" else 0
     student = (3 + again) * blocks + 3 * other
     teacher = GLOBAL_CROPS * (seen[0].total + dino) + ibot
     gram = 0.0

@@ -3,6 +3,9 @@
 The ranks write the parts, each file whole, exclusive and on disk before its size and sha256 are gathered; rank 0
 publishes `manifest.json` last. Whatever dies before that leaves a folder without a manifest, which is no checkpoint.
 No pickle: tensors are safetensors, all else is JSON in the manifest.
+
+A part that is cut over processes (`model.sharding`) is as many files as there are shards. Each says which rows of which
+tensors it holds, so that any other number of processes can read just what it needs.
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ import hashlib
 import json
 import logging
 import platform
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -20,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from model import contract, parallel, storage
+from model import contract, parallel, sharding, storage
 from model.config import Checkpoints
 from model.contract import Attempt, CheckpointRef, File, Manifest
 
@@ -28,6 +32,14 @@ log = logging.getLogger(__name__)
 
 State = dict[str, Tensor]
 Parts = Mapping[str, State]
+
+
+ROWS = "dinoctl-rows"
+"""The key in a file's header of the rows that it holds of tensors that it does not hold whole: JSON, name -> [first
+row, rows of the whole]."""
+
+HEADER_BYTES = 8
+"""A safetensors file begins with the length of its header."""
 
 
 class CheckpointError(Exception):
@@ -51,7 +63,8 @@ def seal(
 ) -> Manifest:
     """Seal the state after `step` updates. Every rank calls it, with the same arguments, and gets the manifest.
 
-    `parts`: tensors to write, replicated on every rank; part i is written by rank i % world. `stored`: parts whose
+    `parts`: tensors to write. What is whole on every rank is written by one, part i by rank i % world; of what is cut
+    every rank writes its rows. `stored`: parts whose
     files are in the run already (frozen networks), which the manifest refers to. `loop`: everything that is not a
     tensor. `model`: what an evaluation needs to know of the networks.
 
@@ -75,14 +88,30 @@ def seal(
 def _write_parts(attempt: Attempt, step: int, parts: Parts) -> dict[str, list[File]]:
     _refuse_if_closed(attempt)
     folder = contract.checkpoint_dir(attempt.phase, attempt.attempt, step)
-    written = {}
+    written: dict[str, list[File]] = {}
     for index, part in enumerate(sorted(parts)):
-        if index % parallel.world() == parallel.rank() and parts[part]:
-            data = _serialise(parts[part])
-            name = f"{folder}/{part}.safetensors"
-            storage.publish(f"{attempt.run_dir}/{name}", data)
-            written[part] = [File(path=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())]
+        for name, tensors in _own_files(part, parts[part], index):
+            data = _serialise(tensors)
+            path = f"{folder}/{name}"
+            storage.publish(f"{attempt.run_dir}/{path}", data)
+            written.setdefault(part, []).append(
+                File(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+            )
     return written
+
+
+def _own_files(part: str, tensors: State, index: int) -> Iterator[tuple[str, State]]:
+    """What this rank writes of a part: file names, and the tensors in each."""
+    cut = {name: tensor for name, tensor in tensors.items() if sharding.is_cut(tensor)}
+    if cut:
+        shard, shards = sharding.shard_of(next(iter(cut.values())))
+        own = {name: tensor for name, tensor in cut.items() if sharding.rows(tensor)}
+        if shard == 0:
+            own = {**own, **{name: tensor for name, tensor in tensors.items() if name not in cut}}
+        if shard >= 0 and own:
+            yield f"{part}-{shard:05d}-of-{shards:05d}.safetensors", own
+    elif tensors and index % parallel.world() == parallel.rank():
+        yield f"{part}.safetensors", tensors
 
 
 def _publish_manifest(attempt: Attempt, manifest: Manifest) -> dict[str, list[File]]:
@@ -144,22 +173,21 @@ def _together(work: Callable[[], dict[str, list[File]]]) -> dict[str, list[File]
     answers = [json.loads(text) for text in parallel.gather_text(json.dumps(answer))]
     for failure in (answer["failure"] for answer in answers if "failure" in answer):
         raise FAILURES[failure["kind"]](failure["says"])
-    return {
-        part: [contract.decode(file, File, part) for file in files]
-        for answer in answers
-        for part, files in answer["files"].items()
-    }
+    joined: dict[str, list[File]] = {}
+    for answer in answers:
+        for part, files in answer["files"].items():
+            joined.setdefault(part, []).extend(contract.decode(file, File, part) for file in files)
+    return joined
 
 
 def _serialise(tensors: State) -> bytes:
-    return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-
-
-def find_stored(tensors: State, files: Iterable[File]) -> list[File] | None:
-    """The one of `files` that holds exactly these tensors, if any: a frozen network is stored once in a run."""
-    data = _serialise(tensors)
-    digest = hashlib.sha256(data).hexdigest()
-    return next(([file] for file in files if (file.bytes, file.sha256) == (len(data), digest)), None)
+    cut = {
+        name: [rows.start, tensor.shape[0]]
+        for name, tensor in tensors.items()
+        if len(rows := sharding.rows(tensor)) < (tensor.shape[0] if tensor.ndim else 1)
+    }
+    own = {name: sharding.local(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save(own, {ROWS: json.dumps(cut)} if cut else None)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -192,16 +220,101 @@ def load(ref: CheckpointRef, part: str) -> State:
 
 def load_files(ref: CheckpointRef, manifest: Manifest, part: str) -> State:
     """As `load`, with a manifest already read."""
+    return {name: stored.read(range(stored.rows)) for name, stored in open_part(ref, manifest, part).items()}
+
+
+def open_part(ref: CheckpointRef, manifest: Manifest, part: str) -> dict[str, Stored]:
+    """The tensors of one part, of which only names, shapes and places are read yet.
+
+    Raises CheckpointError if the part, or a file of it, is not there, or the files do not hold all rows.
+    """
     if part not in manifest.parts:
         raise CheckpointError(f"{ref} has no part {part!r}, only {', '.join(sorted(manifest.parts))}")
-    tensors: State = {}
+    pieces: dict[str, list[_Piece]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in manifest.parts[part]:
-        where = f"{ref.run}/{file.path}"
+        content = _Content(f"{ref.run}/{file.path}", file)
+        for name, shape, first, total in content.entries():
+            pieces.setdefault(name, []).append(_Piece(content, first, shape[0] if shape else 1))
+            shapes[name] = (total, *shape[1:]) if shape else ()
+    stored = {name: Stored(name, shapes[name], tuple(found)) for name, found in pieces.items()}
+    for one in stored.values():
+        if sum(piece.rows for piece in one.pieces) != one.rows:
+            raise CheckpointError(f"{ref}: the files of {part} do not hold all rows of {one.name}")
+    return stored
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a checkpoint. Its files are read, each once and whole, as its rows are asked for."""
+
+    name: str
+    shape: tuple[int, ...]
+    pieces: tuple[_Piece, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    def verify(self) -> None:
+        """Read it all. Raises CheckpointError as `read` does."""
+        self.read(range(self.rows))
+
+    def read(self, rows: range) -> Tensor:
+        """These rows, on the CPU. Raises CheckpointError that names the file that is missing, torn or altered."""
+        parts = []
+        for piece in sorted(self.pieces, key=lambda piece: piece.first):
+            start, stop = max(rows.start, piece.first), min(rows.stop, piece.first + piece.rows)
+            if start < stop:
+                tensor = piece.content.tensors()[self.name]
+                parts.append(tensor[start - piece.first : stop - piece.first] if self.shape else tensor)
+        if not parts:
+            return torch.empty((0, *self.shape[1:]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    content: _Content
+    first: int  # row of the whole tensor
+    rows: int
+
+
+@dataclass
+class _Content:
+    """A file of a part; what was read of it is kept as long as the part is being read."""
+
+    where: str
+    file: File
+    kept: State | None = None
+
+    def entries(self) -> Iterator[tuple[str, list[int], int, int]]:
+        """Name and shape of each tensor in it, its first row in the whole one, and how many rows that has."""
+        head = self._read(0, HEADER_BYTES)
+        size = int.from_bytes(head, "little")
         try:
-            tensors.update(safetensors.torch.load(_verified(where, file)))
-        except SafetensorError as error:
-            raise CheckpointError(f"{where}: not a safetensors file: {error}") from error
-    return tensors
+            header = json.loads(self._read(len(head), min(size, self.file.bytes)))
+            cut = json.loads(header.pop("__metadata__", {}).get(ROWS, "{}"))
+            for name, entry in header.items():
+                shape = entry["shape"]
+                yield name, shape, *cut.get(name, (0, shape[0] if shape else 1))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{self.where}: not a safetensors file: {error}") from error
+
+    def tensors(self) -> State:
+        """All of them, size and sha256 of the file verified."""
+        if self.kept is None:
+            try:
+                self.kept = safetensors.torch.load(_verified(self.where, self.file))
+            except SafetensorError as error:
+                raise CheckpointError(f"{self.where}: not a safetensors file: {error}") from error
+        return self.kept
+
+    def _read(self, start: int, length: int) -> bytes:
+        try:
+            return storage.read_range(self.where, start, length)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{self.where} is not there, though the manifest names it") from error
 
 
 def _verified(where: str, file: File) -> bytes:

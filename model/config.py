@@ -14,8 +14,14 @@ from pydantic import Field, PositiveInt, TypeAdapter, model_validator
 
 from model.architectures import ARCHITECTURES
 from model.data_section import DATASET as DATASET
+from model.data_section import NORMALISATIONS as NORMALISATIONS
+from model.data_section import RGB as RGB
 from model.data_section import Data as Data
 from model.data_section import Jump as Jump
+from model.data_section import Statistics as Statistics
+from model.engine_section import Optim as Optim
+from model.engine_section import Parallel as Parallel
+from model.engine_section import Precision as Precision
 from model.sections import BelowOne as BelowOne
 from model.sections import Count as Count
 from model.sections import Fraction as Fraction
@@ -148,34 +154,7 @@ class Crops(Section):
     aspect: tuple[Positive, Positive] = (0.75, 4 / 3)
 
 
-# --- optimisation -----------------------------------------------------------------------------------------------------
-
-
-class Optim(Section):
-    """AdamW and the batch. A rank's micro-batch holds whole groups, so any layout makes the same draws."""
-
-    batch_size: PositiveInt = Field(description="images a step, over all processes")
-    group_size: PositiveInt = Field(description="consecutive images that share masks, drop path and RoPE draws")
-    accumulate: PositiveInt = Field(1, description="micro-batches a step")
-    lr: Scheduled
-    lr_scaling: Literal["none", "linear_256", "sqrt_wrt_1024"] = "none"
-    weight_decay: Scheduled = constant(0.04)
-    beta1: BelowOne = 0.9
-    beta2: BelowOne = 0.999
-    clip: Positive | None = Field(3.0, description="gradient norm of backbone and of each head, apart")
-    clip_each: Literal["network", "parameter"] = Field("network", description="parameter: each tensor apart, as v1")
-    layer_decay: Positive = Field(1.0, description="learning rate of a block over the next one's")
-    patch_embed_lr: Positive = Field(1.0, description="multiplier for the patch embedding")
-    freeze_last_layer_steps: Count = Field(0, description="steps for which the prototypes stay as they are")
-
-    @model_validator(mode="after")
-    def _groups(self) -> Optim:
-        if self.batch_size % (self.group_size * self.accumulate):
-            raise ValueError(
-                f"batch_size {self.batch_size} must be a multiple of group_size x accumulate "
-                f"({self.group_size} x {self.accumulate} = {self.group_size * self.accumulate})"
-            )
-        return self
+# --- losses -----------------------------------------------------------------------------------------------------------
 
 
 class Dino(Section):
@@ -226,17 +205,6 @@ class Losses(Section):
         description="of the teacher's scores; `centering`: v1's moving mean; none: collapses",
     )
     center_momentum: Fraction = 0.9
-
-
-class Precision(Section):
-    compute: Literal["fp32", "bf16"] = Field("fp32", description="dtype of the products; losses and updates stay fp32")
-    fp8: Literal["none", "blocks"] = "none"
-
-
-class Parallel(Section):
-    shard: Literal["none", "fsdp"] = "none"
-    activation_checkpointing: bool = False
-    compile: bool = False
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -297,8 +265,9 @@ class SslPhase(PhaseBase):
 
     def koleo_fits(self, processes: int) -> bool:
         """Whether a KoLeo group is within a micro-batch, or made of whole processes' shares, not cut further."""
-        share = self.optim.batch_size // (processes * self.optim.accumulate)
-        within, over = share % self.koleo_group == 0, self.koleo_group % share == 0 and self.optim.accumulate == 1
+        parts = self.optim.micro_batches(processes)
+        share = self.optim.batch_size // (processes * parts)
+        within, over = share % self.koleo_group == 0, self.koleo_group % share == 0 and parts == 1
         return not self.losses.koleo.weight or within or over
 
     @model_validator(mode="after")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
 
-from model.sections import Count, Fraction, Rgb, Section
+from model.contract import IMAGE_SUFFIXES
+from model.sections import Count, Fraction, Positive, Rgb, Section
 
 SHARD_SUFFIX = ".tar"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -63,12 +65,75 @@ def _is_shards(path: str) -> bool:
     return path.endswith(SHARD_SUFFIX)
 
 
+def _are_shards(path: str | list[str]) -> bool:
+    return isinstance(path, list) or _is_shards(path)
+
+
 def _check_paths(paths: str | list[str]) -> None:
     for path in [paths] if isinstance(paths, str) else paths:
         if path.endswith(COMPRESSED):
             raise ValueError(f"path: {path} is compressed, so no image in it can be read alone; unpack it")
         if isinstance(paths, list) and not _is_shards(path):
             raise ValueError(f"path: {path} in a list: only tar shards can be listed, and they end in .tar")
+
+
+HoldOut = Literal["none", "validation", "test"]
+
+# --- what an image is -------------------------------------------------------------------------------------------------
+
+ARRAY_SUFFIXES = frozenset({".npy"})
+"""What counts as an image too, where images are no photographs."""
+
+RGB = 3
+WHITE = (1.0, 1.0, 1.0)
+MOST_CHANNELS = 1024
+"""Hyperspectral cameras have some hundreds."""
+
+# A list is fine for a tuple: past a validator in mode "before", strict pydantic no longer knows that it came from JSON.
+PerChannel = Annotated[tuple[float, ...], Field(min_length=1, strict=False)]
+PerChannelPositive = Annotated[tuple[Positive, ...], Field(min_length=1, strict=False)]
+
+NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5,), (0.5,)),
+    "none": ((0.0,), (1.0,)),
+}
+"""`data.normalise` by name -> mean and std; a single number is every channel's."""
+
+MEASURE = "`dinoctl data stats PATH --channels {0} --bits {1} --to FILE` measures them; data.normalise: FILE takes them"
+
+
+class Statistics(Section):
+    """What `dinoctl data stats --to FILE` writes and `data.normalise: FILE` reads. Of channels in [0, 1]."""
+
+    channels: PositiveInt
+    bits: Literal[8, 16]
+    mean: PerChannel
+    std: PerChannel
+    images: PositiveInt = Field(description="that were measured, every image weighing the same")
+    unreadable: Count = 0
+    of: str = Field("", description="where they lie; for people")
+
+
+def _named(values: Any) -> Any:
+    """`normalise` by name as the numbers that it means: a resolved section holds numbers alone, which no file and no
+    table of a later version can change."""
+    if not isinstance(values, Mapping) or not isinstance(values.get("normalise"), str):
+        return values
+    name, channels = values["normalise"], values.get("channels", RGB)
+    if not isinstance(channels, int) or not 0 < channels <= MOST_CHANNELS:
+        return {key: value for key, value in values.items() if key != "normalise"}  # the channels are the mistake
+    if given := [key for key in ("mean", "std") if key in values]:
+        raise ValueError(f"normalise and {' and '.join(given)} exclude each other: it says both")
+    if name not in NORMALISATIONS:
+        raise ValueError(f"normalise: {name!r}: no such name; allowed: {', '.join(NORMALISATIONS)}, or a file of "
+                         "`dinoctl data stats --to FILE`")  # fmt: skip
+    mean, std = NORMALISATIONS[name]
+    if len(mean) not in (1, channels):
+        raise ValueError(f"normalise: {name} is for {len(mean)} channels and not for {channels}; "
+                         + MEASURE.format(channels, values.get("bits", 8)))  # fmt: skip
+    mean, std = (one * channels if len(one) == 1 else one for one in (mean, std))
+    return {**values, "normalise": None, "mean": mean, "std": std}
 
 
 class Part(Section):
@@ -78,6 +143,9 @@ class Part(Section):
     share: Share = Field(description="of the images; with `batches: whole` of the batches. The rest is data.path's")
     batches: Literal["mixed", "whole"] = Field(
         "mixed", description="whole: batches of these images alone, as DINOv3's of ImageNet"
+    )
+    hold_out: HoldOut | None = Field(
+        None, description="as data.hold_out, which it is where nothing is said; tar shards beside a folder: none"
     )
 
 
@@ -102,14 +170,21 @@ class Data(Section):
     )
     lanes: PositiveInt = Field(64, description="tar shards: sequences that are read side by side; part of the order")
     window: PositiveInt = Field(4096, description="tar shards: images of a lane that are shuffled among themselves")
-    hold_out: Literal["none", "validation", "test"] = Field(
+    hold_out: HoldOut = Field(
         "none",
         description="what training must not see: nothing, the test third, or test and validation. In a folder "
         "near-duplicates stay together; in tar shards a hash of the key decides, and they are not looked for",
     )
-    background: Rgb = Field((1.0, 1.0, 1.0), description="what shows through transparent pixels, RGB in [0, 1]")
-    mean: Rgb = (0.485, 0.456, 0.406)
-    std: Rgb = (0.229, 0.224, 0.225)
+    channels: Annotated[int, Field(ge=1, le=MOST_CHANNELS)] = Field(
+        RGB, description="of an image; 3 is RGB, to which grey, palette and CMYK are made"
+    )
+    bits: Literal[8, 16] = Field(8, description="of a channel; 16 keeps all of 16-bit PNG, TIFF, JPEG 2000 and .npy")
+    background: Rgb = Field(WHITE, strict=False, description="what shows through transparent pixels, RGB in [0, 1]")
+    normalise: str | None = Field(
+        None, description="imagenet, half, none, or a file of `dinoctl data stats --to FILE`; resolved to mean and std"
+    )
+    mean: PerChannel = Field(NORMALISATIONS["imagenet"][0], description="of each channel in [0, 1]; ImageNet's for RGB")
+    std: PerChannelPositive = NORMALISATIONS["imagenet"][1]
     max_skip_rate: Fraction = Field(0.01, description="share of unreadable images past which the run stops")
     skip: list[Jump] = Field([], description="data to jump over; `resume --skip-data` adds to it where a run diverged")
     workers: Count = Field(2, description="loader threads a process")
@@ -119,9 +194,10 @@ class Data(Section):
     def parts(self) -> list[tuple[tuple[str | int, ...], Data]]:
         """Every place that images come from as a section of its own, and where its path stands in this one."""
         alone = self.model_copy(update={"also": []})
-        # Shards that are mixed into a folder are seen whole: their keys' splits have nothing to do with the folder's.
-        folders = [isinstance(part.path, str) and not _is_shards(part.path) for part in self.also]
-        hold_outs = [self.hold_out if self.shards or folder else "none" for folder in folders]
+        hold_outs = [
+            part.hold_out or ("none" if _are_shards(part.path) and not self.shards else self.hold_out)
+            for part in self.also
+        ]
         return [(("path",), alone)] + [
             (("also", number, "path"), alone.model_copy(update={"path": part.path, "hold_out": hold_out}))
             for number, (part, hold_out) in enumerate(zip(self.also, hold_outs, strict=True))
@@ -138,6 +214,34 @@ class Data(Section):
     def shown(self) -> str:
         """`path` for a person."""
         return self.path if isinstance(self.path, str) else ", ".join(self.path)
+
+    @property
+    def suffixes(self) -> frozenset[str]:
+        """How files of images end. Beside photographs a .npy is something else: features, say."""
+        return IMAGE_SUFFIXES if self.photographs else IMAGE_SUFFIXES | ARRAY_SUFFIXES
+
+    @property
+    def photographs(self) -> bool:
+        """8-bit RGB: what Pillow reads whole, and what other images are made into."""
+        return (self.channels, self.bits) == (RGB, 8)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _normalised(cls, values: Any) -> Any:
+        return _named(values)
+
+    @model_validator(mode="after")
+    def _fitting(self) -> Data:
+        for name, numbers in (("mean", self.mean), ("std", self.std)):
+            if len(numbers) == self.channels:
+                continue
+            if name not in self.model_fields_set:
+                raise ValueError(f"{name}: missing: {self.channels} channels have no usual one, as RGB has; "
+                                 + MEASURE.format(self.channels, self.bits))  # fmt: skip
+            raise ValueError(f"{name}: {len(numbers)} numbers for channels: {self.channels}; one for each channel")
+        if self.channels != RGB and self.background != WHITE:
+            raise ValueError(f"background: a colour, which {self.channels} channels have not; it goes with channels: 3")
+        return self
 
     @model_validator(mode="after")
     def _readable(self) -> Data:

@@ -10,13 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from model import sharding
+
 
 @torch.no_grad()
-def update(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
-    """Move `teacher` in place. Raises ValueError if the two have different parameters."""
+def update(student: nn.Module, teacher: nn.Module, momentum: float, finite: Tensor) -> None:
+    """Move `teacher` in place, if `finite` (bool, on the device, so that nobody waits for it); each process its rows.
+
+    Raises ValueError if the two have different parameters.
+    """
     targets, sources = _paired(student, teacher)
-    torch._foreach_mul_(targets, momentum)
-    torch._foreach_add_(targets, sources, alpha=1 - momentum)
+    if targets:
+        way = finite.to(targets[0].dtype) * (1 - momentum)
+        torch._foreach_lerp_(targets, sources, [way] * len(targets))
 
 
 @torch.no_grad()
@@ -29,4 +35,7 @@ def _paired(student: nn.Module, teacher: nn.Module) -> tuple[list[Tensor], list[
     sources, targets = dict(student.named_parameters()), dict(teacher.named_parameters())
     if sources.keys() != targets.keys():
         raise ValueError(f"student and teacher differ in parameters: {sorted(sources.keys() ^ targets.keys())}")
-    return [targets[name].detach() for name in sources], [source.detach() for source in sources.values()]
+    return (
+        [sharding.local(targets[name].detach()) for name in sources],
+        [sharding.local(source.detach()) for source in sources.values()],
+    )

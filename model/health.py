@@ -40,7 +40,7 @@ class Observable(Protocol):
 
 
 @torch.no_grad()
-def measure(objective: object, targets: object, cross_entropy: float | None = None) -> dict[str, float]:
+def measure(objective: object, targets: object, cross_entropy: Tensor | None = None) -> dict[str, float]:
     """The metrics of one step; every rank calls it. Empty for an objective that is not `Observable`.
 
     `cross_entropy`: of the student's global crops against the targets; less their entropy it is the KL divergence
@@ -57,7 +57,7 @@ def measure(objective: object, targets: object, cross_entropy: float | None = No
         metrics["health/entropy"], metrics["health/prototypes_used"] = entropy, used
         metrics["health/information"] = math.log(used * seen.assignments.shape[1]) - entropy
     if seen.targets is not None and cross_entropy is not None:
-        metrics["health/kl"] = cross_entropy - assignment(seen.targets)[0]
+        metrics["health/kl"] = float(cross_entropy) - assignment(seen.targets)[0]
     if seen.closeness is not None:
         metrics["health/cls_patch_cosine"] = _mean(seen.closeness)
     return metrics

@@ -10,21 +10,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
-from model import checkpoint, config, contract, optim, parallel, storage
+from model import checkpoint, config, contract, optim, parallel, sharding, storage
 from model.checkpoint import CheckpointError
 from model.contract import Attempt, CheckpointRef, File, Manifest
-from model.data.loader import Loader, Stream, prepare
+from model.data.batch import Batch
+from model.data.loader import Loader, Stream, learn_tokenizer
 from model.data.skips import MOST_NAMES
 from model.data.sources import Found, build_or_read
-from model.objectives.base import Objective
+from model.networks.init import Make, create
+from model.objectives.base import Moment, Objective
 from model.objectives.build import build
 from model.progress import Progress
 from model.stopping import Stop
-from model.weights import networks, start
+from model.weights import networks, start, stem
 from model.worker import UserError
 
 log = logging.getLogger(__name__)
@@ -48,14 +51,50 @@ class Loop:
         following = [(first + jump.at, jump.steps) for jump in ahead if jump.at >= self.step]
         return replace(self, jumps=(*past, *following))
 
-    def after_step(self, images: int, finite: bool) -> Loop:
-        return replace(
-            self,
-            step=self.step + 1,
-            clock=self.clock + 1,
-            position=self.position + images,
-            non_finite=0 if finite else self.non_finite + 1,
-        )
+    def after_step(self, images: int) -> Loop:
+        """One step further; whether it changed anything is known later (`settled`)."""
+        return replace(self, step=self.step + 1, clock=self.clock + 1, position=self.position + images)
+
+    def settled(self, finite: bool) -> Loop:
+        return replace(self, non_finite=0 if finite else self.non_finite + 1)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A step that the device is asked to make; what it came to is read one step later, so that nobody waits for it."""
+
+    moment: Moment
+    batch: Batch
+    names: tuple[str, ...]
+    values: Tensor  # float64 [names], on the host once `there` has happened
+    there: torch.cuda.Event | None  # None on a CPU
+    known: dict[str, float]  # metrics that the host knew at once
+    images_per_second: float
+
+    @classmethod
+    def of(
+        cls,
+        moment: Moment,
+        batch: Batch,
+        names: tuple[str, ...],
+        values: Tensor,
+        known: dict[str, float],
+        images_per_second: float,
+    ) -> Begun:
+        """With `values` of the device on their way to the host."""
+        there = None
+        if values.is_cuda:
+            on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values = on_host.copy_(values, non_blocking=True)
+            there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            there.record()
+        return cls(moment, batch, names, values, there, known, images_per_second)
+
+    def metrics(self) -> dict[str, float]:
+        """Waits for the device."""
+        if self.there is not None:
+            self.there.synchronize()
+        return dict(zip(self.names, self.values.tolist(), strict=True)) | self.known
 
 
 @dataclass
@@ -74,8 +113,19 @@ class Job:
     stored: dict[str, list[File]] = field(default_factory=dict)  # files of frozen parts, once they are in the run
     sealed: dict[int, Manifest] = field(default_factory=dict)  # by this attempt, and not yet removed
     last_sealed: CheckpointRef | None = None  # of this phase, by this attempt or one that it goes on from
+    begun: Begun | None = None  # the last step, as long as the host does not know what it came to
     recorded_non_finite: bool = False  # a step that was not finite was written down (`model.recording`)
     skips_told: int = 0  # unreadable images that somebody was told of
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the networks, and of what they look at."""
+        return dtype_of(self.settings)
+
+
+def dtype_of(settings: config.AnyPhase) -> torch.dtype:
+    """Of weights and everything that is no product."""
+    return torch.float64 if settings.precision.compute == "fp64" else torch.float32
 
 
 def begin(attempt: Attempt, stop: Stop, device: torch.device) -> Job:
@@ -118,29 +168,18 @@ def _user_errors() -> Iterator[None]:
 
 
 def check_layout(settings: config.AnyPhase, world: int) -> None:
-    """Raises ValueError unless every rank's micro-batch is made of whole groups and the settings are ones that this
-    loop can honour."""
-    optim_settings, ways = settings.optim, settings.parallel
-    unit = optim_settings.group_size * optim_settings.accumulate
-    if optim_settings.batch_size % (world * unit):
-        fitting = [n for n in range(1, optim_settings.batch_size + 1) if optim_settings.batch_size % (n * unit) == 0]
-        raise ValueError(
-            f"{world} processes cannot share batch_size {optim_settings.batch_size} in whole groups of "
-            f"{optim_settings.group_size} and {optim_settings.accumulate} micro-batches; these can: {fitting}"
-        )
+    """Raises ValueError unless every rank's micro-batch is made of whole groups and the machine can do what is asked
+    of it."""
+    try:
+        settings.optim.micro_batches(world)
+    except ValueError as error:
+        raise ValueError(f"{error}; these can: {settings.optim.worlds()}") from None
     if isinstance(settings, config.SslPhase) and not settings.koleo_fits(world):
         raise ValueError(
             f"losses.koleo.group_size {settings.koleo_group} fits neither in a micro-batch nor as whole shares of "
-            f"{world} processes: take a number of processes that `validate` lists, or optim.accumulate 1"
+            f"{world} processes: take a number of processes that `validate` lists, or larger micro-batches"
         )
-    asked = {
-        "parallel.shard": ways.shard != "none",
-        "parallel.activation_checkpointing": ways.activation_checkpointing,
-        "parallel.compile": ways.compile,
-        "precision.fp8": settings.precision.fp8 != "none",
-    }
-    if missing := [name for name, wanted in asked.items() if wanted]:
-        raise ValueError(f"{', '.join(missing)}: this version of the trainer cannot do that yet; leave it out")
+    sharding.check(settings, world)
 
 
 def _index(attempt: Attempt, settings: config.AnyPhase) -> list[Found]:
@@ -153,7 +192,7 @@ def _index(attempt: Attempt, settings: config.AnyPhase) -> list[Found]:
         pulse.touch()  # this may take longer than `health.stall_seconds`
 
     if parallel.rank() == 0:
-        prepare(settings, build_or_read(settings.data, attempt.run_dir, tell), attempt.run_dir)
+        learn_tokenizer(settings, build_or_read(settings.data, attempt.run_dir, tell), attempt.run_dir)
     parallel.gather_text("the index is there")
     return build_or_read(settings.data, attempt.run_dir, tell)
 
@@ -182,11 +221,10 @@ def _make(
     """The job at `loop`, with networks and optimizer fresh."""
     with _user_errors():
         model = config.read(config.Model, attempt.model)
-        objective = build(settings, model, attempt.seed, loop.origin)
-    built = objective.networks()
-    for network in (*built.trained.values(), *built.frozen.values()):
-        network.to(device)
-    optimizer = optim.build(built.trained, settings.optim)
+        prepare = sharding.Prepare(settings.parallel, settings.precision, device)
+        make = cast(Make, partial(create, prepare=prepare, device=device, dtype=dtype_of(settings)))
+        objective = build(settings, model, attempt.seed, loop.origin, make)
+    optimizer = optim.build(objective.networks().trained, settings.optim)
     loop = loop.with_jumps(settings.data.skip)
     clocks = range(loop.clock, loop.clock + settings.steps - loop.step)
     stream = Stream(attempt.seed, loop.origin, clocks, parallel.rank(), parallel.world(), loop.jumps)
@@ -199,8 +237,8 @@ def _resume(make: partial[Job], ref: CheckpointRef) -> Job:
     job = make(Loop(**manifest.loop))
     with _user_errors():
         for part in job.objective.state():
-            job.objective.load(part, checkpoint.load_files(ref, manifest, part))
-        optim.load(job.optimizer, checkpoint.load_files(ref, manifest, "optimizer"))
+            job.objective.load(part, checkpoint.open_part(ref, manifest, part))
+        optim.load(job.optimizer, checkpoint.open_part(ref, manifest, "optimizer"))
     job.stored = {part: manifest.parts[part] for part in job.objective.frozen_parts()}
     job.last_sealed = ref
     return job
@@ -219,15 +257,14 @@ def _on_every_rank(attempt_it: partial[Job]) -> tuple[Job | None, str]:
 
 def _take_file(job: Job, name: str, where: str) -> None:
     """Weights that no run of ours made: a backbone, often without heads, which then begin fresh."""
-    source = start.open_fitting(where, config.read(config.Model, job.attempt.model))
-    tensors = {key: entry.read() for key, entry in source.own.items()}
+    model = config.read(config.Model, job.attempt.model)
+    source = start.open_fitting(where, model)
+    tensors = start.read(source, model)
     backbone = {key: tensor for key, tensor in tensors.items() if not networks.is_head(key)}
     heads = {key: tensor for key, tensor in tensors.items() if networks.is_head(key)}
     fresh = job.objective.state()["teacher_heads"]  # student's and teacher's are alike still
     job.objective.take(name, {"teacher_backbone": backbone, "teacher_heads": {**fresh, **heads}}.__getitem__)
-    without = start.fresh_heads(source)
-    told = f"; it has no {' and no '.join(without)}: fresh ones" if without else ""
-    job.progress.note(f"takes {name} from {where} ({source.format}){told}")
+    job.progress.note(f"takes {name} from {where} ({source.format}){start.told(source, model, job.settings.data)}")
 
 
 def _hand_over(make: partial[Job], attempt: Attempt) -> Job:
@@ -238,23 +275,25 @@ def _hand_over(make: partial[Job], attempt: Attempt) -> Job:
         loop = replace(Loop(**manifests["init"].loop), step=0, non_finite=0)
     job = make(loop)
     for name, manifest in manifests.items():
-        read = partial(checkpoint.load_files, attempt.inputs[name], manifest)
+        stored = partial(checkpoint.open_part, attempt.inputs[name], manifest)
         with _user_errors():
+            read, told = stem.handed_over(name, stored, manifest.model["networks"], attempt.model)
             job.objective.take(name, read)
             if name == "init":
                 optim.load(job.optimizer, read("optimizer"))
-        job.progress.note(f"takes {name} from {attempt.inputs[name]}")
+        job.progress.note(f"takes {name} from {attempt.inputs[name]}{told}")
     for name, where in attempt.files.items():
         with _user_errors():
             _take_file(job, name, where)
-    in_this_run = [
-        file
-        for name, manifest in manifests.items()
-        if attempt.inputs[name].run == attempt.run_dir
-        for files in manifest.parts.values()
-        for file in files
-    ]
-    state = job.objective.state()
-    found = {part: checkpoint.find_stored(state[part], in_this_run) for part in job.objective.frozen_parts()}
-    job.stored = {part: files for part, files in found.items() if files is not None}
+    job.stored = _stored_already(job, manifests)
     return job
+
+
+def _stored_already(job: Job, manifests: dict[str, Manifest]) -> dict[str, list[File]]:
+    """The files of frozen parts that are in this run: what was handed over is what the checkpoint holds."""
+    taken_as = {"gram_teacher": "gram_teacher", "vision_tower": "teacher_backbone"}
+    return {
+        taken_as[name]: manifest.parts["teacher_backbone"]
+        for name, manifest in manifests.items()
+        if taken_as.get(name) in job.objective.frozen_parts() and job.attempt.inputs[name].run == job.attempt.run_dir
+    }

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model import config, schedules
+from model import config, schedules, sharding
+from model.checkpoint import Stored
 from model.objectives.base import State, copy_strictly
 
 BACKBONE = "backbone"
@@ -30,19 +31,24 @@ def build(networks: Mapping[str, nn.Module], settings: config.Optim) -> torch.op
     Parameters are named `<network>.<name>`. The learning rate is 0 until `set_step`. The state is there from the
     start, zeros, so that a checkpoint always has all of it. Raises ValueError if there is nothing to train.
     """
-    groups: dict[tuple[float, bool, bool], list[tuple[str, nn.Parameter]]] = {}
+    groups: dict[tuple[float, bool, bool, bool], list[tuple[str, nn.Parameter]]] = {}
     for network, module in networks.items():
         depth = _depth(module)
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                key = (_lr_multiplier(network, name, depth, settings), _decays(name, parameter), _is_prototypes(name))
+                key = (
+                    _lr_multiplier(network, name, depth, settings),
+                    _decays(name, parameter),
+                    _is_prototypes(name),
+                    sharding.is_cut(parameter),  # one fused update takes tensors that lie alike
+                )
                 groups.setdefault(key, []).append((f"{network}.{name}", parameter))
     if not groups:
         raise ValueError(f"nothing to train: no parameter of {sorted(networks)} asks for gradients")
     optimizer = torch.optim.AdamW(
         [
             {"params": named, "lr_multiplier": multiplier, "decays": decays, "prototypes": prototypes}
-            for (multiplier, decays, prototypes), named in groups.items()
+            for (multiplier, decays, prototypes, _), named in groups.items()
         ],
         lr=0.0,
         betas=(settings.beta1, settings.beta2),
@@ -71,6 +77,15 @@ def set_step(optimizer: torch.optim.Optimizer, settings: config.Optim, step: int
     return {"lr": lr, "weight_decay": weight_decay}
 
 
+def update(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """Make the update, if `finite` (bool, on the device): else weights, moments and counts stay as they are.
+
+    The fused kernels look at the flag themselves, as they do for torch's GradScaler, so nobody waits for it.
+    """
+    optimizer.grad_scale, optimizer.found_inf = None, 1 - finite.float()  # type: ignore[attr-defined]
+    optimizer.step()
+
+
 def clip(networks: Mapping[str, nn.Module], limit: float | None, each: str = "network") -> dict[str, Tensor]:
     """Scale the gradients of each network, apart, to a norm of at most `limit`; returns the norms before, by network.
 
@@ -78,7 +93,9 @@ def clip(networks: Mapping[str, nn.Module], limit: float | None, each: str = "ne
     once the gradients are summed over the ranks. Without a limit it only measures.
     """
     most = math.inf if limit is None or each == "parameter" else limit
-    norms = {name: nn.utils.clip_grad_norm_(network.parameters(), most) for name, network in networks.items()}
+    norms = {
+        name: sharding.whole(nn.utils.clip_grad_norm_(network.parameters(), most)) for name, network in networks.items()
+    }
     if limit is not None and each == "parameter":
         for network in networks.values():
             for parameter in network.parameters():
@@ -95,7 +112,7 @@ def state(optimizer: torch.optim.Optimizer) -> State:
     }
 
 
-def load(optimizer: torch.optim.Optimizer, tensors: State) -> None:
+def load(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor | Stored]) -> None:
     """Restore what `state` gave, in place. Raises ValueError that lists names and shapes that do not fit; nothing is
     changed then."""
     copy_strictly(state(optimizer), tensors, "optimizer")

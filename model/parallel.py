@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
 
 
 def join(backend: str) -> Store:
@@ -151,19 +152,19 @@ def reduce_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
     One flat buffer for each dtype, so that the order of the additions depends on the layout alone. A parameter
     without a gradient gets zeros: it may have one on another rank, and the optimizer must do the same in any layout.
+    Those of cut networks (`model.sharding`) were summed as they arose.
     """
-    by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        by_dtype.setdefault(parameter.grad.dtype, []).append(parameter)
+        if not isinstance(parameter, DTensor):
+            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
     if not distributed.is_initialized():
         return
-    for group in by_dtype.values():
-        gradients = [parameter.grad for parameter in group if parameter.grad is not None]
+    for gradients in by_dtype.values():
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         distributed.all_reduce(flat)
-        start = 0
-        for gradient in gradients:
-            gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
-            start += gradient.numel()
+        parts = torch.split(flat, [gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))

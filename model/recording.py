@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from model import checkpoint, config, contract, parallel, storage
+from model import checkpoint, config, contract, parallel, sharding, storage
 from model.contract import CheckpointRef
 from model.data.batch import Batch
 from model.job import Job
@@ -74,29 +74,24 @@ def due(settings: config.AnyPhase, moment: Moment) -> bool:
     return settings.debug.record_step == moment.step + 1
 
 
-def record_if_due(job: Job, batch: Batch, moment: Moment) -> None:
-    """To be called as a step begins."""
-    if due(job.settings, moment):
-        record(job, batch, moment)
-
-
 def record(job: Job, batch: Batch, moment: Moment) -> None:
     """Compute the step once more, on every rank, and write it down; each rank its file. Changes nothing of training.
 
-    To be called where no gradients are held, before the update or where there is none. A file that cannot be written
-    is told of and stops nothing.
+    To be called before the update, or where there is none. Of networks that are cut over the processes the terms alone
+    are computed: their gradients are summed over the ranks as they arise. A file that cannot be written is told of and
+    stops nothing.
     """
     added = kinds.added(job.settings)
     networks = job.objective.step_networks()
-    inputs = job.objective.step_inputs(batch, moment, job.settings.optim.accumulate)
-    with parallel.recorded() as answers:
+    inputs = job.objective.step_inputs(batch, moment, job.settings.optim.micro_batches(parallel.world()))
+    cut = any(sharding.is_cut(weight) for network in networks.named().values() for weight in network.parameters())
+    with parallel.recorded() as answers, torch.set_grad_enabled(not cut):
         outputs = kinds.of(added).step(networks, inputs)
     inputs = replace(inputs, answers=tuple(answers) if parallel.world() > 1 else None)
     made_by = _provenance(job, moment)
-    weights = network_tensors(networks)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
-    too_large = size > MOST_WEIGHTS
-    held, named = ({}, job.last_sealed) if too_large else (weights, None)
+    state = network_state(networks.named())
+    too_large = sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > MOST_WEIGHTS
+    held, named = ({}, job.last_sealed) if too_large else (network_tensors(networks), None)
     data = pack(job.attempt.model, held, inputs, results(outputs), made_by, named, added)
     name = contract.recorded_file(job.attempt.attempt, moment.step + 1, parallel.rank())
     try:
@@ -108,8 +103,8 @@ def record(job: Job, batch: Batch, moment: Moment) -> None:
 
 
 def network_tensors(networks: StepNetworks) -> State:
-    """All weights under the names of the file."""
-    return network_state(networks.named())
+    """All weights under the names of the file, from all processes (a collective)."""
+    return {name: sharding.whole(tensor) for name, tensor in network_state(networks.named()).items()}
 
 
 def results(outputs: Outputs) -> dict[str, float]:

@@ -18,11 +18,11 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from model import checkpoint, contract, health, optim, parallel, recording, storage, worker
+from model import checkpoint, contract, health, optim, parallel, recording, sharding, storage, worker
 from model.contract import Attempt, Cause, CheckpointRef, RankEnd
 from model.data.batch import Batch
 from model.data.waiting import awaited
-from model.job import Job, begin
+from model.job import Begun, Job, begin
 from model.objectives.base import Moment
 from model.objectives.pure import Slices
 from model.stopping import Stop
@@ -36,40 +36,46 @@ log = logging.getLogger(__name__)
 
 def train(job: Job) -> Cause:
     """Train from where the job stands to the end of the phase (DONE), or to the step at which the ranks agreed to stop
-    (STOPPED); sealed either way."""
+    (STOPPED); sealed either way.
+
+    The host asks the device for a step and reads what it came to one step later (`_settle`), so neither waits for the
+    other. Whether a step counts is decided on the device: a flag gates weights, moments, EMA and centres.
+    """
     settings, objective, optimizer = job.settings, job.objective, job.optimizer
     trained = objective.networks().trained
     pulse = contract.pulse_file(job.attempt.launch_name, parallel.rank())
     began = time.monotonic()
     waiting = contract.waiting_file(job.attempt.launch_name, parallel.rank())
-    for batch in (one.to(job.device) for one in awaited(job.loader, waiting, settings.data.shown)):
+    batches = awaited(job.loader, waiting, settings.data.shown)
+    for batch in (one.to(job.device, job.dtype) for one in batches):
         moment = Moment(step=job.loop.step, steps=settings.steps, clock=job.loop.clock)
-        recording.record_if_due(job, batch, moment)
+        if recording.due(settings, moment):
+            _settle(job)
+            recording.record(job, batch, moment)
         targets = objective.targets(batch, moment)
         terms = _backward(job, batch, targets, moment)
         parallel.reduce_gradients(p for network in trained.values() for p in network.parameters() if p.requires_grad)
+        _settle(job)  # the step before: its end is behind the work that the device was just given
 
         # Sums over the ranks, the same on all of them: no rank can take another way from here.
-        norms = {f"grad_norm/{name}": float(norm) for name, norm in _clipped(job).items()}
-        metrics = {**_summed(terms), **norms}
-        finite = all(math.isfinite(value) for value in metrics.values())
-        if finite:
-            metrics |= optim.set_step(optimizer, settings.optim, moment.step, moment.steps)
-            optimizer.step()
-            objective.after_step(moment)
+        norms = optim.clip(trained, settings.optim.clip, settings.optim.clip_each)
+        terms |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
+        values = torch.stack([term.double() for term in terms.values()])
+        finite = values.isfinite().all()
+        known = optim.set_step(optimizer, settings.optim, moment.step, moment.steps)
+        optim.update(optimizer, finite)
+        objective.after_step(moment, finite)
         optimizer.zero_grad(set_to_none=True)
-        job.loop = job.loop.after_step(settings.optim.batch_size, finite)
+        job.loop = job.loop.after_step(settings.optim.batch_size)
         if job.loop.step % settings.health.every == 0 or job.loop.step == settings.steps:
-            metrics |= health.measure(objective, targets, metrics.get("loss/dino_global"))
-        if job.loop.step == settings.steps and (collapsed := health.collapse(metrics)):
-            job.progress.note(f"collapsed: {collapsed}")
-        metrics |= _tell_skipped(job)
-        job.progress.step(job.loop.step, settings.optim.batch_size / (time.monotonic() - began), metrics)
+            known |= health.measure(objective, targets, terms.get("loss/dino_global"))
+        known |= _tell_skipped(job)
+        rate = settings.optim.batch_size / (time.monotonic() - began)
+        job.begun = Begun.of(moment, batch, tuple(terms), values, known, rate)
         pulse.touch()
-        if not finite:
-            _changed_nothing(job, batch, moment, metrics)
         stopping = job.stop.at(job.loop.step, settings.steps)
         if stopping or job.loop.step == settings.steps or job.loop.step % settings.checkpoints.every == 0:
+            _settle(job)
             seal(job)
         if stopping and job.loop.step < settings.steps:
             return Cause.STOPPED
@@ -78,26 +84,44 @@ def train(job: Job) -> Cause:
 
 
 def _backward(job: Job, batch: Batch, targets: Slices, moment: Moment) -> dict[str, Tensor]:
-    """Add up the gradients of the micro-batches. Returns this rank's share of each term of the loss."""
-    images = len(batch.positions) // job.settings.optim.accumulate
+    """Add up the gradients of the micro-batches. Returns each term of the global loss, under its metric's name."""
+    parts = job.settings.optim.micro_batches(parallel.world())
+    images = len(batch.positions) // parts
     sums: dict[str, Tensor] = {}
     for start in range(0, len(batch.positions), images):
         end = start + images
         terms = job.objective.loss(batch.slice(start, end), targets.slice(start, end), moment)
+        sharding.last_micro_batch(job.objective.networks().trained, end == len(batch.positions))
         terms["total"].backward()  # type: ignore[no-untyped-call]
         sums = {name: term.detach() + sums.get(name, 0) for name, term in terms.items()}
-    return sums
+    values = parallel.all_reduce_sum(torch.stack(list(sums.values())))
+    return {"loss" if name == "total" else f"loss/{name}": value for name, value in zip(sums, values, strict=True)}
 
 
-def _clipped(job: Job) -> dict[str, Tensor]:
-    settings = job.settings.optim
-    return optim.clip(job.objective.networks().trained, settings.clip, settings.clip_each)
+def _settle(job: Job) -> None:
+    """Read what the last step came to, and tell of it. Raises DivergedError after too many that changed nothing."""
+    begun, job.begun = job.begun, None
+    if begun is None:
+        return
+    metrics = begun.metrics()
+    names = ", ".join(name for name in begun.names if not math.isfinite(metrics[name]))
+    job.loop = job.loop.settled(finite=not names)
+    step = begun.moment.step + 1
+    if step == job.settings.steps and (collapsed := health.collapse(metrics)):
+        job.progress.note(f"collapsed: {collapsed}")
+    job.progress.step(step, begun.images_per_second, metrics)
+    if names:
+        _changed_nothing(job, begun, step, names)
 
 
-def _summed(terms: dict[str, Tensor]) -> dict[str, float]:
-    """The terms over all ranks: `loss`, and each part of it as `loss/<name>`."""
-    values = parallel.all_reduce_sum(torch.stack(list(terms.values()))).tolist()
-    return {"loss" if name == "total" else f"loss/{name}": value for name, value in zip(terms, values, strict=True)}
+def _changed_nothing(job: Job, begun: Begun, step: int, names: str) -> None:
+    job.progress.note(f"step {step} changed nothing: not finite: {names}")
+    if not job.recorded_non_finite:  # the first is the one to study; the weights are still those that it had
+        job.recorded_non_finite = True
+        recording.record(job, begun.batch, begun.moment)
+    limit = job.settings.health.non_finite_steps
+    if job.loop.non_finite >= limit:
+        raise DivergedError(f"step {step} is the last of {limit} in a row that were not finite: {names}")
 
 
 def _tell_skipped(job: Job) -> dict[str, float]:
@@ -108,17 +132,6 @@ def _tell_skipped(job: Job) -> dict[str, float]:
         last = ", ".join(f"{image.path} ({image.reason})" for image in skipped.last)
         job.progress.note(f"{skipped.count} unreadable images replaced so far, last: {last}")
     return {"data/replaced": float(skipped.replaced)} if skipped.replaced else {}
-
-
-def _changed_nothing(job: Job, batch: Batch, moment: Moment, metrics: dict[str, float]) -> None:
-    names = ", ".join(name for name, value in metrics.items() if not math.isfinite(value))
-    job.progress.note(f"step {job.loop.step} changed nothing: not finite: {names}")
-    if not job.recorded_non_finite:  # the first is the one to study; the weights are still those that it had
-        job.recorded_non_finite = True
-        recording.record(job, batch, moment)
-    limit = job.settings.health.non_finite_steps
-    if job.loop.non_finite >= limit:
-        raise DivergedError(f"step {job.loop.step} is the last of {limit} in a row that were not finite: {names}")
 
 
 def seal(job: Job) -> None:

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from model import contract, storage
 from model.config import AnyPhase, Data, Evaluate, Model, Resources, SslPhase, TextPhase
-from orchestrator import attempts, data_places, handoff
+from orchestrator import attempts, data_places, handoff, image_checks
 from orchestrator.cluster import ClusterProfile
 from orchestrator.handoff import SSL_KINDS, TAKES, HandoffError, Reference
 from orchestrator.problems import Path, Problem, did_you_mean, listed, shown
@@ -38,7 +38,13 @@ class Draft:
 
 def all_problems(draft: Draft, *, check_data: bool) -> list[Problem]:
     problems = [*references(draft), *layouts(draft), *sizes(draft), *ranges(draft), *towers(draft), *held_out(draft)]
-    problems += [*schedules(draft), *evaluated(draft)]
+    problems += [
+        *schedules(draft),
+        *evaluated(draft),
+        *image_checks.channels(draft),
+        *image_checks.normalised(draft),
+        *image_checks.augmentations(draft),
+    ]
     return [*problems, *data(draft), *captions(draft)] if check_data else problems
 
 
@@ -171,8 +177,7 @@ def world(resources: Resources) -> int:
 
 def fitting_worlds(phase: AnyPhase) -> list[int]:
     """The numbers of processes among which whole groups can be dealt evenly."""
-    micro_groups = phase.optim.batch_size // (phase.optim.group_size * phase.optim.accumulate)
-    fitting = [count for count in range(1, micro_groups + 1) if micro_groups % count == 0]
+    fitting = phase.optim.worlds()
     return [count for count in fitting if phase.koleo_fits(count)] if isinstance(phase, SslPhase) else fitting
 
 
@@ -192,7 +197,7 @@ def layouts(draft: Draft) -> Iterator[Problem]:
             yield Problem(
                 f"does not fit the {processes} processes of phase {name}", (*at[:2], "losses", "koleo", "group_size"),
                 found=f"{phase.koleo_group} images; a process has {optim.batch_size // processes} "
-                      f"in {optim.accumulate} micro-batches",
+                      f"in {optim.micro_batches(processes)} micro-batches",
                 allowed=f"numbers of processes that fit: {listed(fitting_worlds(phase))}",
             )  # fmt: skip
         yield from _on_nodes(draft, phase.resources, ("phases", name, "resources"))
@@ -312,7 +317,9 @@ def data(draft: Draft) -> Iterator[Problem]:
     for at, section in sections:
         if section.shown not in looked_at:
             looked_at[section.shown] = (
-                data_places.shards(section.shards) if section.shards else data_places.folder(section.shown)
+                data_places.shards(section.shards)
+                if section.shards
+                else data_places.folder(section.shown, section.suffixes)
             )
         if (problem := looked_at[section.shown]) is not None:
             yield Problem(problem.message, at, found=problem.found, allowed=problem.allowed, hint=problem.hint)
@@ -336,11 +343,12 @@ def uncaptioned(phases: Mapping[str, AnyPhase], cluster: ClusterProfile | None) 
     """The text phases whose folder, where this machine can see it, holds images and no caption."""
     if cluster is None or cluster.launcher != "local":
         return []
-    text = {n: p.data.shown for n, p in phases.items()
+    text = {n: (p.data.shown, p.data.suffixes) for n, p in phases.items()
             if isinstance(p, TextPhase) and not p.data.shards and not storage.is_uri(p.data.shown)}  # fmt: skip
-    without = {path for path in text.values() if data_places.has_image(folder := contract.data_folder(path))
-               and not any(map(data_places.has_caption, data_places.images(folder)))}  # fmt: skip
-    return [name for name, path in text.items() if path in without]
+    without = {(path, ends) for path, ends in text.values()
+               if data_places.has_image(folder := contract.data_folder(path), ends)
+               and not any(map(data_places.has_caption, data_places.images(folder, ends)))}  # fmt: skip
+    return [name for name, where in text.items() if where in without]
 
 
 def evaluated(draft: Draft) -> Iterator[Problem]:

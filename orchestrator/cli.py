@@ -217,11 +217,17 @@ def _add_data(commands: Commands) -> None:
     pack.add_argument("--seed", type=int, default=0, help="of the shuffling")
 
     check = _add(actions, "check", "decode every image and name each that cannot be read; exits 1 if there is one")
-    stats = _add(actions, "stats", "mean and standard deviation of the channels, for data.mean and data.std")
+    stats = _add(actions, "stats", "mean and standard deviation of the channels, for data.normalise")
+    for action in (pack, check, stats):
+        action.add_argument(
+            "--channels", type=int, metavar="N", help="of an image, as data.channels; 3 (RGB) if absent"
+        )
+        action.add_argument("--bits", type=int, choices=[8, 16], help="of a channel, as data.bits; 8 if absent")
     for action in (check, stats):
         action.add_argument("paths", nargs="+", metavar="PATH", help=what)
         action.add_argument("--index", metavar="FOLDER", help="the index of tar shards; made for now if absent")
     stats.add_argument("--images", type=int, default=10_000, metavar="N", help="spread over all; 10000 if absent")
+    stats.add_argument("--to", metavar="FILE", help="write them there: data.normalise of a job takes that file")
     _add_json(stats)
 
 

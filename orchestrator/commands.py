@@ -42,13 +42,13 @@ _WHAT = {
 
 
 def validate(options: Options) -> int:
-    from orchestrator import spec
+    from orchestrator import remarks, spec
     from orchestrator.yaml_reader import dump
 
-    job, _ = _read(options, check_runs=True)
+    job, cluster = _read(options, check_runs=True)
     resolved = spec.resolved(job)
     if options.json:
-        print_json({"valid": True, "problems": [], "job": resolved})
+        print_json({"valid": True, "problems": [], "remarks": remarks.remarks(job, cluster), "job": resolved})
     elif options.resolved:
         print(dump(resolved), end="")
     else:
@@ -113,13 +113,14 @@ def _read(options: Options, *, check_runs: bool = False) -> tuple[Job, ClusterPr
     it still has to take.
     """
     from orchestrator.cluster import read_cluster
+    from orchestrator.remarks import remarks
     from orchestrator.spec import leave_out_uncaptioned, read_job
 
     overrides = [*options.overrides, *([f"cluster={options.cluster}"] if options.cluster else [])]
     job = read_job(options.file, overrides, check_runs=check_runs, runs=getattr(options, "runs", None) or "")
     cluster = read_cluster(job.cluster)
     job, left_out = leave_out_uncaptioned(job, cluster)
-    for line in left_out:
+    for line in [*left_out, *remarks(job, cluster)]:
         print(f"dinoctl: {line}", file=sys.stderr)
     return job, cluster
 
@@ -143,6 +144,9 @@ def _go_on(run_dir: str, options: Options) -> int:
     """Stay with the run, or leave it to a process in the background."""
     from orchestrator import watch as watching
 
+    if options.detach and statuses.load(run_dir).status == "done":
+        print(f"the run is done, there is nothing left to watch; dinoctl status {run_dir}")
+        return 0
     if options.detach:
         pid = watching.detach(run_dir)
         print(f"watched by process {pid} (log: {watching.log_file(run_dir)}); dinoctl status {run_dir}")
@@ -198,6 +202,8 @@ def status(options: Options) -> int:
     now = contract.now()
     if options.run is None:
         folder = _runs(options)
+        if options.runs and not storage.local(folder).is_dir():
+            raise statuses.RunNotFoundError(f"no such folder of runs: {folder} (--runs or DINOCTL_RUNS names it)")
         summaries = statuses.summaries(folder, now)
         if options.json:
             print_json(summaries)

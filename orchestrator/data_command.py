@@ -22,8 +22,15 @@ def words(options: argparse.Namespace) -> list[str]:
         case "pack":
             size, seed = str(options.images_per_shard), str(options.seed)
             given = ["--name", options.name, "--images-per-shard", size, "--seed", seed]
-            return ["pack", options.folder, options.target, *given]
+            return ["pack", options.folder, options.target, *_kind(options), *given]
     index = ["--index", options.index] if options.index else []
     if options.action == "check":
-        return ["check", *options.paths, *index]
-    return ["stats", *options.paths, *index, "--images", str(options.images), *(["--json"] if options.json else [])]
+        return ["check", *options.paths, *_kind(options), *index]
+    out = [*(["--to", options.to] if options.to else []), *(["--json"] if options.json else [])]
+    return ["stats", *options.paths, *_kind(options), *index, "--images", str(options.images), *out]
+
+
+def _kind(options: argparse.Namespace) -> list[str]:
+    """What an image is, where it is no 8-bit RGB."""
+    given = (("--channels", options.channels), ("--bits", options.bits))
+    return [word for name, value in given if value is not None for word in (name, str(value))]

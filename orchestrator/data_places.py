@@ -25,32 +25,32 @@ def shards(patterns: Sequence[str]) -> Problem | None:
     return None
 
 
-def folder(path: str) -> Problem | None:
+def folder(path: str, suffixes: frozenset[str]) -> Problem | None:
     if storage.is_uri(path):
         return None
     folder = contract.data_folder(path)
     found = path if str(folder) == path else f"{path} ({folder})"
     hint = "any folder of images does: data.path=FOLDER"
     if path.startswith("cache:"):
-        hint = f"`make data` fetches the demo's images; {hint}"
+        hint = f"`make data` fetches the demo's images, `make data_long` the longer demo's; {hint}"
     if not folder.is_dir():
         return Problem("no such data folder" if not folder.exists() else "not a folder", found=found, hint=hint)
-    if not has_image(folder):
+    if not has_image(folder, suffixes):
         return Problem("no images in the data folder", found=found, hint=hint,
-                       allowed=f"files ending in {listed(sorted(contract.IMAGE_SUFFIXES))}")  # fmt: skip
+                       allowed=f"files ending in {listed(sorted(suffixes))}")  # fmt: skip
     return None
 
 
-def has_image(folder: FilePath) -> bool:
-    return next(images(folder), None) is not None
+def has_image(folder: FilePath, suffixes: frozenset[str]) -> bool:
+    return next(images(folder, suffixes), None) is not None
 
 
-def images(folder: FilePath) -> Iterator[FilePath]:
+def images(folder: FilePath, suffixes: frozenset[str]) -> Iterator[FilePath]:
     """Looks as the index of the images will, one after the other: to find the first of millions takes no longer."""
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in contract.IMAGE_SUFFIXES:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
                 yield FilePath(place, name)
 
 

@@ -114,7 +114,7 @@ def _phase(spec: Mapping[str, Any], name: str, phase: AnyPhase, model: Model, tf
         batch_size=optim.batch_size,
         nodes=phase.resources.nodes,
         processes=processes,
-        images_per_process=optim.batch_size // (processes * optim.accumulate),
+        images_per_process=optim.batch_size // (processes * optim.micro_batches(processes)),
         fitting_worlds=tuple(fitting_worlds(phase)),
         views=_views(phase),
         trained_parameters=accounting.trained_parameters(model, phase),

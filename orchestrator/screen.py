@@ -22,6 +22,9 @@ RATE_STEPS = 50
 """The ETA is from the pace of the last so many steps: throughput drifts."""
 
 LINE_SECONDS = 5.0
+BAR, LEAST_BAR = 24, 10  # characters; figures give way where the bar would get shorter
+CLOCK = 8  # characters that the time since the phase began takes, with the space before it
+WIDE = 100  # columns from which there is room for it
 SAME_LINE_SECONDS = 30.0  # nothing new is said again this often: it is alive
 
 
@@ -183,11 +186,12 @@ class Bars:
     """For a terminal: a bar a phase, the finished ones stay above."""
 
     def __init__(self, console: Console) -> None:
+        self._clock = console.width >= WIDE
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(BAR),
             TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
+            *([TimeElapsedColumn()] if self._clock else []),
             console=console,
             refresh_per_second=4,
         )
@@ -195,12 +199,14 @@ class Bars:
         self._task: TaskID | None = None
 
     def show(self, view: View, now: float) -> None:
+        name = f"{view.stage} ({view.number} of {view.stages})"
         if self._task is None or self._stage != view.stage:
             if self._task is not None:
                 self._finish(self._task)
-            name = f"{view.stage} ({view.number} of {view.stages})"
             self._task, self._stage = self._progress.add_task(name, total=None, figures=""), view.stage
-        self._progress.update(self._task, completed=view.step, total=view.steps or None, figures=_figures(view))
+        room = self._progress.console.width - len(name) - LEAST_BAR - 2 - (CLOCK if self._clock else 0)
+        figures = _figures(view, room)
+        self._progress.update(self._task, completed=view.step, total=view.steps or None, figures=figures)
 
     def _finish(self, task: TaskID) -> None:
         total = self._progress.tasks[task].total
@@ -217,7 +223,8 @@ class Bars:
         self._progress.stop()
 
 
-def _figures(view: View) -> str:
+def _figures(view: View, room: int) -> str:
+    """The figures that fit in `room` characters: the step always, then by what a person asks first."""
     parts = [f"{view.step}/{view.steps}" if view.steps else "starting"]
     if view.loss is not None:
         parts.append(f"loss {view.loss:.3f}")
@@ -227,4 +234,7 @@ def _figures(view: View) -> str:
         parts.append(f"ETA {duration(view.eta)}")
     if view.attempt > 1:
         parts.append(f"attempt {view.attempt}")
+    for least in ("attempt", "images/s", "loss", "ETA"):
+        if len("  ".join(parts)) > room:
+            parts = [part for part in parts if least not in part]
     return "  ".join(parts)

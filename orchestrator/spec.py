@@ -7,6 +7,8 @@ checked across sections (`orchestrator.checks`).
 
 from __future__ import annotations
 
+import copy
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -28,7 +30,7 @@ from model.config import (
     TextPhase,
     read,
 )
-from orchestrator import checks, handoff, layers
+from orchestrator import checks, handoff, layers, normalisation
 from orchestrator.checks import Draft
 from orchestrator.cluster import ClusterProfile, read_cluster
 from orchestrator.layers import SHARED
@@ -82,10 +84,11 @@ def read_job(
     values, source, problems = layers.override(read_yaml(file), file, overrides)
     problems += _unknown_keys(values)
     merged, unused = layers.merge({k: v for k, v in values.items() if k in TOP_KEYS}, source)
+    merged, unread = normalisation.resolve(merged)
     draft, mistakes = _draft(merged)
     if check_runs:
         draft = replace(draft, runs=runs or str(merged.get("runs", DEFAULT_RUNS)))
-    problems += [*unused, *mistakes, *checks.all_problems(draft, check_data=check_data)]
+    problems += [*unused, *unread, *mistakes, *checks.all_problems(draft, check_data=check_data)]
     if problems:
         raise SpecError(source.place_all(problems))
     _make_absolute(merged)
@@ -111,12 +114,14 @@ def resolved(job: Job) -> dict[str, Any]:
 
 def reread(spec: Mapping[str, Any], cluster: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """A resolved spec and cluster profile that some dinoctl recorded, as this one resolves them: with the defaults that
-    have come since. Raises SpecError with all that this one does not know or does not allow."""
+    have come since, and paths as it writes them. Raises SpecError with all that it does not know or does not allow."""
     _, problems = _sections(dict(spec))
     profile, more = validate(ClusterProfile, cluster, ("cluster",))
     if problems or more or profile is None:
         raise SpecError([*problems, *more])
-    return resolved(read(Job, spec)), profile.model_dump(mode="json")
+    known = copy.deepcopy(dict(spec))
+    _make_absolute(known)
+    return resolved(read(Job, known)), profile.model_dump(mode="json")
 
 
 def name_problems(run: str) -> list[Problem]:
@@ -149,12 +154,6 @@ _ON_A_BUCKET = "a folder of images on a bucket (tar shards on one are: `dinoctl 
 
 
 def _features(phase: PhaseBase, cluster: ClusterProfile) -> Iterator[tuple[str, Path]]:
-    if phase.parallel.shard != "none":
-        yield f"parallel.shard {phase.parallel.shard}", ("parallel", "shard")
-    if phase.parallel.compile:
-        yield "parallel.compile", ("parallel", "compile")
-    if phase.precision.fp8 != "none":
-        yield f"precision.fp8 {phase.precision.fp8}", ("precision", "fp8")
     for path, part in phase.data.parts:
         if storage.is_uri(part.shown) and not part.shards:
             yield _ON_A_BUCKET, ("data", *path)
@@ -276,7 +275,7 @@ def _make_absolute(merged: dict[str, Any]) -> None:
         for name in handoff.FILE_INPUTS:
             text = phase.get(name)
             if isinstance(text, str) and handoff.is_file(name, text) and not storage.is_uri(text):
-                phase[name] = str(contract.data_folder(text).absolute())
+                phase[name] = _from_the_root(text)
     for section in (*merged["phases"].values(), merged.get("evaluate") or {}):
         if data := section.get("data"):
             section["data"] = {**_pinned(data), "also": [_pinned(part) for part in data.get("also", [])]}
@@ -293,4 +292,12 @@ def _pinned(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _absolute(path: str) -> str:
     pinned = storage.is_uri(path) or path.startswith("cache:") or DATASET.match(path)
-    return path if pinned else str(contract.data_folder(path).absolute())
+    return path if pinned else _from_the_root(path)
+
+
+def _from_the_root(path: str) -> str:
+    """Without `..`, so that it is the same wherever the job is submitted from."""
+    written = str(contract.data_folder(path).absolute())
+    normal = os.path.normpath(written)
+    # Past a link to a folder, `..` leads elsewhere than the names say.
+    return normal if os.path.realpath(normal) == os.path.realpath(written) else written

@@ -213,7 +213,7 @@ def detail(run_dir: str, now: float) -> Detail:
         code_digest=run.code_digest,
         forked_from=f"{fork.run}#{fork.phase}@{fork.step}" if fork else None,
         stages=[_stage(run_dir, run, stage) for stage in run.stages],
-        attempts=[_attempt(attempt) for attempt in run.attempts],
+        attempts=[_attempt(run_dir, attempt) for attempt in run.attempts],
         tail=_tail(run_dir, failed) if failed else [],
         runbook=failures.runbook(failed.end.cause) if failed and failed.end else None,
         report=report.read(run_dir),
@@ -230,14 +230,25 @@ def _stage(run_dir: str, run: State, stage: Stage) -> StageView:
         status = "running"
     else:
         status = "begun" if attempts else "waiting"
-    sealed = sorted({step for _, step in run.accepted().get(stage.name, [])})
+    sealed = {step for _, step in run.accepted().get(stage.name, [])}
+    if run.live and run.live.phase == stage.name:
+        sealed |= set(_sealed(run_dir, run.live))
     step = reached(run_dir, run, stage) if attempts or status == "inherited" else None
     return StageView(
-        name=stage.name, status=status, step=step, steps=stage.last, attempts=attempts, sealed=sealed
+        name=stage.name, status=status, step=step, steps=stage.last, attempts=attempts, sealed=sorted(sealed)
     )  # fmt: skip
 
 
-def _attempt(attempt: AttemptState) -> AttemptView:
+def _sealed(run_dir: str, attempt: AttemptState) -> list[int]:
+    """The checkpoints of an attempt that count: the event of its end says which; until then those that are there do."""
+    if attempt.end:
+        return attempt.end.steps
+    from orchestrator import attempts  # here, as the table of many runs does without
+
+    return attempts.sealed_steps(run_dir, attempt.phase, attempt.number)
+
+
+def _attempt(run_dir: str, attempt: AttemptState) -> AttemptView:
     end = attempt.end
     return AttemptView(
         attempt=attempt.number,
@@ -248,7 +259,7 @@ def _attempt(attempt: AttemptState) -> AttemptView:
         cause=end.cause if end else None,
         message=end.message if end else "",
         reached=end.reached if end else None,
-        sealed=end.steps if end else [],
+        sealed=_sealed(run_dir, attempt),
     )
 
 

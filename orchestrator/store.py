@@ -35,6 +35,13 @@ LIST_AGAIN = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 """Seconds between two listings while a number is missing: a store may show a later file before an earlier one."""
 
 
+DAMAGED = (
+    "Restore that file from a backup, or begin a new run with what the old one has trained: "
+    "`weights: RUN/checkpoints/PHASE/ATTEMPT/STEP` in its first phase"
+)
+"""A fork would have to read the log."""
+
+
 class LogError(RuntimeError):
     """The log cannot be read, or the store is not fit to hold one; the message says what to do."""
 
@@ -68,8 +75,25 @@ def read(run_dir: str, pauses: Sequence[float] | None = None) -> list[Event]:
         return []
     paths = [f"{run_dir}/{event_file(number)}" for number in range(1, count + 1)]
     first = storage.read(paths[0])
+    _check_whole(first, paths[0])
     _check_format(first, paths[0])
-    return [events.decode(first, paths[0]), *(events.decode(storage.read(path), path) for path in paths[1:])]
+    return [events.decode(first, paths[0]), *(_event(path) for path in paths[1:])]
+
+
+def _event(path: str) -> Event:
+    data = storage.read(path)
+    _check_whole(data, path)
+    return events.decode(data, path)
+
+
+def _check_whole(data: bytes, path: str) -> None:
+    """Events are published whole: one that is no JSON was cut or overwritten since, and no version can read it."""
+    try:
+        msgspec.json.decode(data)
+    except msgspec.DecodeError as error:
+        raise LogError(
+            f"{path}: torn: {len(data)} bytes are no whole event ({error}); the log is damaged. {DAMAGED}"
+        ) from error
 
 
 def has_events(run_dir: str) -> bool:
@@ -94,8 +118,7 @@ def _complete(run_dir: str, pauses: Sequence[float]) -> int:
         if pause is not None:
             time.sleep(pause)
     raise LogError(
-        f"{run_dir}: {event_file(missing)} is missing though later events are there; the log is damaged. "
-        "Restore that file from a backup, or begin a new run with `dinoctl submit --run NEW --fork RUN#PHASE@STEP`"
+        f"{run_dir}: {event_file(missing)} is missing though later events are there; the log is damaged. {DAMAGED}"
     )
 
 

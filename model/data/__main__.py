@@ -1,21 +1,21 @@
 """What `dinoctl data` runs. Exits 2, with one message, for a user's mistake, and 1 where images cannot be read.
 
 python -P -m model.data index PATH... --to FOLDER
-python -P -m model.data pack FOLDER TARGET [--name images] [--images-per-shard 1000] [--seed 0]
-python -P -m model.data check PATH... [--index FOLDER]
-python -P -m model.data stats PATH... [--index FOLDER] [--images 10000] [--json]
+python -P -m model.data pack FOLDER TARGET [KIND] [--name images] [--images-per-shard 1000] [--seed 0]
+python -P -m model.data check PATH... [KIND] [--index FOLDER]
+python -P -m model.data stats PATH... [KIND] [--index FOLDER] [--images 10000] [--to FILE] [--json]
+
+KIND, what an image is: --channels 3 --bits 8
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 
 from pydantic import ValidationError
 from rich.console import Console
@@ -60,9 +60,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     packed.add_argument("--name", default="images")
     packed.add_argument("--images-per-shard", type=_positive, default=1000)
     packed.add_argument("--seed", type=int, default=0)
+    for command in (packed, checked, measured):
+        command.add_argument("--channels", type=_positive, default=config.RGB)
+        command.add_argument("--bits", type=int, choices=(8, 16), default=8)
     for command in (checked, measured):
         command.add_argument("--index")
     measured.add_argument("--images", type=_positive, default=10_000)
+    measured.add_argument("--to")
     measured.add_argument("--json", action="store_true")
     return parser.parse_args(arguments)
 
@@ -79,7 +83,7 @@ def _positive(text: str) -> int:
 
 def index_(options: argparse.Namespace) -> int:
     """Index tar shards; what is indexed already is not looked at again."""
-    data = _data(options.paths)
+    data = _data(options.paths, config.RGB, 8)
     with _progress("shards indexed") as tell:
         found = shards.index_shards(patterns_of(data), os.path.abspath(options.to), tell)
     print(f"{found.index}: {found.total:,} images in {len(found.paths):,} shards; data.index takes this folder")
@@ -92,7 +96,8 @@ def index_(options: argparse.Namespace) -> int:
 
 def pack_(options: argparse.Namespace) -> int:
     with _progress("images packed") as tell:
-        made = pack.pack(options.folder, options.target, options.name, options.images_per_shard, options.seed, tell)
+        size, seed, suffixes = options.images_per_shard, options.seed, _of_kind(options).suffixes
+        made = pack.pack(options.folder, options.target, options.name, size, seed, tell, suffixes)
     classes = f", {made.classes} classes ({pack.CLASSES})" if made.classes else ""
     print(f"{made.images:,} images in {made.shards:,} shards{classes}; data.path: {made.pattern}")
     return DONE
@@ -112,14 +117,19 @@ def check_(options: argparse.Namespace) -> int:
 
 def stats_(options: argparse.Namespace) -> int:
     with _whole(options) as whole, _progress("images measured") as tell:
-        found = stats.measure(whole, options.images, tell)
+        found = stats.measure(whole, _of_kind(options), options.images, tell)
+    if options.to:
+        stats.write(found, options.to)
     if options.json:
-        print(json.dumps(asdict(found)))
+        print(found.model_dump_json())
         return DONE
+    digits = 4 if options.bits == 8 else 6
     for name, values in (("mean", found.mean), ("std", found.std)):
-        print(f"{name}: [{', '.join(f'{value:.4f}' for value in values)}]")
+        print(f"{name}: [{', '.join(f'{value:.{digits}f}' for value in values)}]")
     unreadable = f", {found.unreadable:,} could not be read" if found.unreadable else ""
     print(f"# of {found.images:,} images of {whole.where}{unreadable}")
+    if options.to:
+        print(f"# data.normalise: {options.to}")
     return DONE
 
 
@@ -129,10 +139,16 @@ COMMANDS = {"index": index_, "pack": pack_, "check": check_, "stats": stats_}
 # --- what they share --------------------------------------------------------------------------------------------------
 
 
-def _data(paths: list[str]) -> config.Data:
-    """`paths` as a `data:` section. Raises DataError with what is wrong with them."""
+def _of_kind(options: argparse.Namespace) -> config.Data:
+    """A `data:` section of such images, wherever they lie."""
+    return _data(["."], options.channels, options.bits)
+
+
+def _data(paths: list[str], channels: int, bits: int) -> config.Data:
+    """`paths` as a `data:` section, not normalised. Raises DataError with what is wrong with them."""
+    kind = {"channels": channels, "bits": bits, "normalise": "none"}
     try:
-        return config.read(config.Data, {"path": paths[0] if len(paths) == 1 else paths})
+        return config.read(config.Data, {"path": paths[0] if len(paths) == 1 else paths, **kind})
     except ValidationError as error:
         reasons = [str(one.get("ctx", {}).get("error", one["msg"])) for one in error.errors()]
         raise DataError("; ".join(reason.removeprefix("path: ") for reason in reasons)) from error
@@ -141,7 +157,7 @@ def _data(paths: list[str]) -> config.Data:
 @contextmanager
 def _whole(options: argparse.Namespace) -> Iterator[Whole]:
     """Every image that the options name. Without --index the index is made for now and thrown away."""
-    data = _data(options.paths)
+    data = _data(options.paths, options.channels, options.bits)
     with tempfile.TemporaryDirectory(prefix="dinoctl-index-") as scratch:
         with _progress("shards indexed") as tell:
             whole = open_whole(data, os.path.abspath(options.index) if options.index else scratch, tell)

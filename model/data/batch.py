@@ -6,9 +6,10 @@ drop-path subsets and RoPE draws are the same for every number of ranks and micr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from torch import Tensor, device
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,11 @@ class SslBatch:
     groups: Tensor
     """int64 [b / group_size]: numbers of the groups in the global batch of this step."""
     global_crops: Tensor
-    """[2, b, 3, G, G]"""
+    """[2, b, C, G, G]"""
     local_crops: Tensor
-    """[L, b, 3, l, l]"""
+    """[L, b, C, l, l]"""
     gram_crops: Tensor | None
-    """[2, b, 3, g, g]: the boxes of the global crops, undistorted; None where no Gram teacher looks."""
+    """[2, b, C, g, g]: the boxes of the global crops, undistorted; None where no Gram teacher looks."""
     masks: Tensor
     """bool [2, b, N]: patches of the global crops that the student does not see (N: patches of one, row by row)."""
 
@@ -40,15 +41,14 @@ class SslBatch:
             masks=self.masks[:, images],
         )
 
-    def to(self, where: device | str) -> SslBatch:
-        """The same batch on another device; `positions` and `groups` name draws and stay where they are."""
-        return SslBatch(
-            positions=self.positions,
-            groups=self.groups,
-            global_crops=self.global_crops.to(where, non_blocking=True),
-            local_crops=self.local_crops.to(where, non_blocking=True),
-            gram_crops=None if self.gram_crops is None else self.gram_crops.to(where, non_blocking=True),
-            masks=self.masks.to(where, non_blocking=True),
+    def to(self, where: torch.device | str, dtype: torch.dtype | None = None) -> SslBatch:
+        """The same batch on another device, its crops in `dtype`; `positions` and `groups` name draws and stay where
+        they are, and so do `masks`, so that nobody waits for the device to count them."""
+        return replace(
+            self,
+            global_crops=_moved(self.global_crops, where, dtype),
+            local_crops=_moved(self.local_crops, where, dtype),
+            gram_crops=None if self.gram_crops is None else _moved(self.gram_crops, where, dtype),
         )
 
 
@@ -61,7 +61,7 @@ class PairBatch:
     groups: Tensor
     """int64 [b / group_size], as in SslBatch."""
     images: Tensor
-    """[b, 3, H, W]"""
+    """[b, C, H, W]"""
     tokens: Tensor
     """int64 [b, context]: start token, caption, end token, padding."""
 
@@ -74,17 +74,18 @@ class PairBatch:
             tokens=self.tokens[start:stop],
         )
 
-    def to(self, where: device | str) -> PairBatch:
-        """The same batch on another device; `positions` and `groups` name draws and stay where they are."""
-        return PairBatch(
-            positions=self.positions,
-            groups=self.groups,
-            images=self.images.to(where, non_blocking=True),
-            tokens=self.tokens.to(where, non_blocking=True),
-        )
+    def to(self, where: torch.device | str, dtype: torch.dtype | None = None) -> PairBatch:
+        """The same batch on another device, its images in `dtype`; `positions` and `groups` name draws and stay."""
+        return replace(self, images=_moved(self.images, where, dtype), tokens=_moved(self.tokens, where))
 
 
 Batch = SslBatch | PairBatch
+
+
+def _moved(tensor: Tensor, where: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """Without waiting for a GPU: that takes memory that the system does not move."""
+    pinned = tensor.pin_memory() if torch.device(where).type == "cuda" else tensor
+    return pinned.to(where, dtype, non_blocking=True)
 
 
 def _whole_groups(positions: Tensor, groups: Tensor, start: int, stop: int) -> slice:

@@ -17,6 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from model.config import RGB
+from model.data.images import Picture
+
 SIDE = 16
 ALIKE = 0.93
 ALIKE_IN_FAMILY = 0.80
@@ -27,12 +30,22 @@ ROWS = 2048
 Thumbnails = NDArray[np.float32]
 
 
-def thumbnail(image: Image.Image) -> Thumbnails:
-    """Grey values [SIDE, SIDE] of an RGB image, mean 0 and norm 1 (all 0 if it is of one colour)."""
-    grey = np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float32)
+def thumbnail(picture: Picture) -> Thumbnails:
+    """Grey values [SIDE, SIDE] of an image [H, W, C], mean 0 and norm 1 (all 0 if it is of one colour)."""
+    grey = np.array(_grey(picture).resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float32)
     grey -= grey.mean()
     norm = float(np.linalg.norm(grey))
     return grey / norm if norm > SIDE else np.zeros_like(grey)
+
+
+def _grey(picture: Picture) -> Image.Image:
+    """From 0 to 255: as seen where it is a photograph, else the channels' mean over the range that the image uses, as a
+    camera's 12 bits of 16 would look like one colour."""
+    if picture.shape[2] == RGB and picture.dtype == np.uint8:
+        return Image.fromarray(picture).convert("L")
+    mean = picture.mean(axis=2, dtype=np.float32)
+    mean -= mean.min()
+    return Image.fromarray(mean * np.float32(255 / max(float(mean.max()), 1.0)))
 
 
 def families(paths: Sequence[str]) -> list[str]:

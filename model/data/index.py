@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from model import config, contract, storage
 from model.data import duplicates
 from model.data.errors import BadDataError, DataError, Skipped, UnreadableImageError
-from model.data.images import alpha, load, over
+from model.data.images import decode_with_alpha
 from model.data.skips import MOST_NAMES
 from model.data.splits import HIDDEN, Split, split_of
 from model.data.threads import cores, in_threads
@@ -72,12 +72,14 @@ def build_or_read(data: config.Data, run_dir: str) -> Index:
         raise DataError(f"data.path: {data.shown}: these are tar shards; an evaluation looks at a folder of images")
     root = folder(data.path)
     key = f"{VERSION}\0{root}\0{data.background}"
+    if not data.photographs:
+        key += f"\0{data.channels} x {data.bits} bits"
     path = f"{run_dir}/data/index-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     try:
         return contract.decode(storage.read(path), Index, path)
     except FileNotFoundError:
         pass
-    index = build(root, data.background)
+    index = build(root, data)
     check_skip_rate(index, 0, [], data.max_skip_rate)  # before it is published: a repaired folder is looked at anew
     try:
         storage.publish(path, contract.encode(index))
@@ -123,21 +125,22 @@ def folder(path: str) -> Path:
     if root.is_dir():
         return root
     if path.startswith("cache:"):
-        raise DataError(f"data.path: {path}: {root} is not there; `make data` fetches the demo's images")
+        fetched = "`make data` fetches the demo's images, `make data_long` the longer demo's"
+        raise DataError(f"data.path: {path}: {root} is not there; {fetched}")
     raise DataError(f"data.path: no such folder: {root}")
 
 
 # --- building ---------------------------------------------------------------------------------------------------------
 
 
-def build(root: Path, background: config.Rgb) -> Index:
+def build(root: Path, data: config.Data) -> Index:
     """Look at every image under `root`. Raises DataError if there is none, or none that can be read."""
-    paths = list_images(root)
+    paths = list_images(root, data.suffixes)
     if not paths:
-        endings = ", ".join(sorted(contract.IMAGE_SUFFIXES))
+        endings = ", ".join(sorted(data.suffixes))
         raise DataError(f"data.path: no images under {root} (looked for {endings} in all its folders)")
     compare = len(paths) <= COMPARE_AT_MOST
-    looks = list(in_threads(lambda path: _look(root / path, background, compare), paths, min(16, cores())))
+    looks = list(in_threads(lambda path: _look(root / path, data, compare), paths, min(16, cores())))
     skipped = [Skipped(path=p, reason=look) for p, look in zip(paths, looks, strict=True) if isinstance(look, str)]
     read = [(path, look) for path, look in zip(paths, looks, strict=True) if not isinstance(look, str)]
     if not read:
@@ -169,7 +172,7 @@ def _entries(paths: list[str], looks: list[_Look]) -> list[Entry]:
     ]
 
 
-def list_images(root: Path) -> list[str]:
+def list_images(root: Path, suffixes: frozenset[str] = contract.IMAGE_SUFFIXES) -> list[str]:
     """Relative paths of the files under `root` whose names end like an image's, sorted; hidden ones left out."""
     found = []
     for place, folders, files in os.walk(root):
@@ -178,7 +181,7 @@ def list_images(root: Path) -> list[str]:
         found += [
             (within / name).as_posix()
             for name in files
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in contract.IMAGE_SUFFIXES
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes
         ]
     return sorted(found)
 
@@ -191,20 +194,20 @@ class _Look(msgspec.Struct, frozen=True):
     content: str
 
 
-def _look(path: Path, background: config.Rgb, compare: bool) -> _Look | str:
+def _look(path: Path, data: config.Data, compare: bool) -> _Look | str:
     """What the index keeps of one image, or why it cannot be read."""
     try:
         content = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-        image = load(path)
+        picture, opacity = decode_with_alpha(path, data)
     except UnreadableImageError as error:
         return str(error)
     except OSError as error:
         return error.strerror or str(error)
     return _Look(
-        size=image.size,
-        has_alpha=alpha(image) is not None,
+        size=(picture.shape[1], picture.shape[0]),
+        has_alpha=opacity is not None,
         caption=_caption(path),
-        thumbnail=duplicates.thumbnail(over(image, background)) if compare else None,
+        thumbnail=duplicates.thumbnail(picture) if compare else None,
         content=content,
     )
 

@@ -17,13 +17,13 @@ from itertools import accumulate
 
 import numpy as np
 import torch
-from PIL import Image
 
 from model import config
 from model.data import text
 from model.data.augment import Recipe, as_released, ssl_views, whole_views
 from model.data.batch import Batch, PairBatch, SslBatch
 from model.data.errors import BadDataError, DataError, Skipped, UnreadableImageError
+from model.data.images import Picture
 from model.data.masks import group_masks
 from model.data.read_ahead import Piece, ReadAhead, read_now
 from model.data.shards import ShardSource
@@ -127,8 +127,8 @@ class Loader:
             self._reading = None
 
 
-def prepare(settings: config.AnyPhase, found: list[Found], run_dir: str) -> None:
-    """What takes long and is the same on every rank, so that one does it first: a text phase's tokenizer.
+def learn_tokenizer(settings: config.AnyPhase, found: list[Found], run_dir: str) -> None:
+    """A text phase's tokenizer, which is the same on every rank: one learns it before the others ask.
 
     Raises DataError, BadDataError, StoreError.
     """
@@ -139,7 +139,7 @@ def prepare(settings: config.AnyPhase, found: list[Found], run_dir: str) -> None
 
 @dataclass(frozen=True)
 class _Sample:
-    image: Image.Image
+    image: Picture
     caption: str
 
 

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from model import storage
+from model.contract import IMAGE_SUFFIXES
 from model.data.errors import DataError
 from model.data.index import folder, list_images
 from model.data.patience import patiently
@@ -34,14 +35,23 @@ class Packed:
     classes: int
 
 
-def pack(source: str, target: str, name: str, images_per_shard: int, seed: int, tell: Tell) -> Packed:
+def pack(
+    source: str,
+    target: str,
+    name: str,
+    images_per_shard: int,
+    seed: int,
+    tell: Tell,
+    suffixes: frozenset[str] = IMAGE_SUFFIXES,
+) -> Packed:
     """Write the images under `source`, with captions and labels, as `target`/`name`-000000.tar and so on.
+    `suffixes`: how the names of images end.
 
     `target` is a folder or a URI. A label is the place of its first-level folder in classes.txt, from 0. Raises
     DataError for a folder that is not there or holds no image and for a target that holds shards of that name, OSError.
     """
     root, out = folder(source), absolute(target).rstrip("/")
-    paths = list_images(root)
+    paths = list_images(root, suffixes)
     if not paths:
         raise DataError(f"no images under {root}")
     count = -(-len(paths) // images_per_shard)

@@ -18,12 +18,11 @@ from functools import lru_cache, partial
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from model import config, contract, storage
 from model.data import tar_shard
 from model.data.errors import BadDataError, DataError, Skipped, UnreadableImageError
-from model.data.images import load_rgb
+from model.data.images import Picture, decode
 from model.data.patience import patiently
 from model.data.patterns import absolute, locate
 from model.data.read_ahead import Piece, read_now
@@ -189,9 +188,9 @@ class ShardSource:
         both = (self._image_piece(number), self._caption_piece(number) if captioned else None)
         return [piece for piece in both if piece is not None]
 
-    def image(self, number: int) -> Image.Image:
+    def image(self, number: int) -> Picture:
         """Raises UnreadableImageError; StoreError if the store stays out of reach."""
-        return load_rgb(self._bytes(self._image_piece(number)), self._data.background)
+        return decode(self._bytes(self._image_piece(number)), self._data)
 
     def caption(self, number: int) -> str:
         """The first line of the caption, "" if there is none."""

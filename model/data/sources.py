@@ -16,13 +16,12 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from model import config
 from model.data import index as folders
 from model.data import shards
 from model.data.errors import DataError
-from model.data.images import load_rgb
+from model.data.images import Picture, decode
 from model.data.index import Entry, Index
 from model.data.mixture import MixedOrder, Share
 from model.data.order import Order
@@ -34,8 +33,6 @@ from model.data_section import PER_THOUSAND
 
 MEMORY_BUDGET = 512 * 2**20
 """Bytes of decoded images that a process keeps; a folder that needs more is decoded at every access instead."""
-
-BYTES_PER_PIXEL = 4  # Pillow pads RGB
 
 Found = Index | ShardSet
 """What lies at one place."""
@@ -59,8 +56,8 @@ class Source(Protocol):
     lanes: int
     window: int
 
-    def image(self, number: int) -> Image.Image:
-        """RGB, over the background. Raises UnreadableImageError; StoreError if the store stays out of reach."""
+    def image(self, number: int) -> Picture:
+        """Over the background. Raises UnreadableImageError; StoreError if the store stays out of reach."""
 
     def caption(self, number: int) -> str:
         """ "" if it has none."""
@@ -131,9 +128,9 @@ class FolderSource:
         self.counts: NDArray[np.int64] = np.array([len(self.entries)])
         self.lanes, self.window = 1, len(self.entries)
         self._index, self._most = found, data.max_skip_rate
-        self._images = _Images(Path(found.root), self.entries, data.background)
+        self._images = _Images(Path(found.root), self.entries, data)
 
-    def image(self, number: int) -> Image.Image:
+    def image(self, number: int) -> Picture:
         return self._images.get(number)
 
     def caption(self, number: int) -> str:
@@ -168,20 +165,21 @@ def _with_captions(entries: list[Entry], index: Index) -> list[Entry]:
 class _Images:
     """Decoded images by number: kept if all of them fit in the budget, else decoded each time."""
 
-    def __init__(self, root: Path, entries: list[Entry], background: config.Rgb) -> None:
+    def __init__(self, root: Path, entries: list[Entry], data: config.Data) -> None:
         self._paths = [root / entry.path for entry in entries]
-        self._background = background
-        self._keep = sum(entry.width * entry.height for entry in entries) * BYTES_PER_PIXEL <= MEMORY_BUDGET
-        self._kept: dict[int, Image.Image] = {}
+        self._data = data
+        bytes_per_pixel = data.channels * data.bits // 8
+        self._keep = sum(entry.width * entry.height for entry in entries) * bytes_per_pixel <= MEMORY_BUDGET
+        self._kept: dict[int, Picture] = {}
         self._lock = threading.Lock()
 
-    def get(self, number: int) -> Image.Image:
+    def get(self, number: int) -> Picture:
         """Raises UnreadableImageError."""
         with self._lock:
             kept = self._kept.get(number)
         if kept is not None:
             return kept
-        image = load_rgb(self._paths[number], self._background)
+        image = decode(self._paths[number], self._data)
         if self._keep:
             with self._lock:
                 self._kept[number] = image

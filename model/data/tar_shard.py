@@ -1,9 +1,9 @@
 """One tar shard and its index: where in it each image, caption and label lies, so that any can be read by range.
 
 Naming is WebDataset's: files that follow each other and share what comes before the first dot of their name are one
-sample; `key.jpg` (or another image), `key.txt` its caption, `key.cls` its label, a whole number. Anything else is
-passed over. An index is a line that says what it is, one of JSON (`Shard`), records (RECORD), and the keys one after
-another.
+sample; `key.jpg` (or another image; `key.npy` if there is no other), `key.txt` its caption, `key.cls` its label, a
+whole number. Anything else is passed over. An index is a line that says what it is, one of JSON (`Shard`), records
+(RECORD), and the keys one after another.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -26,6 +26,7 @@ from model import contract, storage
 from model.data.errors import DataError
 from model.data.patience import patiently
 from model.data.splits import SPLITS, Split, split_of
+from model.data_section import ARRAY_SUFFIXES
 
 MAGIC = b"dinoctl shard index 1\n"
 RECORD = np.dtype(
@@ -162,7 +163,7 @@ def _scan(opened: BinaryIO, size: int, found: _Found) -> None:
     ends = 0
     for key, members in groupby(_members(opened, size, found), key=lambda one: one[0]):
         parts = {suffix: member for _, suffix, member in members}
-        image = next((part for suffix, part in parts.items() if f".{suffix}" in contract.IMAGE_SUFFIXES), None)
+        image = _image(parts, contract.IMAGE_SUFFIXES) or _image(parts, ARRAY_SUFFIXES)
         if image is None:
             found.without_image += 1
             continue
@@ -174,6 +175,11 @@ def _scan(opened: BinaryIO, size: int, found: _Found) -> None:
         found.splits[split_of(key)] += 1
         found.captioned[split_of(key)] += at[1] > 0
         ends += len(found.keys[-1])
+
+
+def _image(parts: Mapping[str, tarfile.TarInfo], suffixes: frozenset[str]) -> tarfile.TarInfo | None:
+    """The first that is an image. A .npy is one where there is no other: beside one it is something else."""
+    return next((part for suffix, part in parts.items() if f".{suffix}" in suffixes), None)
 
 
 def _members(opened: BinaryIO, size: int, found: _Found) -> Iterator[tuple[str, str, tarfile.TarInfo]]:

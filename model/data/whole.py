@@ -8,13 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from PIL import Image
-
 from model import config, storage
 from model.data import index as folders
 from model.data import shards
 from model.data.errors import DataError
-from model.data.images import load_rgb
+from model.data.images import Picture, decode
 from model.data.patterns import absolute
 from model.data.shards import ShardSet, ShardSource, Tell
 
@@ -25,7 +23,7 @@ class Whole:
 
     total: int
     where: str
-    image: Callable[[int], Image.Image]
+    image: Callable[[int], Picture]
     name: Callable[[int], str]
     shards: ShardSet | None
 
@@ -39,12 +37,10 @@ def open_whole(data: config.Data, index: str, tell: Tell) -> Whole:
     if storage.is_uri(data.shown):
         raise DataError(f"{data.shown}: of what is on a bucket only tar shards can be read; their names end in .tar")
     root = folders.folder(data.shown)
-    paths = folders.list_images(root)
+    paths = folders.list_images(root, data.suffixes)
     if not paths:
         raise DataError(f"no images under {root}")
-    return Whole(
-        len(paths), str(root), lambda number: load_rgb(root / paths[number], data.background), paths.__getitem__, None
-    )
+    return Whole(len(paths), str(root), lambda number: decode(root / paths[number], data), paths.__getitem__, None)
 
 
 def patterns_of(data: config.Data) -> list[str]:

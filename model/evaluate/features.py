@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model import config
-from model.evaluate.baselines import Images
+from model.evaluate.baselines import Images, full
 from model.evaluate.scores import Floats
 from model.networks.init import create
 from model.networks.text import TextTower, VisionHead
@@ -63,15 +63,15 @@ def aligned(tower: VisionTransformer, phase: config.TextPhase, seed: int, weight
 
 
 def _batches(images: Images, data: config.Data, size: int) -> Iterator[Tensor]:
-    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (data.mean, data.std))
+    mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (data.mean, data.std))
     for start in range(0, len(images), size):
         pixels = torch.from_numpy(images[start : start + size]).permute(0, 3, 1, 2)
-        yield (pixels.float() / 255 - mean) / std
+        yield (pixels.float() / full(images) - mean) / std
 
 
 @torch.inference_mode()
 def extract(network: VisionTransformer, images: Images, data: config.Data, batch: int) -> Extracted:
-    """Features of `images`, uint8 [n, side, side, 3]."""
+    """Features of `images`."""
     found = [network.features(part) for part in _batches(images, data, batch)]
     cls, patches = (torch.cat([getattr(part, name) for part in found]).numpy() for name in ("cls", "patches"))
     return Extracted(cls, patches)

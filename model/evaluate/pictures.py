@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from model.evaluate.baselines import Images
+from model.config import RGB
+from model.evaluate.baselines import Images, full
 from model.evaluate.scores import Floats
 
 TILE = 96
@@ -41,7 +42,20 @@ def attention_tiles(attention: Floats, grid: int) -> NDArray[np.uint8]:
     return np.repeat(grey[..., None], 3, axis=-1)
 
 
-def sheet(images: Images, columns: Sequence[NDArray[np.uint8]]) -> bytes:
+def shown(images: Images) -> NDArray[np.uint8]:
+    """Images [n, h, w, channels] as RGB: photographs as they are; of others the first three channels (one as grey),
+    each stretched over what it holds in that image."""
+    if images.shape[3] == RGB:
+        return np.asarray(np.round(images * (255 / full(images))), dtype=np.uint8)
+    some = images[..., :RGB].astype(np.float32)
+    low, high = np.percentile(some, [1, 99], axis=(1, 2), keepdims=True)
+    eight = np.asarray(np.clip((some - low) / (high - low + 1e-12), 0, 1) * 255, dtype=np.uint8)
+    if eight.shape[3] == 1:
+        return np.repeat(eight, RGB, axis=3)
+    return np.pad(eight, [(0, 0), (0, 0), (0, 0), (0, RGB - eight.shape[3])])
+
+
+def sheet(images: NDArray[np.uint8], columns: Sequence[NDArray[np.uint8]]) -> bytes:
     """A PNG with one row an image: the image, then one tile from each of `columns` ([n, h, w, 3])."""
     canvas = Image.new("RGB", (TILE * (1 + len(columns)), TILE * len(images)), "white")
     for row, image in enumerate(images):

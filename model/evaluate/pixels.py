@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
 from model import draws
-from model.config import Rgb
-from model.data.images import load_with_alpha, square
+from model.config import RGB, Data
+from model.data.images import decode_with_alpha
 from model.data.index import Entry
+from model.data.resize import square, unit
 from model.evaluate.baselines import Images
 
 QUERY_AREA = (0.3, 0.7)
@@ -26,18 +27,18 @@ QUERY_COLOUR = 0.3
 class Squares:
     """Whole images as squares, in the order of their entries."""
 
-    rgb: Images  # uint8 [n, side, side, 3]
+    images: Images
     opacity: list[NDArray[np.float32] | None]  # [side, side] in [0, 1]; None for an image without transparent pixels
 
 
-def squares(entries: Sequence[Entry], root: str, side: int, background: Rgb) -> Squares:
+def squares(entries: Sequence[Entry], root: str, side: int, data: Data) -> Squares:
     """Load every entry. Raises UnreadableImageError if one has become unreadable since the index was made."""
-    rgb, opacity = [], []
+    images, opacity = [], []
     for entry in entries:
-        image, alpha = load_with_alpha(Path(root) / entry.path, background)
-        rgb.append(np.asarray(square(image, side)))
-        opacity.append(None if alpha is None else np.asarray(square(Image.fromarray(alpha), side)))
-    return Squares(np.stack(rgb), opacity)
+        image, alpha = decode_with_alpha(Path(root) / entry.path, data)
+        images.append(square(image, side))
+        opacity.append(None if alpha is None else unit(square(alpha[..., None], side))[..., 0])
+    return Squares(np.stack(images), opacity)
 
 
 def foreground(opacity: NDArray[np.float32], patch: int) -> NDArray[np.bool_]:
@@ -51,15 +52,33 @@ def queries(images: Images, seed: int) -> Images:
     return np.stack([_query(image, seed, number) for number, image in enumerate(images)])
 
 
-def _query(image: NDArray[np.uint8], seed: int, number: int) -> NDArray[np.uint8]:
+def _query(image: Images, seed: int, number: int) -> Images:
     rng = draws.generator(seed, "evaluate/query", number)
     side = len(image)
     length = side * float(np.sqrt(rng.uniform(*QUERY_AREA)))
     left, top = rng.uniform(0, side - length, 2)
     box = (left, top, left + length, top + length)
+    mirrored = rng.random() < 0.5
+    factors = rng.uniform(1 - QUERY_COLOUR, 1 + QUERY_COLOUR, 3)
+    if image.dtype != np.uint8 or image.shape[2] != RGB:
+        return _altered(image, box, mirrored, factors)
     view = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC, box=box)
-    if rng.random() < 0.5:
+    if mirrored:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-        view = enhance(view).enhance(rng.uniform(1 - QUERY_COLOUR, 1 + QUERY_COLOUR))
+    for enhance, factor in zip(
+        (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), factors, strict=True
+    ):
+        view = enhance(view).enhance(factor)
     return np.asarray(view)
+
+
+def _altered(
+    image: Images, box: tuple[float, ...], mirrored: bool, factors: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    """The same of an image that Pillow cannot hold, but for saturation, which only colours have."""
+    left, top, right, bottom = (round(edge) for edge in box)
+    x = unit(square(image[top:bottom, left:right], len(image)))
+    x = np.clip(x[:, ::-1] if mirrored else x, 0, 1) * np.float32(factors[0])
+    mean = x.mean(dtype=np.float32)
+    altered: NDArray[np.float32] = np.clip(mean + np.float32(factors[1]) * (x - mean), 0, 1)
+    return altered

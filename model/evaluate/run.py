@@ -83,7 +83,7 @@ def sides(index: Index, settings: config.Evaluate) -> tuple[Side, Side]:
 
 
 def _side(entries: list[Entry], index: Index, settings: config.Evaluate) -> Side:
-    return Side(entries, pixels.squares(entries, index.root, settings.image_size, settings.data.background))
+    return Side(entries, pixels.squares(entries, index.root, settings.image_size, settings.data))
 
 
 def all_scores(bench: Bench, index: Index, work: Work) -> tuple[list[Scored], list[LeftOut]]:

@@ -55,7 +55,9 @@ class Bench:
 
 
 def pixel_features(images: baselines.Images) -> dict[str, Floats]:
-    return {"raw pixels": baselines.raw_pixels(images), "colour histogram": baselines.colour_histogram(images)}
+    """Of images without RGB there are no colours to count."""
+    colours = {"colour histogram": baselines.colour_histogram(images)} if images.shape[3] == config.RGB else {}
+    return {"raw pixels": baselines.raw_pixels(images), **colours}
 
 
 def classification(bench: Bench) -> list[Scored]:
@@ -63,7 +65,7 @@ def classification(bench: Bench) -> list[Scored]:
     names = sorted({entry.label or "" for entry in [*bench.train.entries, *bench.held_out.entries]})
     train_labels, labels = bench.train.labels(names), bench.held_out.labels(names)
     groups = bench.train.groups
-    trivial = [pixel_features(side.squares.rgb) for side in (bench.train, bench.held_out)]
+    trivial = [pixel_features(side.squares.images) for side in (bench.train, bench.held_out)]
 
     def knn(train: Floats, held_out: Floats) -> Counts:
         return scores.knn(train, train_labels, held_out, labels)
@@ -94,7 +96,7 @@ def dense(bench: Bench) -> Scored:
     for side in (bench.train, bench.held_out):
         kept.append(np.array([i for i, alpha in enumerate(side.squares.opacity) if alpha is not None]))
         masks.append([pixels.foreground(alpha, patch) for alpha in side.squares.opacity if alpha is not None])
-        plain.append(baselines.patch_pixels(side.squares.rgb[kept[-1]], patch))
+        plain.append(baselines.patch_pixels(side.squares.images[kept[-1]], patch))
     places = baselines.position(len(masks[0][0]))
 
     def probe(train: Floats, held_out: Floats) -> Counts:
@@ -112,7 +114,7 @@ def dense(bench: Bench) -> Scored:
 
 def instance_retrieval(bench: Bench) -> Scored:
     """Recall at 1 of a cropped, mirrored, recoloured view among the held-out images."""
-    gallery, keys = bench.held_out.squares.rgb, bench.held_out.groups
+    gallery, keys = bench.held_out.squares.images, bench.held_out.groups
     asked = pixels.queries(gallery, bench.seed)
     data, batch = bench.settings.data, bench.settings.batch_size
 
@@ -131,7 +133,7 @@ def instance_retrieval(bench: Bench) -> Scored:
 
 def caption_recall(bench: Bench, trained: Aligned, untrained: Aligned, tokens: Tensor, captioned: Ints) -> Scored:
     """Recall at 1 of an image by its caption. `captioned` are the held-out images that have one, `tokens` their ids."""
-    images = bench.held_out.squares.rgb[captioned]
+    images = bench.held_out.squares.images[captioned]
     data, batch = bench.settings.data, bench.settings.batch_size
     # Images of equal captions are all right answers to it.
     _, keys = np.unique([bench.held_out.entries[i].caption or "" for i in captioned], return_inverse=True)
@@ -150,20 +152,21 @@ def drawn(bench: Bench) -> dict[str, bytes]:
     """PNG by name: patch features by principal components (untrained, then trained), and the attention heads."""
     patch = bench.trained.network.settings.patch_size
     some = np.linspace(0, len(bench.held_out.entries) - 1, bench.settings.pictures).astype(int)
-    images = bench.held_out.squares.rgb[some]
+    images = bench.held_out.squares.images[some]
     colours = [pictures.patch_pca(seen.held_out.patches[some]) for seen in (bench.untrained, bench.trained)]
     maps = features.attention(bench.trained.network, images, bench.settings.data)
     heads = pictures.attention_tiles(maps, images.shape[1] // patch)
+    shown = pictures.shown(images)
     return {
-        "pca.png": pictures.sheet(images, colours),
-        "attention.png": pictures.sheet(images, [heads[:, head] for head in range(heads.shape[1])]),
+        "pca.png": pictures.sheet(shown, colours),
+        "attention.png": pictures.sheet(shown, [heads[:, head] for head in range(heads.shape[1])]),
     }
 
 
 def look(network: VisionTransformer, train: Side, held_out: Side, settings: config.Evaluate) -> Seen:
     """Both sides through one network."""
     first, second = (
-        features.extract(network, side.squares.rgb, settings.data, settings.batch_size) for side in (train, held_out)
+        features.extract(network, side.squares.images, settings.data, settings.batch_size) for side in (train, held_out)
     )
     return Seen(network, first, second)
 

@@ -33,9 +33,10 @@ class Center(nn.Module):
         return {"center": 0.0}
 
     @torch.no_grad()
-    def follow(self, mean: Tensor, momentum: float) -> None:
-        """Move towards the batch's mean [1, K], in place."""
-        self.center.mul_(momentum).add_(mean, alpha=1 - momentum)
+    def follow(self, mean: Tensor, momentum: float, finite: Tensor) -> None:
+        """Move towards the batch's mean [1, K], in place, if `finite` (bool, on the device)."""
+        moved = self.center * momentum + mean * (1 - momentum)
+        self.center.copy_(torch.where(finite, moved, self.center))
 
 
 @torch.no_grad()

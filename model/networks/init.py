@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from model import draws
+from model import draws, sharding
 
 STD = 0.02
 """Of linear layers and learnt tokens (DINOv3 cuts the normal at +-2, a hundred standard deviations: never)."""
@@ -49,16 +49,35 @@ class HasInitial(Protocol):
 M = TypeVar("M", bound=nn.Module)
 
 
-def create(kind: Callable[[], M], seed: int, name: str) -> M:
-    """The module that `kind` builds, on the CPU in fp32, with its initial weights; parameters are named `<name>.*`."""
+class Make(Protocol):
+    """`create`, or one that lays the networks out as a phase asks (`model.job`)."""
+
+    def __call__(self, kind: Callable[[], M], seed: int, name: str) -> M: ...
+
+
+def create(
+    kind: Callable[[], M],
+    seed: int,
+    name: str,
+    prepare: Callable[[nn.Module], None] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> M:
+    """The module that `kind` builds with its initial weights, drawn in fp32; parameters are named `<name>.*`.
+
+    Where `prepare` cuts it over processes (`model.sharding`), each fills its own rows and never has the others.
+    """
     with torch.device("meta"):
         module = kind()
-    module.to_empty(device="cpu")
+    if prepare is not None:
+        prepare(module)
+    module.to_empty(device=device)
     rules = initial_rules(module)
     with torch.no_grad():
         for key, tensor in module.state_dict(keep_vars=True).items():
-            fill(tensor.data, rules[key], seed, f"{name}.{key}")
-    return module
+            own = sharding.local(tensor.data)
+            fill(own, rules[key], seed, f"{name}.{key}", sharding.rows(tensor).start)
+    return module.to(dtype)
 
 
 def initial_rules(module: nn.Module) -> dict[str, Rule]:
@@ -90,19 +109,22 @@ def _own_rules(module: nn.Module) -> dict[str, Rule]:
 def fill(tensor: Tensor, rule: Rule, seed: int, name: str, first_row: int = 0) -> None:
     """Fill `tensor` in place with rows [first_row, first_row + len) of the parameter `name`.
 
-    A row is an index of the first dimension. fp32 on the CPU where the rule draws.
+    A row is an index of the first dimension. What is drawn is drawn in fp32 on the CPU, wherever the tensor is.
     """
     if isinstance(rule, float):
         tensor.fill_(rule)
     elif isinstance(rule, Tensor):
-        tensor.copy_(rule)
-    else:
-        rows = tensor.numpy().reshape(len(tensor), -1)
+        tensor.copy_(rule[first_row : first_row + len(tensor)])
+    elif tensor.numel():
+        drawn = tensor if tensor.device.type == "cpu" else torch.empty(tensor.shape, device="cpu")
+        rows = drawn.numpy().reshape(len(tensor), -1)
         generator = draws.generator(seed, "init", name)
         for number, row in enumerate(rows, first_row):
             _seek(generator, number)
             _draw(generator, rule, row)
         rows *= rule.std if isinstance(rule, Normal) else rule.bound
+        if drawn is not tensor:
+            tensor.copy_(drawn)
 
 
 def _seek(generator: np.random.Generator, row: int) -> None:

@@ -7,7 +7,7 @@ The loop asks no objective what kind it is. One step is
         terms = objective.loss(batch.slice(a, b), targets.slice(a, b), moment)
         terms["total"].backward()
     sum the gradients over the ranks, clip, optimizer step
-    objective.after_step(moment)
+    objective.after_step(moment, finite)
 
 A loss of a micro-batch is its share of the global loss: micro-batches and ranks *sum* to it, so the number of either
 changes nothing (Sinkhorn or a contrastive loss on each micro-batch alone would).
@@ -15,13 +15,15 @@ changes nothing (Sinkhorn or a contrastive loss on each micro-batch alone would)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from model import sharding
+from model.checkpoint import Stored
 from model.objectives.pure import Inputs, Slices, StepNetworks
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ State = dict[str, Tensor]
 `teacher_heads` several, each name led by its network's (`backbone.blocks.0.norm1.weight`, `dino_head.mlp.0.weight`).
 """
 
-ReadPart = Callable[[str], State]
+ReadPart = Callable[[str], Mapping[str, Tensor | Stored]]
 """Gives a part (a name of contract.PARTS) of the checkpoint that is handed over."""
 
 
@@ -87,15 +89,16 @@ class Objective(Protocol[B_contra, T]):
         """All that this rank's part of the step depends on, beside the networks and what other ranks answer."""
         ...
 
-    def after_step(self, moment: Moment) -> None:
-        """What follows the optimizer's update: EMA, Gram refresh. `moment` is the one that the step began with."""
+    def after_step(self, moment: Moment, finite: Tensor) -> None:
+        """What follows the optimizer's update: EMA, Gram refresh. `moment` is the one that the step began with;
+        `finite`, a bool on the device: whether the update was made, else nothing learns from this step."""
         ...
 
     def state(self) -> dict[str, State]:
         """The networks' tensors by part (names of contract.PARTS, without `optimizer` and `loop`), not copied."""
         ...
 
-    def load(self, part: str, tensors: State) -> None:
+    def load(self, part: str, tensors: Mapping[str, Tensor | Stored]) -> None:
         """Restore one part. Raises ValueError that lists the missing and the unexpected names, if there are any."""
         ...
 
@@ -118,8 +121,8 @@ def network_state(networks: dict[str, nn.Module]) -> State:
     }
 
 
-def copy_strictly(own: State, tensors: State, part: str) -> None:
-    """Copy `tensors` into `own` (a state_dict or network_state), in place.
+def copy_strictly(own: State, tensors: Mapping[str, Tensor | Stored], part: str) -> None:
+    """Copy `tensors` into `own` (a state_dict or network_state), in place; each process its rows, and no more is read.
 
     Raises ValueError that lists every missing or unexpected name and every wrong shape; nothing is changed then.
     """
@@ -131,10 +134,23 @@ def copy_strictly(own: State, tensors: State, part: str) -> None:
         if own[name].shape != tensors[name].shape
     ]
     if mistakes:
+        for tensor in tensors.values():
+            if isinstance(tensor, Stored):
+                tensor.verify()  # a damaged header would look like another network
         raise ValueError(
             f"{part} does not fit these networks: {'; '.join(mistakes)}. "
             "The checkpoint was made with another `model` section than this phase's"
         )
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+            sharding.local(tensor).copy_(_rows_for(tensor, tensors[name]))
+
+
+def _rows_for(own: Tensor, source: Tensor | Stored) -> Tensor:
+    """The rows of `source` that this process holds of `own`."""
+    if isinstance(source, Stored):
+        return source.read(sharding.rows(own))
+    if sharding.is_cut(source):  # of a network that is laid out alike
+        return sharding.local(source)
+    rows = sharding.rows(own)
+    return source[rows.start : rows.stop] if source.ndim else source

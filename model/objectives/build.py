@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from model import config
+from model.networks.init import Make, create
 from model.objectives.base import Objective
 from model.objectives.ssl import SslObjective
 from model.objectives.text import TextObjective
 
 
-def build(settings: config.AnyPhase, model: config.Model, seed: int, origin: str) -> Objective[Any, Any]:
-    """The objective, its networks freshly initialised from `seed`; `origin` names the streams of draws."""
+def build(
+    settings: config.AnyPhase, model: config.Model, seed: int, origin: str, make: Make = create
+) -> Objective[Any, Any]:
+    """The objective, its networks freshly initialised from `seed` by `make`; `origin` names the streams of draws."""
     if isinstance(settings, config.TextPhase):
-        return TextObjective(settings, model, seed, origin)
-    return SslObjective(settings, model, seed, origin)
+        return TextObjective(settings, model, seed, origin, make)
+    return SslObjective(settings, model, seed, origin, make)

@@ -89,16 +89,18 @@ def add_up(
     targets: T,
     learn: Callable[[B, D, T], dict[str, Tensor]],
 ) -> Outputs:
-    """The terms of all micro-batches and the gradients of their totals. The networks stay as they are."""
+    """The terms of all micro-batches and the gradients of their totals, none where autograd is off. The networks stay
+    as they are."""
     parameters = dict(_parameters(trained))
     terms: dict[str, Tensor] = {}
     gradients: Sequence[Tensor] = []
     for start, stop, draws in inputs.micro_batches():
         micro = learn(inputs.batch.slice(start, stop), draws, targets.slice(start, stop))
-        more = torch.autograd.grad(micro["total"], list(parameters.values()), materialize_grads=True)
-        gradients = [one + other for one, other in zip(gradients, more, strict=True)] if gradients else more
+        if torch.is_grad_enabled():
+            more = torch.autograd.grad(micro["total"], list(parameters.values()), materialize_grads=True)
+            gradients = [one + other for one, other in zip(gradients, more, strict=True)] if gradients else more
         terms = {name: term.detach() + terms.get(name, 0) for name, term in micro.items()}
-    return Outputs(terms, dict(zip(parameters, gradients, strict=True)))
+    return Outputs(terms, dict(zip(parameters, gradients, strict=True)) if gradients else {})
 
 
 def _parameters(trained: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:

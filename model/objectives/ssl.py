@@ -6,13 +6,14 @@ at a step, hand-offs, the moving average and the Gram teacher's refreshes.
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Mapping
 from functools import partial
 from typing import TypeVar
 
 from torch import Tensor, nn
 
 from model import config, ema
+from model.checkpoint import Stored
 from model.data.batch import SslBatch
 from model.data.views import SslViews, resolution_at
 from model.health import Observed
@@ -20,7 +21,7 @@ from model.losses.centering import Center
 from model.losses.dino import crop_scales
 from model.losses.gram import Clamp
 from model.networks.heads import ProjectionHead
-from model.networks.init import create
+from model.networks.init import Make, create
 from model.networks.perturb import Layout, Perturbation, perturbation
 from model.networks.vit import VisionTransformer
 from model.objectives.base import Moment, Networks, ReadPart, State, copy_strictly, network_state
@@ -49,7 +50,7 @@ N = TypeVar("N", bound=nn.Module)
 class SslObjective:
     """An `objectives.base.Objective` over SslBatch and SslTargets."""
 
-    def __init__(self, settings: Settings, model: config.Model, seed: int, origin: str) -> None:
+    def __init__(self, settings: Settings, model: config.Model, seed: int, origin: str, make: Make = create) -> None:
         self.settings, self.seed, self.origin = settings, seed, origin
         networks = create_networks(
             model,
@@ -57,6 +58,7 @@ class SslObjective:
             gram_teacher=isinstance(settings, WITH_GRAM_TEACHER),
             centering=settings.losses.centering,
             official_quirks=settings.official_quirks,
+            make=make,
         )
         self.student, self.teacher, self.gram_teacher = networks.student, networks.teacher, networks.gram_teacher
         self._means: dict[str, Tensor] = {}  # what the centres follow after the step, from the last targets
@@ -90,7 +92,7 @@ class SslObjective:
             teacher_temp=value(losses.dino.teacher_temp, moment.step, moment.steps),
             weights=self._weights(moment),
             momentum=value(self.settings.ema, moment.step, moment.steps),
-            compute=self.settings.precision.compute,
+            compute="bf16" if self.settings.precision.compute == "bf16" else "fp32",
             centering=losses.centering,
             gram_group=0 if losses.gram.img_level else optim.group_size,
             gram_clamp=_clamp(losses.gram),
@@ -124,14 +126,14 @@ class SslObjective:
             closeness=targets.closeness.flatten(),
         )
 
-    def after_step(self, moment: Moment) -> None:
+    def after_step(self, moment: Moment, finite: Tensor) -> None:
         momentum = self.scalars(moment).momentum
         for student, teacher in self.networks().ema:
-            ema.update(student, teacher, momentum)
+            ema.update(student, teacher, momentum, finite)
         for name, mean in self._means.items():
             center = self.teacher.heads()[name]
             assert isinstance(center, Center)
-            center.follow(mean, self.settings.losses.center_momentum)
+            center.follow(mean, self.settings.losses.center_momentum, finite)
         if self.gram_teacher is not None and self._refresh_due(moment.step + 1):
             ema.copy(self.teacher.backbone, self.gram_teacher)
 
@@ -143,7 +145,7 @@ class SslObjective:
         }
         return parts if self.gram_teacher is None else {**parts, "gram_teacher": self.gram_teacher.state_dict()}
 
-    def load(self, part: str, tensors: State) -> None:
+    def load(self, part: str, tensors: Mapping[str, Tensor | Stored]) -> None:
         own = self.state()
         if part not in own:
             raise ValueError(f"a {self.settings.kind} phase has no part {part}; it has {', '.join(own)}")
@@ -205,25 +207,30 @@ def create_networks(
     gram_teacher: bool,
     centering: Centering = "sinkhorn",
     official_quirks: bool = False,
+    make: Make = create,
 ) -> SslNetworks:
-    """Fresh from `seed`, on the CPU in fp32; the teachers are copies of the student, without gradients."""
-    backbone, dim = _quirky(model.backbone) if official_quirks else model.backbone, model.backbone.dim
-    heads = {name: create(partial(ProjectionHead, head, dim), seed, name) for name, head in model.heads.items()}
-    ibot_head = heads["dino_head"] if model.ibot_head == "tied" else heads.get("ibot_head")
-    student = Trio(create(lambda: VisionTransformer(backbone), seed, "backbone"), heads["dino_head"], ibot_head)
-    teacher = _teacher(student, centres=centering == "centering")
-    return SslNetworks(student, teacher, _frozen_copy(student.backbone) if gram_teacher else None)
+    """Fresh from `seed`; the teachers begin as the student does, without gradients."""
+    backbone = _quirky(model.backbone) if official_quirks else model.backbone
 
+    def transformer() -> VisionTransformer:
+        return make(lambda: VisionTransformer(backbone), seed, "backbone")
 
-def _teacher(student: Trio, *, centres: bool) -> Trio:
-    dino_head, ibot_head = _frozen_copy(student.dino_head), None
-    if student.ibot_head is not None:
-        ibot_head = dino_head if student.ibot_head is student.dino_head else _frozen_copy(student.ibot_head)
-    dino_center, ibot_center = (
-        create(partial(Center, head.prototypes), 0, "center") if centres and head is not None else None
-        for head in (dino_head, ibot_head)
-    )
-    return Trio(_frozen_copy(student.backbone), dino_head, ibot_head, dino_center, ibot_center)
+    def trio(*, centres: bool) -> Trio:
+        heads = {
+            name: make(partial(ProjectionHead, head, backbone.dim), seed, name) for name, head in model.heads.items()
+        }
+        dino_head = heads["dino_head"]
+        ibot_head = dino_head if model.ibot_head == "tied" else heads.get("ibot_head")
+        dino_center, ibot_center = (
+            make(partial(Center, head.prototypes), seed, "center") if centres and head is not None else None
+            for head in (dino_head, ibot_head)
+        )
+        return Trio(transformer(), dino_head, ibot_head, dino_center, ibot_center)
+
+    student, teacher = trio(centres=False), trio(centres=centering == "centering")
+    for network in teacher.all().values():
+        _freeze(network)
+    return SslNetworks(student, teacher, _freeze(transformer()) if gram_teacher else None)
 
 
 def _quirky(backbone: config.Backbone) -> config.Backbone:
@@ -237,5 +244,5 @@ def _clamp(settings: config.Gram) -> Clamp:
     return "teacher" if settings.remove_only_teacher_neg else "none"
 
 
-def _frozen_copy(network: N) -> N:
-    return copy.deepcopy(network).requires_grad_(False).eval()
+def _freeze(network: N) -> N:
+    return network.requires_grad_(False).eval()

@@ -5,12 +5,15 @@ The loss is `objectives.text_step`'s. Here is what a phase adds to it: networks,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from model import config
+from model.checkpoint import Stored
 from model.data.batch import PairBatch
 from model.data.views import PairViews
-from model.networks.init import create
+from model.networks.init import Make, create
 from model.networks.perturb import Layout, Perturbation, drop_path
 from model.networks.text import LogitScale, TextTower, VisionHead
 from model.networks.vit import VisionTransformer
@@ -31,11 +34,15 @@ from model.objectives.text_step import (
 class TextObjective:
     """Contrastive loss of images and captions. There is no teacher; the vision tower stays as it was handed over."""
 
-    def __init__(self, settings: config.TextPhase, model: config.Model, seed: int, origin: str) -> None:
+    def __init__(
+        self, settings: config.TextPhase, model: config.Model, seed: int, origin: str, make: Make = create
+    ) -> None:
         self.settings, self._seed, self._origin = settings, seed, origin
         towers = Towers(embed_dim=settings.embed_dim, text=settings.text, head=settings.head)
-        self._networks = create_networks(model, towers, seed)
-        self._scalars = TextScalars(settings.optim.batch_size, settings.precision.compute)
+        self._networks = create_networks(model, towers, seed, make)
+        self._scalars = TextScalars(
+            settings.optim.batch_size, "bf16" if settings.precision.compute == "bf16" else "fp32"
+        )
 
     def networks(self) -> Networks:
         return Networks(trained=self._networks.trained(), frozen={"vision_tower": self._networks.tower})
@@ -56,7 +63,7 @@ class TextObjective:
         parts = cut(batch, micro_batches)
         return TextInputs(batch, tuple(self._draws(part, moment) for part in parts), self._scalars)
 
-    def after_step(self, moment: Moment) -> None:
+    def after_step(self, moment: Moment, finite: Tensor) -> None:
         """Nothing follows: there is no teacher."""
 
     def state(self) -> dict[str, State]:
@@ -65,7 +72,7 @@ class TextObjective:
             "teacher_backbone": self._networks.tower.state_dict(),
         }
 
-    def load(self, part: str, tensors: State) -> None:
+    def load(self, part: str, tensors: Mapping[str, Tensor | Stored]) -> None:
         own = self.state()
         if part not in own:
             raise ValueError(f"a text phase has no part {part}; it has {', '.join(own)}")
@@ -87,12 +94,12 @@ class TextObjective:
         return TextDraws(Perturbation(None, indices, scale).to(batch.images.device))
 
 
-def create_networks(model: config.Model, towers: Towers, seed: int) -> TextNetworks:
-    """Fresh from `seed`, on the CPU in fp32; the vision tower without gradients."""
+def create_networks(model: config.Model, towers: Towers, seed: int, make: Make = create) -> TextNetworks:
+    """Fresh from `seed`; the vision tower without gradients."""
     backbone, embed_dim = model.backbone, towers.embed_dim
     return TextNetworks(
-        tower=create(lambda: VisionTransformer(backbone), seed, "backbone").requires_grad_(False),
-        head=create(lambda: VisionHead(towers.head, backbone.dim, backbone.heads, embed_dim), seed, "vision_head"),
-        text=create(lambda: TextTower(towers.text, embed_dim), seed, "text_tower"),
-        scale=create(LogitScale, seed, "logit_scale"),
+        tower=make(lambda: VisionTransformer(backbone), seed, "backbone").requires_grad_(False),
+        head=make(lambda: VisionHead(towers.head, backbone.dim, backbone.heads, embed_dim), seed, "vision_head"),
+        text=make(lambda: TextTower(towers.text, embed_dim), seed, "text_tower"),
+        scale=make(LogitScale, seed, "logit_scale"),
     )

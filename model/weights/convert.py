@@ -16,10 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from model.config import RGB
 from model.contract import new_nonce
 from model.weights import names, networks, outside, stream
 from model.weights.entries import Entries, WeightsError
-from model.weights.sources import OURS_KEY, Source
+from model.weights.outside import Prepared
+from model.weights.sources import IMAGES_KEY, OURS_KEY, Source
 
 
 @dataclass(frozen=True)
@@ -89,28 +93,34 @@ _TORCH = {"format": "pt"}
 
 
 def _ours(source: Source) -> _Out:
-    return _Out(source.own, {**_TORCH, OURS_KEY: source.backbone.model_dump_json()}, {}, notes=_assumed(source))
+    return _Out(source.own, _header(source, stated=True), {}, notes=_assumed(source))
 
 
 def _official(source: Source) -> _Out:
     own = {name: value for name, value in source.own.items() if not networks.is_head(name)}
     dropped = tuple(f"{name} (a head)" for name in source.own if name not in own)
-    return _Out(own, _TORCH, {}, dropped)
+    return _Out(own, _header(source, stated=False), {}, dropped)
+
+
+def _header(source: Source, *, stated: bool) -> dict[str, str]:
+    """`stated`: the backbone's settings too."""
+    images = {IMAGES_KEY: msgspec.json.encode(source.images).decode()} if source.images else {}
+    return {**_TORCH, **images, **({OURS_KEY: source.backbone.model_dump_json()} if stated else {})}
 
 
 def _huggingface(source: Source) -> _Out:
     entries, dropped, made = names.translate(source.own, source.backbone, names.huggingface(source.backbone))
-    mean, std = source.statistics or outside.imagenet()
+    size = 14 * source.backbone.patch_size
     beside = {
         "config.json": outside.to_huggingface(source.backbone),
-        "preprocessor_config.json": outside.preprocessor(mean, std, 14 * source.backbone.patch_size),
+        "preprocessor_config.json": outside.preprocessor(_images(source), size),
     }
     return _Out(entries, _TORCH, beside, tuple(dropped), tuple(made), _assumed(source))
 
 
 def _timm(source: Source) -> _Out:
     entries, dropped, made = names.translate(source.own, source.backbone, names.timm(source.backbone))
-    beside = {"config.json": outside.to_timm(source.backbone, *(source.statistics or outside.imagenet()))}
+    beside = {"config.json": outside.to_timm(source.backbone, _images(source))}
     notes = _assumed(source)
     if (eps := source.backbone.norm_eps) != outside.TIMM_EPS:
         notes += (
@@ -124,11 +134,24 @@ FORMS: dict[str, Callable[[Source], _Out]] = {
 }  # fmt: skip
 
 
+def _images(source: Source) -> Prepared:
+    """As the source says, or as the released models were trained. Raises WeightsError for other channels than RGB's."""
+    if source.images is None and source.backbone.channels != RGB:
+        raise WeightsError(
+            f"{source.where} does not say how images of {source.backbone.channels} channels are normalised, which "
+            "this form has to: convert the checkpoint itself, or a file that `weights convert` made of one"
+        )
+    return source.images or outside.IMAGENET
+
+
 def _assumed(source: Source) -> tuple[str, ...]:
+    images = () if source.images or source.backbone.channels != RGB else (
+        "images: normalised as ImageNet's, as the source does not say",)  # fmt: skip
     if source.stated:
-        return ()
+        return images
     backbone = source.backbone
     return (
+        *images,
         f"told from the shapes: {backbone.arch}, {backbone.heads} heads, RoPE base {backbone.rope_base:g}; "
         f"norm_eps {backbone.norm_eps:g} stands in no such file",
     )

@@ -69,6 +69,15 @@ def recognise(entries: Entries) -> Backbone:
     return backbone
 
 
+PATCHES = "patch_embed.proj.weight"
+
+
+def with_channels(backbone: Backbone, entries: Entries) -> Backbone:
+    """`backbone` for images of as many channels as these weights, under our names, are made for."""
+    shape = entries[PATCHES].shape if PATCHES in entries else ()
+    return backbone.model_copy(update={"channels": shape[1]}) if len(shape) == 4 else backbone
+
+
 def released(found: Shapes) -> Backbone | None:
     """The released architecture of exactly these names and shapes, if there is one."""
     for arch in ARCHITECTURES:

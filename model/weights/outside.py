@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from model import contract
 from model.architectures import ARCHITECTURES
-from model.config import Backbone, Data
+from model.config import NORMALISATIONS, Backbone
 from model.weights import names, networks
 from model.weights.entries import WeightsError
 
 Settings = dict[str, Any]
+
+
+class Prepared(contract.Record, frozen=True):
+    """How images are made into a network's input: divided by the largest number of `bits` bits, then normalised."""
+
+    bits: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
 
 BICUBIC = 3
 """PIL's number of the filter that official evaluations resize with."""
@@ -48,7 +60,7 @@ def to_huggingface(backbone: Backbone) -> Settings:
     }
 
 
-def preprocessor(mean: tuple[float, ...], std: tuple[float, ...], size: int) -> Settings:
+def preprocessor(images: Prepared, size: int) -> Settings:
     """preprocessor_config.json: AutoImageProcessor's, in transformers 4 and 5."""
     return {
         "image_processor_type": "DINOv3ViTImageProcessorFast",
@@ -56,17 +68,31 @@ def preprocessor(mean: tuple[float, ...], std: tuple[float, ...], size: int) -> 
         "size": {"height": size, "width": size},
         "resample": BICUBIC,
         "do_rescale": True,
-        "rescale_factor": 1 / 255,
+        "rescale_factor": 1 / largest(images.bits),
         "do_normalize": True,
-        "image_mean": list(mean),
-        "image_std": list(std),
+        "image_mean": list(images.mean),
+        "image_std": list(images.std),
     }
 
 
-def imagenet() -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The mean and standard deviation that the released models were trained with."""
-    fields = Data.model_fields
-    return fields["mean"].default, fields["std"].default
+def largest(bits: int) -> int:
+    return int(2**bits - 1)
+
+
+def prepared(path: Path, timm: Mapping[str, Any]) -> Prepared | None:
+    """As a preprocessor_config.json or timm's config.json says it; None if neither does."""
+    told = {"bits": timm.get("image_bits", 8), **timm.get("pretrained_cfg", {})}
+    if path.exists():
+        values = json.loads(path.read_bytes())
+        bits = 16 if values.get("rescale_factor", 1) <= 1 / largest(16) else 8
+        told = {"bits": bits, "mean": values.get("image_mean"), "std": values.get("image_std")}
+    if not told.get("mean") or not told.get("std"):
+        return None
+    return Prepared(told["bits"], tuple(told["mean"]), tuple(told["std"]))
+
+
+IMAGENET = Prepared(8, *NORMALISATIONS["imagenet"])
+"""What the released models were trained with."""
 
 
 def from_huggingface(settings: Mapping[str, Any]) -> Backbone:
@@ -97,7 +123,7 @@ def from_huggingface(settings: Mapping[str, Any]) -> Backbone:
     )
 
 
-def to_timm(backbone: Backbone, mean: tuple[float, ...], std: tuple[float, ...]) -> Settings:
+def to_timm(backbone: Backbone, images: Prepared) -> Settings:
     """config.json of a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads."""
     swiglu = backbone.ffn == "swiglu"
     size = 14 * backbone.patch_size
@@ -105,6 +131,7 @@ def to_timm(backbone: Backbone, mean: tuple[float, ...], std: tuple[float, ...])
         "architecture": f"vit_small{'_plus' if swiglu else ''}_patch16_dinov3{'_qkvb' if backbone.qkv_bias else ''}",
         "num_classes": 0,
         "num_features": backbone.dim,
+        "image_bits": images.bits,  # which timm has no place for
         "model_args": {
             "img_size": size,
             "patch_size": backbone.patch_size,
@@ -120,8 +147,8 @@ def to_timm(backbone: Backbone, mean: tuple[float, ...], std: tuple[float, ...])
         },
         "pretrained_cfg": {
             "input_size": [backbone.channels, size, size],
-            "mean": list(mean),
-            "std": list(std),
+            "mean": list(images.mean),
+            "std": list(images.std),
             "interpolation": "bicubic",
             "num_classes": 0,
             "first_conv": "patch_embed.proj",
@@ -153,7 +180,7 @@ def from_timm(found: networks.Shapes, settings: Mapping[str, Any], like: Backbon
         )  # fmt: skip
     known = {"untie_local_cls_norm": False, "qkv_bias": "blocks.0.attn.q_bias" in found}
     if like is not None:
-        return like.model_copy(update=known)
+        return like.model_copy(update={**known, "channels": found["patch_embed.proj.weight"][1]})
     for name, row in ARCHITECTURES.items():
         if row.get("dim") == found.get("cls_token", (0,))[-1] and row.get("positions") != "learned":
             backbone = networks.named(name, **known)

@@ -18,18 +18,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from model import checkpoint, config, contract, storage
 from model.config import Backbone
 from model.contract import CheckpointRef, File
 from model.weights import names, networks, outside, pickled, stream
 from model.weights.entries import Entries, Entry, WeightsError, compare, shapes
+from model.weights.outside import Prepared
 
 NETWORKS = ("teacher", "student", "gram_teacher")
 
 OURS_KEY = "dinoctl.backbone"
 """In the header of a safetensors file of ours: the backbone's settings, JSON."""
 
-ImageStats = tuple[tuple[float, ...], tuple[float, ...]]
+IMAGES_KEY = "dinoctl.images"
+"""In the header of a safetensors file that `convert` wrote: what its images are and how they are normalised, JSON."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +47,14 @@ class Source:
     stated: bool  # the settings stand in the source: else they are told from the shapes
     made: tuple[str, ...] = ()  # names that the source has not and that its kind implies
     left: tuple[str, ...] = ()  # names of other networks and of what is no network
-    statistics: ImageStats | None = None  # mean and std that images are normalised with
+    images: Prepared | None = None  # how the images were prepared that it saw, where that is told
 
 
 def open_source(where: str, like: Backbone | None = None, network: str = "teacher") -> Source:
     """What lies at `where`, a path or a URI, read no further than names and shapes.
 
-    like: the backbone that it is to be, where the source itself does not tell. Raises WeightsError, CheckpointError,
-    StoreError.
+    like: the backbone that it is to be, channels apart, where the source itself does not tell. Raises WeightsError,
+    CheckpointError, StoreError.
     """
     path = local_copy(where)
     if not path.exists():
@@ -99,14 +103,7 @@ def _folder(path: Path, like: Backbone | None, network: str) -> Source:
     settings = path / "config.json"
     described = json.loads(settings.read_bytes()) if settings.exists() else {}
     source = _tell(str(path), tensors, {}, like, network, described)
-    return replace(source, statistics=_statistics(path / "preprocessor_config.json"))
-
-
-def _statistics(path: Path) -> ImageStats | None:
-    if not path.exists():
-        return None
-    values = json.loads(path.read_bytes())
-    return (tuple(values["image_mean"]), tuple(values["image_std"])) if "image_mean" in values else None
+    return replace(source, images=outside.prepared(path / "preprocessor_config.json", described))
 
 
 def _checkpoint(path: Path, network: str) -> Source:
@@ -129,7 +126,7 @@ def _checkpoint(path: Path, network: str) -> Source:
         own={name.removeprefix("backbone."): value for name, value in tensors.items()},
         stated=True,
         left=tuple(f"part {part}" for part in sorted(manifest.parts.keys() - set(parts))),
-        statistics=(data.mean, data.std),
+        images=Prepared(data.bits, data.mean, data.std),
     )
 
 
@@ -175,12 +172,13 @@ def _tell(
     if "architecture" in described or any(name.endswith(_OF_TIMM) for name in tensors):
         return _timm(where, tensors, described, like)
     own, left = _choose(where, tensors, network)
-    if OURS_KEY in header:
+    stated = OURS_KEY in header
+    if stated:
         backbone = config.read(Backbone, json.loads(header[OURS_KEY]))
     else:
-        backbone = like or networks.recognise(own)
-    stated = OURS_KEY in header
-    return Source(where, "ours" if stated else "official", backbone, own, stated, left=left)
+        backbone = networks.with_channels(like, own) if like else networks.recognise(own)
+    images = msgspec.json.decode(header[IMAGES_KEY], type=Prepared) if IMAGES_KEY in header else None
+    return Source(where, "ours" if stated else "official", backbone, own, stated, left=left, images=images)
 
 
 def _choose(where: str, tensors: Entries, network: str) -> tuple[dict[str, Entry], tuple[str, ...]]:

@@ -6,11 +6,13 @@ Public backbones have no heads; those begin fresh.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from model import config
 from model.networks.heads import ProjectionHead
-from model.weights import networks
+from model.weights import networks, stem
 from model.weights.entries import WeightsError, compare, shapes
+from model.weights.outside import Prepared
 from model.weights.sources import Source, open_source
 
 Shapes = dict[str, tuple[int, ...]]
@@ -20,9 +22,10 @@ SEEN = ("heads", "norm_eps", "rope_base")
 
 
 def mistakes(source: Source, model: config.Model) -> list[str]:
-    """Every reason why `source` does not fit the networks of `model`; none if it does."""
+    """Every reason why `source` does not fit the networks of `model`; none if it does, channels of images apart: the
+    patch embedding is adapted to those (`weights.stem`)."""
     backbone = {name: shape for name, shape in shapes(source.own).items() if not networks.is_head(name)}
-    found = compare(backbone, networks.expected(model.backbone))
+    found = compare(backbone, networks.expected(networks.with_channels(model.backbone, source.own)))
     if source.stated:
         found += [
             f"{name} is {getattr(source.backbone, name)} there and {getattr(model.backbone, name)} in model.backbone"
@@ -51,6 +54,21 @@ def open_fitting(where: str, model: config.Model) -> Source:
     if found := mistakes(source, model):
         raise WeightsError(f"{where} ({source.format}) does not fit the job's model: {'; '.join(found)}")
     return source
+
+
+def read(source: Source, model: config.Model) -> dict[str, Tensor]:
+    """The tensors of a source that fits, for the channels of `model`."""
+    return stem.fit({name: entry.read() for name, entry in source.own.items()}, model.backbone.channels)
+
+
+def told(source: Source, model: config.Model, data: config.Data) -> str:
+    """What a person should know of how training begins with it: heads that begin fresh, an adapted embedding, images
+    that are normalised otherwise; "" for nothing."""
+    without = fresh_heads(source)
+    heads = f"; it has no {' and no '.join(without)}: fresh ones" if without else ""
+    before, now = source.backbone.channels, model.backbone.channels
+    other = before == now and source.images not in (None, Prepared(data.bits, data.mean, data.std))
+    return heads + stem.told(before, now) + ("; it was trained on images normalised otherwise" if other else "")
 
 
 def fresh_heads(source: Source) -> list[str]:

@@ -66,7 +66,7 @@ def of_teacher(student: VisionTransformer, teacher: VisionTransformer) -> None:
         for target, source in zip(teacher.parameters(), student.parameters(), strict=True):
             target.copy_(0.99 * target + 0.01 * source)
 
-    ways = {"ours": lambda: ema.update(student, teacher, 0.99), "naive": naive}
+    ways = {"ours": lambda: ema.update(student, teacher, 0.99, torch.tensor(True)), "naive": naive}
     print(f"EMA of a ViT-S: {medians(ways)}")
 
 

@@ -157,7 +157,7 @@ def test_a_step_counts_students_three_times_and_teachers_once() -> None:
 
 def test_recomputation_costs_one_more_forward_of_the_students_blocks_and_drop_path_saves_its_share() -> None:
     plain = accounting.step_flops(model(), phase("pretrain"))
-    again = accounting.step_flops(model(), phase("pretrain", parallel={"activation_checkpointing": True}))
+    again = accounting.step_flops(model(), phase("pretrain", parallel={"activation_checkpointing": "full"}))
     dropped = accounting.step_flops(model(drop_path=0.5), phase("pretrain"))
     blocks = 2 * accounting.forward_flops(small(), 64).blocks + 4 * accounting.forward_flops(small(), 32).blocks
     assert again - plain == pytest.approx(blocks)

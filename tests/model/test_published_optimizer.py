@@ -97,7 +97,7 @@ def test_the_7b_refreshes_its_gram_teacher_three_times() -> None:
     for step in (0, 9_998, 9_999, 10_000, 19_998, 19_999, 29_999, 30_000, 39_999):
         with torch.no_grad():
             student.cls_token.add_(1.0)
-        own.after_step(Moment(step, 40_000, step))
+        own.after_step(Moment(step, 40_000, step), torch.tensor(True))
         if torch.equal(gram_teacher.cls_token, student.cls_token):
             refreshed.append(step + 1)
     assert refreshed == [10_000, 20_000, 30_000]

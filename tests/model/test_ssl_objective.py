@@ -15,6 +15,7 @@ from model.schedules import value
 
 BATCH, GROUP, PATCH = 8, 2, 4
 MOMENT = Moment(step=3, steps=10, clock=13)
+FINITE = torch.tensor(True)
 
 MODEL = config.read(
     config.Model,
@@ -237,7 +238,7 @@ def test_after_a_step_the_teacher_follows():
     before = {name: tensor.clone() for name, tensor in own.state()["teacher_heads"].items()}
     for network in own.networks().trained.values():
         disturb(network)
-    own.after_step(MOMENT)
+    own.after_step(MOMENT, FINITE)
     momentum = value(own.settings.ema, MOMENT.step, MOMENT.steps)
     student, teacher = own.state()["student"], own.state()["teacher_heads"]
     assert 0.9 < momentum < 1.0
@@ -250,7 +251,7 @@ def test_the_gram_teacher_is_refreshed_when_due():
     refreshed = []
     for step in range(10):
         disturb(own.networks().trained["backbone"], seed=step)
-        own.after_step(Moment(step, 10, step))
+        own.after_step(Moment(step, 10, step), FINITE)
         state = own.state()
         if all(torch.equal(tensor, state["gram_teacher"][name]) for name, tensor in state["teacher_backbone"].items()):
             refreshed.append(step + 1)
@@ -262,7 +263,7 @@ def test_without_refreshes_the_gram_teacher_is_a_frozen_part():
     own = objective()
     before = {name: tensor.clone() for name, tensor in own.state()["gram_teacher"].items()}
     disturb(own.networks().trained["backbone"])
-    own.after_step(MOMENT)
+    own.after_step(MOMENT, FINITE)
     assert all(torch.equal(tensor, before[name]) for name, tensor in own.state()["gram_teacher"].items())
     assert own.frozen_parts() == {"gram_teacher"}
     assert objective("pretrain").frozen_parts() == set()

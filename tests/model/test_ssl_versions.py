@@ -11,6 +11,7 @@ from model.networks.rope import RopeEmbedding
 from model.objectives.base import Moment
 from tests.model.test_ssl_objective import (
     BATCH,
+    FINITE,
     GROUP,
     MODEL,
     MOMENT,
@@ -65,7 +66,7 @@ def test_the_centre_follows_after_the_step_and_targets_use_the_one_before():
     targets = own.targets(whole, MOMENT)
     assert not center.any()
     torch.testing.assert_close(targets.cls, (targets.logits / 0.07).softmax(dim=-1))
-    own.after_step(MOMENT)
+    own.after_step(MOMENT, FINITE)
     torch.testing.assert_close(center, 0.1 * targets.logits.flatten(0, 1).mean(dim=0, keepdim=True))
     second = own.targets(whole, MOMENT)
     torch.testing.assert_close(second.cls, ((second.logits - center) / 0.07).softmax(dim=-1))
@@ -75,7 +76,7 @@ def test_the_centre_follows_after_the_step_and_targets_use_the_one_before():
 def test_centres_go_round_with_the_teachers_heads_and_not_to_the_student():
     trained, fresh = objective("pretrain", losses=CENTERING), objective("pretrain", losses=CENTERING)
     trained.targets(batch(), MOMENT)
-    trained.after_step(MOMENT)
+    trained.after_step(MOMENT, FINITE)
     assert trained.state()["teacher_heads"]["ibot_center.center"].any()
     fresh.take("weights", trained.state().__getitem__)
     assert same(fresh.state()["teacher_heads"], trained.state()["teacher_heads"])
@@ -106,7 +107,7 @@ def test_ibot_without_a_head_says_what_is_missing():
 def test_without_momentum_the_teacher_is_the_student_of_the_step_before():
     own = v1(ema=0.0)
     disturb(own.student.backbone)
-    own.after_step(MOMENT)
+    own.after_step(MOMENT, FINITE)
     student = own.state()["student"]
     assert all(torch.equal(t, student[f"backbone.{name}"]) for name, t in own.state()["teacher_backbone"].items())
 
@@ -150,7 +151,7 @@ def _run_rank(rank, store):
     start, stop = ((0, 4), (4, 8))[rank]
     terms = shares(own, _double_batch().slice(start, stop), [0, stop - start])
     parallel.reduce_gradients(p for network in own.networks().trained.values() for p in network.parameters())
-    own.after_step(MOMENT)
+    own.after_step(MOMENT, FINITE)
     total = {name: parallel.all_reduce_sum(term) for name, term in terms.items()}
     torch.save((total, gradients(own), own.state()["teacher_heads"]), f"{store}.{rank}")
     parallel.leave()
@@ -176,7 +177,7 @@ def test_two_processes_equal_one(tmp_path):
     multiprocessing.spawn(_run_rank, args=(store,), nprocs=2)
     own = _gathered()
     alone = shares(own, _double_batch(), [0, BATCH])
-    own.after_step(MOMENT)
+    own.after_step(MOMENT, FINITE)
     for rank in range(2):
         total, summed, heads = torch.load(f"{store}.{rank}")
         for name, term in alone.items():

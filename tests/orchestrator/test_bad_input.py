@@ -105,7 +105,7 @@ class TestKeysAndValues:
             ("phases.gram.ema=1.5", "1.5", "between 0 and 1"),
             ("optim.beta1=1.0", "1.0", "less than 1"),
             ("phases.pretrain.steps=0", "0", "greater than 0"),
-            ("precision.compute=bf61", "'bf61'", "'fp32' or 'bf16'"),
+            ("precision.compute=bf61", "'bf61'", "'fp32', 'bf16' or 'fp64'"),
             ("phases.gram.kind=gramm", "'gramm'", "pretrain, gram"),
             ("name=My Job", "'My Job'", "at most 30 of a-z"),
             ("phases=[]", "[]", "at least one phase"),

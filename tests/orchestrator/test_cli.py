@@ -156,8 +156,9 @@ def test_without_captions_the_demo_leaves_its_text_phase_out_and_says_so(
     assert cli.main(job("validate", "--json")) == 0
     said = capsys.readouterr()
     assert list(json.loads(said.out)["job"]["phases"]) == ["pretrain", "gram", "highres"]
-    assert said.err.startswith("dinoctl: phase text is left out: no image in")
-    assert len(said.err.splitlines()) == 1
+    left_out, of_one_image = said.err.splitlines()
+    assert left_out.startswith("dinoctl: phase text is left out: no image in")
+    assert of_one_image.startswith("dinoctl: phases.pretrain.optim.batch_size, ")
 
 
 def test_a_text_phase_that_was_asked_for_is_refused_without_captions(
@@ -206,6 +207,9 @@ def test_status_of_all_and_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[
         Run(tmp_path / "elsewhere" / name).launch(1, "pretrain")
     assert cli.main(["status"]) == 0
     assert "no runs in runs" in capsys.readouterr().out
+    for words in ([], ["--json"]):
+        assert cli.main(["status", "--runs", "elsewhen", *words]) == 2
+        assert "no such folder of runs: elsewhen" in capsys.readouterr().err
     assert cli.main(["status", "--runs", "elsewhere"]) == 0
     assert "one" in capsys.readouterr().out
     assert cli.main(["status", "--runs", "elsewhere", "--json"]) == 0
@@ -216,6 +220,16 @@ def test_status_of_all_and_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert view["attempts"][0]["status"] == "launched"
     assert cli.main(["status", "two", "--runs", "elsewhere"]) == 0
     assert "two: running" in capsys.readouterr().out
+
+
+def test_a_run_that_is_done_needs_no_watcher(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.watch.detach", lambda run_dir: pytest.fail(f"{run_dir} is watched"))
+    run = Run(tmp_path / "runs" / "tiny")
+    run.done()
+    assert commands._go_on(run.path, cli.parse(["submit", "job.yaml", "--detach"])) == 0
+    assert f"the run is done, there is nothing left to watch; dinoctl status {run.path}" in capsys.readouterr().out
 
 
 def test_a_log_that_contradicts_itself_is_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,7 +265,7 @@ def test_a_torn_heartbeat_blocks_nothing(tmp_path: Path, capsys: pytest.CaptureF
         ("tiny#pretrain@3", "tiny#pretrain@3: no such checkpoint; {runs}/tiny has sealed steps of pretrain: 4, 6"),
         ("tiny#what@4", "tiny#what@4: run tiny has the phases pretrain, gram"),
         ("tiny#pretrain@4", "tiny#pretrain@4: that checkpoint is no longer there"),
-        ("torn#pretrain@4", "000001.json: not the first event of a run"),
+        ("torn#pretrain@4", "000001.json: torn: 1 bytes are no whole event"),
         ("tiny#pretrain@6", ""),
     ],
 )

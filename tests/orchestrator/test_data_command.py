@@ -17,6 +17,8 @@ from orchestrator import cli, data_command
         ("check f", "check f"),
         ("check x-{0..9}.tar --index i", "check x-{0..9}.tar --index i"),
         ("stats f --images 5 --json", "stats f --images 5 --json"),
+        ("stats f --channels 5 --bits 16 --to s", "stats f --channels 5 --bits 16 --images 10000 --to s"),
+        ("pack f t --bits 16", "pack f t --bits 16 --name images --images-per-shard 1000 --seed 0"),
     ],
 )
 def test_the_options_are_handed_on(given: str, handed: str) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from model.contract import Cause
 from orchestrator import control
-from orchestrator.screen import SAME_LINE_SECONDS, Bars, Follower, Lines, View, line, screen
+from orchestrator.screen import LEAST_BAR, SAME_LINE_SECONDS, Bars, Follower, Lines, View, line, screen
 from tests.orchestrator.written import Run
 
 
@@ -87,3 +88,21 @@ def test_a_terminal_has_a_bar_a_phase() -> None:
     text = out.getvalue()
     for must in ("pretrain (1 of 5)", "gram (2 of 5)", "6/6", "loss 2.000", "80 images/s", "sealed [2]", "attempt 2"):
         assert must in text
+
+
+@pytest.mark.parametrize(
+    ("width", "figures"),
+    [
+        (110, "1234/7000  loss 7.200  106 images/s  ETA 2 h 05 min  attempt 2 0:00:00"),
+        (80, "1234/7000  loss 7.200  106 images/s  ETA 2 h 05 min"),
+        (60, "1234/7000  ETA 2 h 05 min"),
+    ],
+)
+def test_figures_give_way_to_the_bar(width: int, figures: str) -> None:
+    out = io.StringIO()
+    with screen(Console(file=out, force_terminal=True, color_system=None, width=width)) as shown:
+        shown.show(View("pretrain", 1, 5, 2, 3500, 7000, loss=7.2, images_per_second=106.0, eta=7500.0), 0.0)
+        shown.show(View("pretrain", 1, 5, 2, 1234, 7000, loss=7.2, images_per_second=106.0, eta=7500.0), 0.0)
+    last = next(line for line in reversed(out.getvalue().splitlines()) if "pretrain" in line)
+    assert figures in last
+    assert len(last.partition("pretrain (1 of 5) ")[2].partition(figures)[0]) >= LEAST_BAR

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from model.contract import Cause
+from model import storage
+from model.contract import Cause, checkpoint_dir, manifest_file
 from orchestrator import events, status
 from tests.orchestrator.written import Run
 
@@ -32,6 +33,18 @@ def test_a_live_run_that_somebody_watches(tmp_path: Path) -> None:
     summary = status.summary(run.path, NOW)
     assert (summary.step, summary.attempt, summary.cause, summary.advice) == (2, 1, None, "")
     assert summary.watch == status.Watch(host="elsewhere", pid=7, since=900.0)
+
+
+def test_what_a_live_attempt_has_sealed_is_shown_before_it_ends(tmp_path: Path) -> None:
+    run = Run(tmp_path / "tiny")
+    run.launch(1, "pretrain")
+    storage.publish(f"{run.path}/{manifest_file('pretrain', 1, 2)}", b"{}")
+    (tmp_path / "tiny" / checkpoint_dir("pretrain", 1, 4)).mkdir()  # being written: no manifest, no checkpoint
+    view = status.detail(run.path, NOW)
+    assert (view.stages[0].sealed, view.attempts[0].sealed) == ([2], [2])
+    run.end(1, Cause.KILLED, [], "rank 0 was killed")
+    view = status.detail(run.path, NOW)
+    assert (view.stages[0].sealed, view.attempts[0].sealed) == ([], [])
 
 
 def test_nobody_watches_any_more(tmp_path: Path) -> None:
@@ -99,6 +112,8 @@ def test_a_damaged_run_does_not_hide_the_others(tmp_path: Path) -> None:
         "contradicts": "unreadable", "gap": "unreadable", "torn": "unreadable", "well": "done",
     }  # fmt: skip
     assert "000003.json is missing" in found["gap"].message
+    assert "000003.json: torn: 9 bytes are no whole event" in found["torn"].message
+    assert "`weights: RUN/checkpoints/" in found["torn"].message
     assert found["torn"].advice == f"dinoctl status {tmp_path}/torn"
 
 

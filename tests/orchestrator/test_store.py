@@ -87,10 +87,20 @@ def test_a_newer_format_is_refused_and_says_who_wrote_it(tmp_path: Path) -> None
         store.read(str(tmp_path))
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b'{"event": "RunCreated"'])
-def test_a_torn_first_event_is_an_error(tmp_path: Path, data: bytes) -> None:
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "torn: 0 bytes are no whole event"),
+        (b"[]", "not the first event of a run"),
+        (
+            b'{"event": "RunCreated"',
+            r"torn: 22 bytes are no whole event \(Input data was truncated\); the log is damaged",
+        ),
+    ],
+)
+def test_a_torn_first_event_is_an_error(tmp_path: Path, data: bytes, why: str) -> None:
     storage.publish(f"{tmp_path}/{event_file(1)}", data)
-    with pytest.raises(store.LogError, match="not the first event of a run"):
+    with pytest.raises(store.LogError, match=f"000001.json: {why}"):
         store.read(str(tmp_path))
 
 

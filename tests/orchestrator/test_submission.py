@@ -126,6 +126,27 @@ def test_defaults_that_came_since_are_no_change(bench: Bench) -> None:
     assert changed == {"accumulate": (1, 2), "seed": (3, 9)}
 
 
+def test_a_job_is_the_same_from_every_folder(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a/b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a/b")
+    control.submit(bench.dir(), today("data.path=../../images"), by="test")
+    monkeypatch.chdir(tmp_path / "a")
+    assert control.submit(bench.dir(), today("data.path=../images"), by="test").what == "attached"
+    assert control.submit(bench.dir(), today(f"data.path={tmp_path}/images"), by="test").what == "attached"
+
+
+def test_dots_that_an_older_dinoctl_recorded_are_no_change(bench: Bench, tmp_path: Path) -> None:
+    def dotted(spec: dict[str, Any], cluster: dict[str, Any]) -> None:
+        for section in (*spec["phases"].values(), spec["evaluate"]):
+            section["data"]["path"] = f"{tmp_path}/a/../images"
+
+    recorded = submit_as_then(bench, dotted)
+    wanted = today(f"data.path={tmp_path}/images", "phases.gram.checkpoints.every=2")
+    state = control.submit(bench.dir(), wanted, by="test", amending=True).state
+    assert state.spec["phases"]["gram"]["checkpoints"]["every"] == 2
+    assert state.spec["phases"]["pretrain"] == recorded.spec["phases"]["pretrain"]
+
+
 def test_an_amendment_brings_no_default_that_the_runs_code_may_not_know(bench: Bench) -> None:
     recorded = submit_as_then(bench, before_some_fields)
     wanted = today("phases.gram.checkpoints.every=2", "tracking.experiment=other")

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from model import config
+
 SIDE = 40
+PHOTOGRAPHS = config.read(config.Data, {"path": "."})
 
 
 def picture(number: int) -> Image.Image:

@@ -15,12 +15,10 @@ from PIL import Image
 from model import config
 from model.data import pack, shards
 from model.data.__main__ import main
-from model.data.images import load_rgb
+from model.data.images import decode
 from model.data.index import list_images
 from model.data.shards import ShardSource
-from tests.model.data.conftest import picture, save
-
-WHITE = (1.0, 1.0, 1.0)
+from tests.model.data.conftest import PHOTOGRAPHS, picture, save
 
 
 @pytest.fixture
@@ -45,7 +43,7 @@ def test_packed_images_are_the_folders_with_captions_and_labels(images: Path, tm
     classes = (tmp_path / "tars/classes.txt").read_text().split()
     for number, key in enumerate(keys):
         file = images / paths[key]
-        assert source.image(number).tobytes() == load_rgb(file, WHITE).tobytes()
+        assert source.image(number).tobytes() == decode(file, PHOTOGRAPHS).tobytes()
         assert source.caption(number) == file.with_suffix(".txt").read_text().split("\n")[0]
         assert source.label(number) == classes.index(key.split("/")[0])
 
@@ -96,11 +94,42 @@ def test_stats_are_of_images_that_all_weigh_the_same(tmp_path: Path, capsys: pyt
     assert said.startswith("mean: [0.5000, 0.0000, 0.2000]\nstd: [0.5000, 0.0000, 0.0000]\n# of 2 images of ")
     assert "1 could not be read" in said
     save(picture(1), tmp_path / "one/a.png")
-    pixels = np.asarray(load_rgb(tmp_path / "one/a.png", WHITE)) / 255
+    pixels = np.asarray(decode(tmp_path / "one/a.png", PHOTOGRAPHS)) / 255
     assert main(["stats", str(tmp_path / "one"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["mean"] == pytest.approx(pixels.mean((0, 1)).tolist())
     assert found["std"] == pytest.approx(pixels.std((0, 1)).tolist())
+
+
+def test_images_of_another_kind_are_packed_checked_and_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng, folder = np.random.default_rng(0), tmp_path / "bands"
+    folder.mkdir()
+    bands = rng.integers(0, 4096, (4, 20, 30, 5), dtype=np.uint16)
+    for number, pixels in enumerate(bands):
+        np.save(folder / f"{number}.npy", pixels)
+    save(picture(1), folder / "preview.png")
+    kind = ["--channels", "5", "--bits", "16"]
+    assert main(["check", str(folder), *kind]) == 1
+    assert capsys.readouterr().out.startswith("preview.png: 4 channels, and data.channels is 5\n5 images of ")
+    assert main(["pack", str(folder), str(tmp_path / "tars"), *kind]) == 0
+    shard = str(tmp_path / "tars/images-000000.tar")
+    for path in (str(folder), shard):
+        assert main(["stats", path, *kind, "--to", str(tmp_path / "stats.json")]) == 0
+        said = capsys.readouterr().out
+        assert "# of 4 images of " in said
+        assert said.endswith(f", 1 could not be read\n# data.normalise: {tmp_path}/stats.json\n")
+        found = config.read(config.Statistics, json.loads((tmp_path / "stats.json").read_bytes()))
+        assert (found.channels, found.bits, found.images, found.unreadable) == (5, 16, 4, 1)
+        assert found.mean == pytest.approx(bands.mean((0, 1, 2)) / 65535)
+        assert found.std == pytest.approx(bands.std((0, 1, 2)) / 65535)
+    bands[..., 2] = 7
+    for number, pixels in enumerate(bands):
+        np.save(folder / f"{number}.npy", pixels)
+    assert main(["stats", str(folder), *kind, "--to", str(tmp_path / "stats.json")]) == 2
+    assert "channel 2 (from 0) is the same everywhere in " in capsys.readouterr().err
+    assert main(["stats", str(folder)]) == 0  # as RGB: the preview alone
 
 
 def test_check_names_everything_that_cannot_be_read(

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from model import config
 from model.data.errors import UnreadableImageError
-from model.data.images import alpha, load, load_rgb, load_with_alpha
+from model.data.images import alpha, decode, decode_with_alpha, load
+from tests.model.data.conftest import PHOTOGRAPHS
 
-WHITE = (1.0, 1.0, 1.0)
+GREEN = config.read(config.Data, {"path": ".", "background": [0.0, 1.0, 0.0]})
 RED = (255, 0, 0)
 
 
@@ -23,17 +25,15 @@ def saved(image: Image.Image, path: Path, **options: object) -> Path:
 
 def colour(path: Path) -> tuple[int, ...]:
     """The first pixel over white."""
-    pixel = load_rgb(path, WHITE).getpixel((0, 0))
-    assert isinstance(pixel, tuple)
-    return pixel
+    return tuple(decode(path, PHOTOGRAPHS)[0, 0].tolist())
 
 
 def test_transparent_pixels_show_the_background_and_half_transparent_ones_mix(tmp_path: Path) -> None:
     image = Image.new("RGBA", (3, 1), (*RED, 255))
     image.putpixel((1, 0), (*RED, 0))
     image.putpixel((2, 0), (*RED, 128))
-    shown, opacity = load_with_alpha(saved(image, tmp_path / "x.png"), (0.0, 1.0, 0.0))
-    assert [shown.getpixel((x, 0)) for x in range(3)] == [(255, 0, 0), (0, 255, 0), (128, 127, 0)]
+    shown, opacity = decode_with_alpha(saved(image, tmp_path / "x.png"), GREEN)
+    assert shown[0].tolist() == [[255, 0, 0], [0, 255, 0], [128, 127, 0]]
     assert opacity is not None
     np.testing.assert_allclose(opacity, [[1, 0, 128 / 255]])
 
@@ -47,8 +47,8 @@ def test_palette_with_a_transparent_entry(tmp_path: Path) -> None:
     image = Image.new("P", (2, 1))
     image.putpalette([255, 0, 0, 0, 0, 255])
     image.putpixel((1, 0), 1)
-    shown, opacity = load_with_alpha(saved(image, tmp_path / "p.png", transparency=1), WHITE)
-    assert [shown.getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0), (255, 255, 255)]
+    shown, opacity = decode_with_alpha(saved(image, tmp_path / "p.png", transparency=1), PHOTOGRAPHS)
+    assert shown[0].tolist() == [[255, 0, 0], [255, 255, 255]]
     assert opacity is not None
     assert opacity.tolist() == [[1, 0]]
 

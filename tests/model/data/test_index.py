@@ -12,7 +12,7 @@ from model import config, contract
 from model.data import duplicates, index
 from model.data.errors import BadDataError, DataError
 from model.data.splits import split_of
-from tests.model.data.conftest import picture, save
+from tests.model.data.conftest import PHOTOGRAPHS, picture, save
 
 
 def settings(root: Path, **values: object) -> config.Data:
@@ -30,7 +30,7 @@ def test_what_an_entry_knows(images: Path, tmp_path: Path) -> None:
 
 
 def test_mirrored_and_brighter_copies_are_one_group_and_others_are_not(images: Path) -> None:
-    built = index.build(images, (1.0, 1.0, 1.0))
+    built = index.build(images, PHOTOGRAPHS)
     group = {entry.path: entry.group for entry in built.entries}
     assert group["a/00.png"] == group["a/mirrored.png"] == group["b/brighter.png"]
     assert len(set(group.values())) == len(built.entries) - 2
@@ -41,7 +41,7 @@ def test_no_group_is_split_and_the_shares_are_as_said(tmp_path: Path) -> None:
         save(picture(number), tmp_path / f"images/{number}.png")
         if number % 10 == 0:
             save(picture(number), tmp_path / f"images/copies/{number}.png")
-    entries = index.build(tmp_path / "images", (1.0, 1.0, 1.0)).entries
+    entries = index.build(tmp_path / "images", PHOTOGRAPHS).entries
     splits: dict[int, set[str]] = defaultdict(set)
     for entry in entries:
         splits[entry.group].add(entry.split)
@@ -87,7 +87,7 @@ def test_families() -> None:
 def test_a_family_still_needs_likeness() -> None:
     alike = picture(1).convert("RGB")
     changed = Image.blend(alike, picture(2).convert("RGB"), 0.35)
-    looks = np.stack([duplicates.thumbnail(image) for image in (alike, changed, picture(3).convert("RGB"))])
+    looks = np.stack([duplicates.thumbnail(np.asarray(image)) for image in (alike, changed, picture(3).convert("RGB"))])
     assert 0.80 < float((looks[0] * looks[1]).sum()) < 0.93
     contents = ["x", "y", "z"]
     assert duplicates.near_duplicates(["lorry1.png", "lorry2.png", "lorry3.png"], contents, looks) == [0, 0, 1]
@@ -97,13 +97,13 @@ def test_a_family_still_needs_likeness() -> None:
 def test_equal_files_of_one_colour_are_one_group(tmp_path: Path) -> None:
     for name, colour in (("1.png", "red"), ("2.png", "red"), ("3.png", "blue")):
         save(Image.new("RGB", (8, 8), colour), tmp_path / "images" / name)
-    assert [entry.group for entry in index.build(tmp_path / "images", (1.0, 1.0, 1.0)).entries] == [0, 0, 1]
+    assert [entry.group for entry in index.build(tmp_path / "images", PHOTOGRAPHS).entries] == [0, 0, 1]
 
 
 def test_a_large_folder_is_grouped_by_equal_files_and_says_so(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "COMPARE_AT_MOST", 10)
     save(picture(3), images / "c/copy.png")
-    built = index.build(images, (1.0, 1.0, 1.0))
+    built = index.build(images, PHOTOGRAPHS)
     group = {entry.path: entry.group for entry in built.entries}
     assert built.grouping == "equal files"
     assert group["c/copy.png"] == group["b/03.png"]
@@ -170,7 +170,7 @@ STAMPS = contract.cache_dir() / "tuxpaint-stamps"
 
 @pytest.mark.requires("stamps")
 def test_the_demos_images() -> None:
-    built = index.build(STAMPS, (1.0, 1.0, 1.0))
+    built = index.build(STAMPS, PHOTOGRAPHS)
     group = {entry.path: entry.group for entry in built.entries}
     assert len(built.entries) == 950
     assert built.skipped == []

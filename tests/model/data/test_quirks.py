@@ -10,8 +10,9 @@ import torch
 
 from model import config, draws
 from model.data import sources
-from model.data.augment import as_released, draw_colours
+from model.data.augment import as_released
 from model.data.batch import SslBatch
+from model.data.colours import draw_colours
 from model.data.loader import Loader, Stream
 from model.data.views import SslViews
 

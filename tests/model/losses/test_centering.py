@@ -33,7 +33,8 @@ def test_the_centre_follows_the_batches_by_momentum():
     expected = [0.0] * 4
     for step in range(3):
         z = logits(seed=step)
-        own.follow(batch_mean(z), 0.9)
+        own.follow(batch_mean(z), 0.9, torch.tensor(True))
+        own.follow(batch_mean(z) * torch.nan, 0.9, torch.tensor(False))
         expected = [0.9 * c + 0.1 * sum(z[i, k].item() for i in range(5)) / 5 for k, c in enumerate(expected)]
         assert own.center[0].tolist() == pytest.approx(expected, rel=1e-12)
 

@@ -132,8 +132,9 @@ def engine_step(own: Any, optimizer: torch.optim.Optimizer, case: Case, step: in
     parallel.reduce_gradients(p for network in trained.values() for p in network.parameters() if p.requires_grad)
     optim.clip(trained, optimizing.clip, optimizing.clip_each)
     optim.set_step(optimizer, optimizing, moment.step, moment.steps)
-    optimizer.step()
-    own.after_step(moment)
+    finite = torch.tensor(True)
+    optim.update(optimizer, finite)
+    own.after_step(moment, finite)
     optimizer.zero_grad()
     return {name: parallel.all_reduce_sum(term) for name, term in sums.items()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from model.networks.init import create
 from model.networks.vit import View, VisionTransformer
 from model.weights import networks
 from model.weights.convert import convert
+from model.weights.outside import Prepared
 from model.weights.sources import Source, open_source
 
 SIZES = [(96, 96), (48, 80), (112, 16)]
@@ -186,6 +188,25 @@ def test_the_image_processor_normalises_as_training_did(tmp_path: Path) -> None:
     assert pixels.shape == (1, 3, 112, 112)
     wanted = (0.2 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     torch.testing.assert_close(pixels.amax(dim=(0, 2, 3)), wanted)
+
+
+def test_five_channels_of_16_bits_are_prepared_and_seen_as_in_training(tmp_path: Path) -> None:
+    network = ours(config.read(Backbone, {**BACKBONES["bare"], "channels": 5}))
+    images = Prepared(16, (0.1, 0.2, 0.3, 0.4, 0.5), (0.1, 0.2, 0.1, 0.2, 0.1))
+    source = replace(saved(network, tmp_path / "a.pth"), images=images)
+    for form in ("huggingface", "timm"):
+        convert(source, str(tmp_path / form), form)
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "huggingface")
+    values = torch.randint(0, 65536, (5, 112, 112), generator=torch.Generator().manual_seed(2), dtype=torch.int32)
+    prepared = processor(values, input_data_format="channels_first", do_resize=False, return_tensors="pt")
+    mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (images.mean, images.std))
+    pixels = (values[None] / 65535 - mean) / std
+    torch.testing.assert_close(prepared["pixel_values"], pixels)
+    model = AutoModel.from_pretrained(tmp_path / "huggingface").eval()
+    assert apart(seen(network, pixels), huggingface_sees(model, pixels)) < TOLERANCE
+    eva = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    assert apart(seen(network, pixels), timm_sees(eva, pixels)) < TOLERANCE
+    assert eva.pretrained_cfg["mean"] == list(images.mean)
 
 
 # --- timm -------------------------------------------------------------------------------------------------------------

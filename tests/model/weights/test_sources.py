@@ -25,6 +25,7 @@ from model.weights import __main__ as command
 from model.weights import networks, start, stream
 from model.weights.convert import convert
 from model.weights.entries import WeightsError, of
+from model.weights.outside import Prepared
 from model.weights.pickled import read_index
 from model.weights.sources import local_copy, open_source
 from tests.model.test_checkpoint import make_attempt
@@ -157,7 +158,7 @@ def test_a_checkpoint_of_ours_is_a_source_that_tells_everything(tmp_path: Path) 
     folder = sealed(tmp_path / "run")
     source = open_source(str(folder))
     assert (source.stated, source.backbone) == (True, model().backbone)
-    assert source.statistics == ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
+    assert source.images == Prepared(8, (0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
     assert "part student" in source.left
     done = convert(source, str(tmp_path / "hf"), "huggingface")
     assert json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())["image_mean"] == [0.1, 0.2, 0.3]

@@ -1,0 +1,82 @@
+"""What kinds of images rule out: networks of other channels, and augmentations that need RGB. Part of
+`orchestrator.checks`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from model.config import RGB, Data, SslPhase
+from orchestrator.handoff import SSL_KINDS
+from orchestrator.problems import Path, Problem, listed
+
+if TYPE_CHECKING:
+    from orchestrator.checks import Draft
+
+NEED_RGB = ("saturation", "hue", "grayscale")
+OF_JITTER = ("saturation", "hue")
+BLURS = ("blur_global_1", "blur_global_2", "blur_local")
+SMALLEST_BLURRED = 5
+"""Pixels: half of the blur's taps, and one (`model.data.augment`)."""
+
+
+def channels(draft: Draft) -> Iterator[Problem]:
+    """Images that have other channels than the network looks at."""
+    if draft.model is None:
+        return
+    wanted = draft.model.backbone.channels
+    for at, data in _sections(draft):
+        if data.channels != wanted:
+            yield Problem("the network is made for other images", (*at, "channels"),
+                          found=f"data.channels {data.channels}, model.backbone.channels {wanted}",
+                          allowed="the same number", hint=f"model.backbone.channels={data.channels}")  # fmt: skip
+
+
+def _sections(draft: Draft) -> Iterator[tuple[Path, Data]]:
+    for name, phase in draft.phases.items():
+        yield ("phases", name, "data"), phase.data
+    if draft.evaluate is not None:
+        yield ("evaluate", "data"), draft.evaluate.data
+
+
+def normalised(draft: Draft) -> Iterator[Problem]:
+    """An evaluation that shows the backbone images on another scale than it was trained on."""
+    trained = [name for name, settings in draft.raw.items() if str(settings.get("kind")) in SSL_KINDS]
+    if draft.evaluate is None or not trained or (phase := draft.phases.get(trained[-1])) is None:
+        return
+    seen, own = draft.evaluate.data, phase.data
+    for key in ("bits", "mean", "std"):
+        if getattr(seen, key) != getattr(own, key):
+            yield Problem(f"the evaluation's is not that of phase {trained[-1]}, whose backbone it scores",
+                          ("evaluate", "data", key), found=_numbers(getattr(seen, key)),
+                          allowed=f"{_numbers(getattr(own, key))} (phases.{trained[-1]}.data.{key})")  # fmt: skip
+
+
+def _numbers(value: Any) -> str:
+    return f"[{listed([f'{one:g}' for one in value])}]" if isinstance(value, tuple) else str(value)
+
+
+def augmentations(draft: Draft) -> Iterator[Problem]:
+    """What cannot be done to these images, or to crops of this size."""
+    for name, phase in draft.phases.items():
+        if not isinstance(phase, SslPhase):
+            continue
+        at, augment = ("phases", name, "augment"), phase.augment
+        asked = [key for key in NEED_RGB if getattr(augment, key) and (augment.jitter or key not in OF_JITTER)]
+        if phase.data.channels != RGB and asked:
+            yield Problem(f"needs RGB, and images have {phase.data.channels} channels (data.channels)", at,
+                          found=listed([f"augment.{key} {getattr(augment, key):g}" for key in asked]),
+                          hint=f"augment: {{{', '.join(f'{key}: 0.0' for key in asked)}}}")  # fmt: skip
+        yield from _too_small(name, phase)
+
+
+def _too_small(name: str, phase: SslPhase) -> Iterator[Problem]:
+    never = 1.0 if phase.official_quirks else 0.0  # they blur with one minus the probability
+    if all(getattr(phase.augment, key) == never for key in BLURS):
+        return
+    for index, resolution in enumerate(phase.crops.resolutions):
+        for side in ("global_size", "local_size"):
+            if (found := getattr(resolution, side)) < SMALLEST_BLURRED:
+                yield Problem("too small to blur", ("phases", name, "crops", "resolutions", index, side),
+                              found=str(found), allowed=f"{SMALLEST_BLURRED} or more",
+                              hint=f"or augment: {{{', '.join(f'{key}: 0.0' for key in BLURS)}}}")  # fmt: skip
