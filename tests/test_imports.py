@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 DOOR = {"model.config", "model.contract", "model.storage", "model.accounting"}
 """All that the control plane knows of the data plane, free of torch."""
 
-PARTS_OF_CONFIG = {"model.architectures", "model.data_section", "model.sections"}
+PARTS_OF_CONFIG = {"model.architectures", "model.data_section", "model.engine_section", "model.sections"}
 """What `model.config` is made of; nobody else's to import."""
 
 HEAVY = ("torch", "torchvision", "mlflow", "pydantic", "numpy", "fsspec", "submitit", "torchx")

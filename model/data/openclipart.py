@@ -81,7 +81,7 @@ def alike(stamps_by_name: dict[str, Image.Image], drawings: dict[str, Image.Imag
     a stamp among them, else all but the first by name."""
     both = [*((f"stamp {name}", image) for name, image in stamps_by_name.items()), *drawings.items()]
     names = [name for name, _ in both]
-    thumbnails = np.stack([duplicates.thumbnail(over(image, WHITE)) for _, image in both])
+    thumbnails = np.stack([duplicates.thumbnail(np.array(over(image, WHITE))) for _, image in both])
     first: dict[int, str] = {}
     found = {}
     for name, group in zip(names, duplicates.near_duplicates(names, names, thumbnails), strict=True):
