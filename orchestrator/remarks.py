@@ -55,7 +55,9 @@ def _batch(phase: AnyPhase, at: Path) -> Iterator[tuple[Path, str]]:
         return
     batch, there = phase.optim.batch_size, 0
     for place in places:
-        there += sum(1 for _ in islice(data_places.images(contract.data_folder(place), phase.data.suffixes), batch - there))
+        there += sum(
+            1 for _ in islice(data_places.images(contract.data_folder(place), phase.data.suffixes), batch - there)
+        )
     if there < batch:
         where = ", ".join(sorted(places))
         text = f"{batch} images a step are more than there are ({there} in {where}): some come twice or more in a batch"
