@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from model import config, contract, storage
 from model.data import tar_shard
+from model.data.captions import MOST_CAPTIONS, Captions
 from model.data.errors import BadDataError, DataError, Skipped, UnreadableImageError
 from model.data.images import Picture, decode
 from model.data.patience import patiently
@@ -29,7 +30,6 @@ from model.data.read_ahead import Piece, read_now
 from model.data.skips import MOST_NAMES, Skips
 from model.data.splits import HIDDEN, SPLITS
 from model.data.tar_shard import Samples, Shard
-from model.data.text import MOST_CAPTIONS, Captions
 from model.data.threads import in_threads
 
 VERSION = 1

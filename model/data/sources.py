@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from model import config
 from model.data import index as folders
 from model.data import shards
+from model.data.captions import Captions
 from model.data.errors import DataError
 from model.data.images import Picture, decode
 from model.data.index import Entry, Index
@@ -28,7 +29,6 @@ from model.data.order import Order
 from model.data.read_ahead import Piece, read_now
 from model.data.shards import ShardSet, ShardSource, Tell
 from model.data.skips import Skips
-from model.data.text import Captions
 from model.data_section import PER_THOUSAND
 
 MEMORY_BUDGET = 512 * 2**20

@@ -172,8 +172,9 @@ def _scan(opened: BinaryIO, size: int, found: _Found) -> None:
         number = _label(opened, label) if label else -1
         found.records.append((image.offset_data, image.size, *at, number, ends))
         found.keys.append(key.encode("utf-8", "surrogateescape"))
-        found.splits[split_of(key)] += 1
-        found.captioned[split_of(key)] += at[1] > 0
+        split = split_of(key)
+        found.splits[split] += 1
+        found.captioned[split] += at[1] > 0
         ends += len(found.keys[-1])
 
 

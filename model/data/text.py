@@ -7,30 +7,19 @@ text tower finds it as the argmax of the ids. Captions are lower-cased, as there
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
 from model import storage
+from model.data.captions import Captions
 from model.data.errors import DataError
 
 PAD, START, END = "<|pad|>", "<|start|>", "<|end|>"
 SPECIAL = [PAD, START, END]  # added in this order after training: END's id is the highest
-MOST_CAPTIONS = 16_384
-"""Captions that a tokenizer is learnt from, where each has to be fetched: spread evenly over all."""
-
 SMALLEST = 256 + len(SPECIAL)
-
-
-@dataclass(frozen=True)
-class Captions:
-    """What a tokenizer is learnt from. `identity`: equal for equal captions, and known without reading them."""
-
-    identity: str
-    read: Callable[[], Sequence[str]]
 
 
 def build_or_read(captions: Captions, vocabulary: int, run_dir: str) -> str:

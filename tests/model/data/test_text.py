@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from model.data import text
+from model.data.captions import Captions
 from model.data.errors import DataError
 
 CAPTIONS = ["A red fire engine.", "A red frog, sitting.", "A fire.", "The frog's engine is on fire!"] * 5
@@ -47,8 +48,8 @@ def test_case_does_not_matter() -> None:
     assert upper.tolist() == lower.tolist()
 
 
-def said(captions: list[str]) -> text.Captions:
-    return text.Captions("\n".join(captions), lambda: captions)
+def said(captions: list[str]) -> Captions:
+    return Captions("\n".join(captions), lambda: captions)
 
 
 def test_a_run_learns_its_tokenizer_once(tmp_path: Path) -> None:
