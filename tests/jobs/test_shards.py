@@ -83,5 +83,7 @@ def test_a_bucket_that_is_killed_and_comes_back(
     s3_store.start()
     assert dinoctl.wait(PATIENCE) == 0, job.output()
     assert job.attempts("pretrain") == [1]
+    logs = [job.log(1, rank) for rank in range(int(processes[-1]))]
+    assert any("Could not connect" in log and "again in" in log for log in logs)
     assert "unreadable" not in job.output()
     same_weights(job, reference, PHASES)
