@@ -247,6 +247,8 @@ class Data(Section):
     def _readable(self) -> Data:
         for paths in (self.path, *(part.path for part in self.also)):
             _check_paths(paths)
+        if self.index is not None and "://" in self.index:
+            raise ValueError(f"index: {self.index}: a folder that every process of the run sees, not a bucket")
         for batches in ("mixed", "whole"):
             if sum(part.share for part in self.also if part.batches == batches) > 1 - 1 / PER_THOUSAND:
                 raise ValueError(f"also: the shares of {batches} batches leave nothing for data.path")

@@ -72,6 +72,12 @@ class Precision(Section):
     )
     fp8: Literal["none", "blocks"] = Field("none", description="blocks: products of the blocks' linear layers in e4m3")
 
+    @model_validator(mode="after")
+    def _of_fp8(self) -> Precision:
+        if self.fp8 != "none" and self.compute != "bf16":
+            raise ValueError(f"fp8: {self.fp8} goes with compute: bf16, in which everything else is done")
+        return self
+
 
 class Parallel(Section):
     shard: Literal["none", "fsdp", "hsdp"] = Field(

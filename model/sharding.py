@@ -60,8 +60,6 @@ def check(settings: config.AnyPhase, world: int) -> None:
         )
     if settings.precision.fp8 != "none" and (reason := fp8.missing()):
         raise ValueError(f"precision.fp8: {reason}; set it to none")
-    if settings.precision.fp8 != "none" and settings.precision.compute != "bf16":
-        raise ValueError("precision.fp8: blocks goes with precision.compute: bf16")
 
 
 def _shard_size(ways: config.Parallel) -> int:

@@ -200,6 +200,12 @@ def layouts(draft: Draft) -> Iterator[Problem]:
                       f"in {optim.micro_batches(processes)} micro-batches",
                 allowed=f"numbers of processes that fit: {listed(fitting_worlds(phase))}",
             )  # fmt: skip
+        size = phase.parallel.shard_size or phase.resources.processes_per_node
+        if phase.parallel.shard == "hsdp" and processes % size:
+            yield Problem(
+                f"the {processes} processes of phase {name} are not whole copies of {size}",
+                ("phases", name, "parallel", "shard_size"), found=str(size), allowed=f"divisors of {processes}",
+            )  # fmt: skip
         yield from _on_nodes(draft, phase.resources, ("phases", name, "resources"))
     if draft.evaluate is not None and world(draft.evaluate.resources) != 1:
         yield Problem("the evaluation runs in one process", ("evaluate", "resources"),

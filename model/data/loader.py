@@ -119,6 +119,8 @@ class Loader:
 
     def close(self) -> None:
         """Drop what is not begun, wait for what is, and join the threads."""
+        if self._reading is not None:
+            self._reading.stop()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -26,18 +27,21 @@ HOPELESS = (errno.EACCES, errno.EPERM)
 T = TypeVar("T")
 
 
-def patiently(ask: Callable[[], T]) -> T:
+def patiently(ask: Callable[[], T], over: threading.Event | None = None) -> T:
     """What `ask` returns, tried again while it raises StoreError or FileNotFoundError (a network file system that is
-    not mounted looks like that). Raises StalledDataError with the last try's reason."""
+    not mounted looks like that). Raises StalledDataError with the last try's reason, also once `over` is set: nobody
+    needs it any more."""
+    over = over or threading.Event()
     began = time.monotonic()
     for tries, wait in enumerate([*WAITS, None], 1):
         try:
             return ask()
         except (StoreError, FileNotFoundError) as error:
-            if wait is None or error.errno in HOPELESS or time.monotonic() - began > LONGEST:
+            hopeless = error.errno in HOPELESS or time.monotonic() - began > LONGEST
+            if wait is None or hopeless or over.is_set():
                 raise StalledDataError(error.errno, f"{error.strerror}, after {tries} tries") from error
             _say(f"{error.strerror}; again in {wait:g} s")
-            time.sleep(wait)
+            over.wait(wait)
     raise AssertionError("the last try returns or raises")
 
 

@@ -8,7 +8,7 @@ brings many images.
     ahead = ReadAhead(clocks, pieces_of, budget)
     with ahead.batch(clock):            from here to the end what the batch takes is kept
         ahead.read(piece)
-    ahead.close()
+    ahead.stop(), ahead.close()
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ class Piece:
         return self.start + self.length
 
 
-def read_now(piece: Piece) -> bytes:
-    """The bytes of a piece, fewer where the shard ends before. Raises StoreError if the store stays out of reach."""
-    return patiently(partial(storage.read_range, piece.path, piece.start, piece.length))
+def read_now(piece: Piece, over: threading.Event | None = None) -> bytes:
+    """The bytes of a piece, fewer where the shard ends before. Raises StalledDataError if the store stays out of
+    reach, or does not answer and `over` is set."""
+    return patiently(partial(storage.read_range, piece.path, piece.start, piece.length), over)
 
 
 def stretches(pieces: Iterable[Piece], longest: int = STRETCH) -> list[list[Piece]]:
@@ -94,7 +95,8 @@ class ReadAhead:
         self._rounds: list[_Round] = []
         self._changed = threading.Condition()
         self._failure: Exception | None = None  # what pieces_of raised: nothing is planned beyond
-        self._planned = self._over = False
+        self._planned = False
+        self._over = threading.Event()
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read-ahead", initializer=deaf)
         self._planner = threading.Thread(target=self._plan, name="read-ahead-plan", daemon=True)
         self._planner.start()
@@ -103,7 +105,7 @@ class ReadAhead:
     def batch(self, clock: int) -> Iterator[None]:
         """Around the making of the batch at a clock. Raises what finding out about its pieces raised."""
         with self._changed:
-            self._changed.wait_for(lambda: self._planned or self._over or self._is_planned(clock))
+            self._changed.wait_for(lambda: self._planned or self._over.is_set() or self._is_planned(clock))
             if self._failure is not None and not self._is_planned(clock):
                 raise self._failure
         try:
@@ -121,11 +123,15 @@ class ReadAhead:
             coming = next((one.coming[piece] for one in self._rounds if piece in one.coming), None)
         return read_now(piece) if coming is None else coming.result()[piece]
 
+    def stop(self) -> None:
+        """Ask a store that fails no more: who waits for it goes on with an error, or reads for itself."""
+        with self._changed:
+            self._over.set()
+            self._changed.notify_all()
+
     def close(self) -> None:
         """Drop what is not begun, wait for what is."""
-        with self._changed:
-            self._over = True
-            self._changed.notify_all()
+        self.stop()
         self._planner.join()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
@@ -138,8 +144,8 @@ class ReadAhead:
         deaf()
         while (following := self._next_round()) is not None:
             with self._changed:
-                self._changed.wait_for(lambda: self._over or self._has_room())
-                if self._over:
+                self._changed.wait_for(lambda: self._over.is_set() or self._has_room())
+                if self._over.is_set():
                     return
                 self._begin(*following)
                 self._changed.notify_all()
@@ -168,7 +174,7 @@ class ReadAhead:
         return (clocks, pieces) if clocks else None
 
     def _next_batch(self) -> tuple[int, Sequence[Piece]] | None:
-        clock = None if self._over or self._failure else next(self._clocks, None)
+        clock = None if self._over.is_set() or self._failure else next(self._clocks, None)
         if clock is None:
             return None
         try:
@@ -182,15 +188,15 @@ class ReadAhead:
         requests = sorted(stretches(pieces), key=lambda request: min(wanted[piece] for piece in request))
         begun = _Round(clocks, sum(piece.length for piece in pieces))
         for request in requests:
-            future = self._pool.submit(_read_stretch, request)
+            future = self._pool.submit(_read_stretch, request, self._over)
             begun.coming |= dict.fromkeys(request, future)
         self._rounds.append(begun)
 
 
-def _read_stretch(pieces: list[Piece]) -> dict[Piece, bytes]:
+def _read_stretch(pieces: list[Piece], over: threading.Event) -> dict[Piece, bytes]:
     """One request for neighbours, ascending; what lies between them is let go."""
     first, end = pieces[0].start, max(piece.end for piece in pieces)
-    data = read_now(Piece(pieces[0].path, first, end - first))
+    data = read_now(Piece(pieces[0].path, first, end - first), over)
     if len(pieces) == 1:
         return {pieces[0]: data}
     return {piece: data[piece.start - first : piece.end - first] for piece in pieces}

@@ -6,14 +6,15 @@ resolutions, clipping, and a learning rate at which the loss falls.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from model import checkpoint
-from model.contract import Cause, CheckpointRef
+from model import checkpoint, contract
+from model.contract import Attempt, Cause, CheckpointRef
 from orchestrator import progress
 from tests.model.test_train import Ran, describe, images, kill_rank, phase_settings, ref, train
 from tests.model.test_train import after_step as once_after_step
@@ -176,3 +177,34 @@ def same_weights(one: CheckpointRef, other: CheckpointRef) -> None:
         a, b = checkpoint.load(one, part), checkpoint.load(other, part)
         assert a.keys() == b.keys()
         assert [name for name in a if not a[name].equal(b[name])] == []
+
+
+@pytest.mark.jobs
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU: install g++")
+def test_compiled_blocks_compute_the_same(alone: dict[str, Ran], tmp_path: Path, images: Path) -> None:
+    compiled = run(tmp_path, images, Layout(2, {**FSDP, "compile": True}), "fp32")
+    assert furthest(curve(alone["fp32"]), curve(compiled)) < 1e-4
+
+
+@pytest.mark.jobs
+def test_two_thousand_steps_take_no_more_memory_than_a_few_hundred(tmp_path: Path, images: Path) -> None:
+    attempt = describe(
+        tmp_path, images, phase="gram", model=MODEL, processes_per_node=1,
+        settings={**settings(images, ALONE, "fp32"), "steps": 2000, "checkpoints": {"every": 2000},
+                  "optim": {"batch_size": 8, "group_size": 4, "lr": 0.0007}},
+    )  # fmt: skip
+    sizes: dict[int, int] = {}
+
+    def watch() -> None:
+        for step in (500, 1000, 1500, 1950):
+            once_after_step(attempt, step, lambda step=step: sizes.update({step: resident(attempt)}))()
+
+    ran = train(attempt, 1, watch, seconds=400)
+    assert ran.end().cause is Cause.DONE, ran.log()
+    assert max(sizes.values()) - sizes[500] < 3 << 20, sizes
+
+
+def resident(attempt: Attempt) -> int:
+    """Bytes that the trainer has of its own."""
+    status = Path(f"/proc/{contract.pid_file(attempt.launch_name, 0).read_text()}/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1]) * 1024

@@ -90,7 +90,7 @@ class Ran:
         return (Path(self.attempt.run_dir) / contract.rank_log(self.attempt.attempt, 0)).read_text()
 
 
-def train(attempt: Attempt, world: int = 2, meanwhile: Callable[[], None] = lambda: None) -> Ran:
+def train(attempt: Attempt, world: int = 2, meanwhile: Callable[[], None] = lambda: None, seconds: float = 120) -> Ran:
     """Run the attempt as the agent does, `meanwhile` doing something to it."""
     path = f"{attempt.run_dir}/{contract.attempt_yaml(attempt.attempt)}"
     storage.publish(path, msgspec.yaml.encode(attempt))
@@ -107,7 +107,7 @@ def train(attempt: Attempt, world: int = 2, meanwhile: Callable[[], None] = lamb
     )  # fmt: skip
     try:
         meanwhile()
-        process.wait(timeout=120)
+        process.wait(timeout=seconds)
     finally:
         process.kill()
         process.wait()

@@ -230,6 +230,16 @@ class TestLayout:
         assert (problem.allowed, problem.hint) == ("multiples of patch_size 8", "nearest: 56 or 64")
         assert only(TINY, "phases.text.image_size=7").hint == "nearest: 8"
 
+    def test_processes_that_are_no_whole_copies(self) -> None:
+        copies = ("optim.batch_size=48", "parallel={shard: hsdp, shard_size: 4}", "resources.processes_per_node=6")
+        found = problems(TINY, *copies)
+        assert {
+            (problem.path, problem.found, problem.allowed) for problem in found if "whole copies" in problem.message
+        } >= {("parallel.shard_size", "4", "divisors of 6")}
+
+    def test_fp8_without_bf16(self) -> None:
+        assert any("goes with compute: bf16" in str(problem) for problem in problems(TINY, "precision={fp8: blocks}"))
+
     def test_a_node_holds_no_more_processes_than_gpus(self) -> None:
         problem = only(TINY, "cluster=h100_slurm", "optim.batch_size=64", "phases.gram.resources.processes_per_node=16")
         assert (problem.path, problem.allowed) == ("phases.gram.resources.processes_per_node", "at most 8")

@@ -120,3 +120,15 @@ def test_a_failure_comes_out_where_it_is_asked_for(
         pass
     with pytest.raises(storage.StoreError, match="no index"), ahead.batch(2):
         pass
+
+
+def test_closing_does_not_wait_for_a_store_that_fails(
+    tmp_path: Path, open_ahead: Callable[..., ReadAhead], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "WAITS", (600.0,))
+    pieces = [Piece(str(tmp_path / "nothing"), 0, 1)]
+    ahead = open_ahead(range(1), lambda clock: pieces, 100)
+    with ahead.batch(0):
+        threading.Timer(0.1, ahead.stop).start()
+        with pytest.raises(storage.StoreError, match="nothing"):
+            ahead.read(pieces[0])

@@ -267,6 +267,11 @@ def test_damage_between_samples_is_noticed(folder: Path, tmp_path: Path) -> None
     assert shard.damage == f"damaged at byte {int(samples.records[5]['image']) - tar_shard.BLOCK}"
 
 
+def test_an_index_lies_in_a_folder() -> None:
+    with pytest.raises(ValueError, match=r"index: s3://b/i: a folder that every process of the run sees"):
+        settings("x.tar", index="s3://b/i")
+
+
 def test_a_torn_index_says_what_to_do(folder: Path, tmp_path: Path) -> None:
     path = folder / "x-00.tar"
     shard = tar_shard.ensure(str(tmp_path), str(path))
