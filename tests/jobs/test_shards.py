@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from model import contract
 from model.data.pack import pack
 from tests.jobs.harness import (
     PATIENCE,
@@ -87,3 +88,18 @@ def test_a_bucket_that_is_killed_and_comes_back(
     assert any("Could not connect" in log and "again in" in log for log in logs)
     assert "unreadable" not in job.output()
     same_weights(job, reference, PHASES)
+
+
+def test_a_text_phase_reads_its_captions_from_shards(
+    make_job: Callable[..., Job], shards: Path, tmp_path: Path
+) -> None:
+    file = part_of_tiny(tmp_path / "text.yaml", ("pretrain", "text"))
+    job = make_job(images=shards, file=file)
+    few = ["phases.pretrain.steps=3", "phases.text.steps=3", "phases.text.vision_tower=pretrain@final"]
+    assert job.start(job.submit(*few)).wait(PATIENCE) == 0, job.output()
+    assert job.steps(job.attempts("text")[-1]) == [1, 2, 3]
+    (tokenizer,) = (job.run_dir / "data").glob("tokenizer-*.json")
+    step, attempt = job.sealed("text")[-1]
+    path = job.run_dir / contract.manifest_file("text", attempt, step)
+    manifest = contract.decode(path.read_bytes(), contract.Manifest, str(path))
+    assert manifest.model["tokenizer"] == tokenizer.read_text()
