@@ -4,7 +4,7 @@ It claims the attempt, starts torchrun, owns all signals, watches the ranks, end
 `outcome.json` and by its exit code how it went. Its last act is the attempt's `on_end` command.
 
     signal ----------> stop file (ranks seal and stop); a second one, or `notice_seconds` later: kill
-    no pulse --------> `stall_seconds` later: stacks of all ranks into their logs, kill
+    no pulse --------> `stall_seconds` later: stacks of all ranks into their logs, kill; was it the loader, or a step?
     all ranks ended -> what they wrote is the outcome; torchrun's exit code says less and is not read
 """
 
@@ -206,7 +206,7 @@ def supervise(attempt: Attempt, attempt_yaml: str, health: config.Health, reques
             if killed is None and not watch.overstayed(now):
                 continue
             ends = read_ends(attempt)  # before the kill: what survivors say of lost peers is no news
-            if killed is not None and killed.cause is Cause.HUNG:
+            if killed is not None and killed.cause in (Cause.HUNG, Cause.DATA_STALLED):
                 dump_stacks(watch)
             kill_descendants()
             process.wait()

@@ -17,6 +17,7 @@ from model.data_section import DATASET as DATASET
 from model.data_section import NORMALISATIONS as NORMALISATIONS
 from model.data_section import RGB as RGB
 from model.data_section import Data as Data
+from model.data_section import Jump as Jump
 from model.data_section import Statistics as Statistics
 from model.engine_section import Optim as Optim
 from model.engine_section import Parallel as Parallel

@@ -20,9 +20,7 @@ A run's directory, every path relative to it:
     data/                               the index of the images
     pins/<phase>-<n>-<step>-<id>.json   another run takes that checkpoint: it is never pruned
     watchers/<id>.json                  who keeps this run going, and when they last looked
-    report/                             the table and the pictures
-    tracking/                           how far the MLflow shipper got, and its log
-    watch.log                           what a watcher in the background said
+    report/, tracking/, watch.log       table and pictures; how far the MLflow shipper got; what a watcher said
 """
 
 from __future__ import annotations
@@ -37,8 +35,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-FORMAT = 1
-"""Version of everything below. A run directory of a higher format was written by a newer dinoctl and is refused."""
+FORMAT = 1  # of everything below; a run directory of a higher format was written by a newer dinoctl and is refused
 
 
 class Cause(StrEnum):
@@ -50,7 +47,8 @@ class Cause(StrEnum):
     CRASHED = "crashed"  # an exception in the trainer
     USER_ERROR = "user-error"  # the spec or the data asks for something impossible
     KILLED = "killed"  # a rank was killed from outside (SIGKILL, out of memory)
-    HUNG = "hung"  # no step for longer than `health.stall_seconds`
+    HUNG = "hung"  # no step for longer than `health.stall_seconds`, though the batch was there
+    DATA_STALLED = "data-stalled"  # no batch for that long, or the store of the images failed for minutes
     DIVERGED = "diverged"  # the loss stayed non-finite
     BAD_DATA = "bad-data"  # more unreadable images than `data.max_skip_rate`
     DISK_FULL = "disk-full"  # no space to write a checkpoint or a record
@@ -75,6 +73,7 @@ EXIT_CODES: dict[Cause, int] = {
     Cause.BAD_CHECKPOINT: 87,
     Cause.STORE_LOST: 88,
     Cause.SUPERSEDED: 89,
+    Cause.DATA_STALLED: 90,
 }
 """What the agent exits with. VANISHED and NOT_LAUNCHED are the controller's own findings and have none."""
 
@@ -343,6 +342,11 @@ def pulse_file(launch_name: str, rank: int) -> Path:
     return scratch_dir(launch_name) / f"pulse-{rank}"
 
 
+def waiting_file(launch_name: str, rank: int) -> Path:
+    """There while a rank waits for a batch; it says where the images lie."""
+    return scratch_dir(launch_name) / f"waiting-{rank}"
+
+
 def pid_file(launch_name: str, rank: int) -> Path:
     """A rank's pid, written before anything of the trainer is imported: whom to ask for stacks, and who died first."""
     return scratch_dir(launch_name) / f"pid-{rank}"
@@ -353,10 +357,7 @@ def end_file(launch_name: str, rank: int) -> Path:
     return scratch_dir(launch_name) / f"end-{rank}.json"
 
 
-EVENTS_DIR = "events"
-ATTEMPTS_DIR = "attempts"
-PINS_DIR = "pins"
-WATCHERS_DIR = "watchers"
+EVENTS_DIR, ATTEMPTS_DIR, PINS_DIR, WATCHERS_DIR = "events", "attempts", "pins", "watchers"
 REPORT_DIR = "report"
 REPORT_FILE = "report/report.json"
 EVALUATE = "evaluate"
@@ -383,7 +384,7 @@ def new_nonce() -> str:
 
 
 def boot_id() -> str:
-    """Tells one boot of a machine from the next, so that an old pid is never taken for a live process."""
+    """Tells one boot of a machine from the next: an old pid is never taken for a live process."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -18,23 +18,34 @@ COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 DATASET = re.compile(r"[A-Z]\w*:(split|root|extra)=")
 """How a dataset string of the released DINOv3 code begins: `ImageNet:split=TRAIN:root=/data/in1k:extra=/data/extra`."""
 
-SPLITS = {"TRAIN": "train", "VAL": "val", "TEST": "test"}
+DATASETS: dict[str, dict[str | None, str]] = {
+    "ImageNet": {"TRAIN": "train", "VAL": "val", "TEST": "test"},
+    "ImageNet22k": {None: "*.tar"},  # a tar a class, not compressed
+    "ADE20K": {"TRAIN": "images/training", "VAL": "images/validation"},
+}
+"""What of the root a dataset string means, by its split (None: it has none)."""
 
 
-def _dataset_folder(path: Any) -> Any:
-    """The folder that a dataset string means; anything else as it is. `extra` holds lists that are not needed."""
+def _dataset_path(path: Any) -> Any:
+    """What a dataset string means; anything else as it is. `extra` holds lists that are not needed."""
     if not isinstance(path, str) or not DATASET.match(path):
         return path
     name, *words = path.split(":")
     given = dict(word.partition("=")[::2] for word in words)
-    if name != "ImageNet":
-        raise ValueError(f"{path}: of these dataset strings only ImageNet's is read; name the folder of images instead")
-    if set(given) - {"split", "root", "extra"} or not given.get("root") or given.get("split") not in SPLITS:
-        raise ValueError(f"{path}: write ImageNet:split=TRAIN:root=FOLDER, split one of {', '.join(SPLITS)}")
-    return os.path.abspath(os.path.join(os.path.expanduser(given["root"]), SPLITS[given["split"]]))
+    if name == "CocoCaptions":
+        raise ValueError(f"{path}: its captions lie in one JSON file: write each as a .txt beside its image, and name "
+                         "the folder of images")  # fmt: skip
+    if name not in DATASETS:
+        raise ValueError(f"{path}: of these dataset strings {', '.join(DATASETS)} are read; name the folder of images")
+    splits = DATASETS[name]
+    if set(given) - {"split", "root", "extra"} or not given.get("root") or given.get("split") not in splits:
+        split = "" if None in splits else f":split={next(iter(splits))}"
+        allowed = "it has no split" if None in splits else f"split one of {', '.join(map(str, splits))}"
+        raise ValueError(f"{path}: write {name}{split}:root=FOLDER, {allowed}")
+    return os.path.abspath(os.path.join(os.path.expanduser(given["root"]), splits[given.get("split")]))
 
 
-DataPath = Annotated[str | Annotated[list[str], Field(min_length=1)], BeforeValidator(_dataset_folder)]
+DataPath = Annotated[str | Annotated[list[str], Field(min_length=1)], BeforeValidator(_dataset_path)]
 
 
 PER_THOUSAND = 1000
@@ -52,6 +63,10 @@ Share = Annotated[float, Field(gt=0.0, lt=1.0), AfterValidator(_thousandths)]
 
 def _is_shards(path: str) -> bool:
     return path.endswith(SHARD_SUFFIX)
+
+
+def _are_shards(path: str | list[str]) -> bool:
+    return isinstance(path, list) or _is_shards(path)
 
 
 def _check_paths(paths: str | list[str]) -> None:
@@ -130,8 +145,15 @@ class Part(Section):
         "mixed", description="whole: batches of these images alone, as DINOv3's of ImageNet"
     )
     hold_out: HoldOut | None = Field(
-        None, description="as data.hold_out, which it is where nothing is said; tar shards: none"
+        None, description="as data.hold_out, which it is where nothing is said; tar shards beside a folder: none"
     )
+
+
+class Jump(Section):
+    """Data that a phase jumps over."""
+
+    at: Count = Field(description="updates of the phase before the jump")
+    steps: PositiveInt = Field(description="of data that nobody sees")
 
 
 class Data(Section):
@@ -139,7 +161,8 @@ class Data(Section):
 
     path: DataPath = Field(
         description="folder of images (`cache:NAME`: one that `make data` fetched), or tar shards: paths, globs or "
-        "URIs ending in .tar, {000000..000123} counts; one or a list; or dinov3's ImageNet:split=TRAIN:root=FOLDER"
+        "URIs ending in .tar, {000000..000123} counts; one or a list; or a dataset string of dinov3's, as "
+        "ImageNet:split=TRAIN:root=FOLDER"
     )
     also: list[Part] = Field([], description="other images that training sees in given shares; evaluations do not")
     index: str | None = Field(
@@ -148,7 +171,9 @@ class Data(Section):
     lanes: PositiveInt = Field(64, description="tar shards: sequences that are read side by side; part of the order")
     window: PositiveInt = Field(4096, description="tar shards: images of a lane that are shuffled among themselves")
     hold_out: HoldOut = Field(
-        "none", description="what training must not see: nothing, the test third, or test and validation"
+        "none",
+        description="what training must not see: nothing, the test third, or test and validation. In a folder "
+        "near-duplicates stay together; in tar shards a hash of the key decides, and they are not looked for",
     )
     channels: Annotated[int, Field(ge=1, le=MOST_CHANNELS)] = Field(
         RGB, description="of an image; 3 is RGB, to which grey, palette and CMYK are made"
@@ -161,14 +186,16 @@ class Data(Section):
     mean: PerChannel = Field(NORMALISATIONS["imagenet"][0], description="of each channel in [0, 1]; ImageNet's for RGB")
     std: PerChannelPositive = NORMALISATIONS["imagenet"][1]
     max_skip_rate: Fraction = Field(0.01, description="share of unreadable images past which the run stops")
+    skip: list[Jump] = Field([], description="data to jump over; `resume --skip-data` adds to it where a run diverged")
     workers: Count = Field(2, description="loader threads a process")
+    read_ahead_mib: PositiveInt = Field(256, description="tar shards: memory a process fills with what comes next")
 
     @property
     def parts(self) -> list[tuple[tuple[str | int, ...], Data]]:
         """Every place that images come from as a section of its own, and where its path stands in this one."""
         alone = self.model_copy(update={"also": []})
         hold_outs = [
-            (part.hold_out or self.hold_out) if isinstance(part.path, str) and not _is_shards(part.path) else "none"
+            part.hold_out or ("none" if _are_shards(part.path) and not self.shards else self.hold_out)
             for part in self.also
         ]
         return [(("path",), alone)] + [
@@ -220,9 +247,9 @@ class Data(Section):
     def _readable(self) -> Data:
         for paths in (self.path, *(part.path for part in self.also)):
             _check_paths(paths)
+        if self.index is not None and "://" in self.index:
+            raise ValueError(f"index: {self.index}: a folder that every process of the run sees, not a bucket")
         for batches in ("mixed", "whole"):
             if sum(part.share for part in self.also if part.batches == batches) > 1 - 1 / PER_THOUSAND:
                 raise ValueError(f"also: the shares of {batches} batches leave nothing for data.path")
-        if self.shards and self.hold_out != "none":
-            raise ValueError("hold_out goes with a folder of images: in tar shards near-duplicates are not looked for")
         return self

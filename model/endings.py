@@ -16,6 +16,7 @@ TELLING = (
     Cause.BAD_DATA,
     Cause.DIVERGED,
     Cause.DISK_FULL,
+    Cause.DATA_STALLED,
     Cause.UNSEALED,
 )
 """Causes that only the rank in trouble can name, the most telling first: the others lost a peer and crashed."""

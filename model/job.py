@@ -6,7 +6,7 @@ begin(attempt, ...) -> Job      from a checkpoint of its own, or at step 0 with 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +19,8 @@ from model import checkpoint, config, contract, optim, parallel, sharding, stora
 from model.checkpoint import CheckpointError
 from model.contract import Attempt, CheckpointRef, File, Manifest
 from model.data.batch import Batch
-from model.data.loader import MOST_NAMES, Loader
+from model.data.loader import Loader, Stream, learn_tokenizer
+from model.data.skips import MOST_NAMES
 from model.data.sources import Found, build_or_read
 from model.networks.init import Make, create
 from model.objectives.base import Moment, Objective
@@ -41,6 +42,14 @@ class Loop:
     clock: int  # updates since the origin
     position: int  # images consumed since the origin
     non_finite: int = 0  # steps in a row, up to now, that changed nothing
+    jumps: tuple[tuple[int, int], ...] = ()  # (clock, steps) of data that was, or will be, jumped over since the origin
+
+    def with_jumps(self, ahead: Sequence[config.Jump]) -> Loop:
+        """What was jumped over stays as the checkpoint says it; `ahead` is what the phase is told of the rest."""
+        first = self.clock - self.step
+        past = [(at, steps) for at, steps in self.jumps if at < self.clock]
+        following = [(first + jump.at, jump.steps) for jump in ahead if jump.at >= self.step]
+        return replace(self, jumps=(*past, *following))
 
     def after_step(self, images: int) -> Loop:
         """One step further; whether it changed anything is known later (`settled`)."""
@@ -140,7 +149,7 @@ def begin(attempt: Attempt, stop: Stop, device: torch.device) -> Job:
     for ref in attempt.resume:
         job, failure = _on_every_rank(partial(_resume, make, ref))
         if job is not None:
-            progress.note(f"goes on from {ref}")
+            progress.note(f"goes on from {ref}{_jumps(job.loop)}")
             return job
         progress.note(f"cannot resume from {ref}: {failure}")
         failures.append(f"{ref}: {failure}")
@@ -183,9 +192,16 @@ def _index(attempt: Attempt, settings: config.AnyPhase) -> list[Found]:
         pulse.touch()  # this may take longer than `health.stall_seconds`
 
     if parallel.rank() == 0:
-        build_or_read(settings.data, attempt.run_dir, tell)
+        learn_tokenizer(settings, build_or_read(settings.data, attempt.run_dir, tell), attempt.run_dir)
     parallel.gather_text("the index is there")
     return build_or_read(settings.data, attempt.run_dir, tell)
+
+
+def _jumps(loop: Loop) -> str:
+    """For a person: what is about to be jumped over."""
+    first = loop.clock - loop.step
+    ahead = [f"{steps} steps of data at step {at - first}" for at, steps in loop.jumps if at >= loop.clock]
+    return f", jumping over {', '.join(ahead)}" if ahead else ""
 
 
 def _left_out(index: Found) -> str:
@@ -209,18 +225,10 @@ def _make(
         make = cast(Make, partial(create, prepare=prepare, device=device, dtype=dtype_of(settings)))
         objective = build(settings, model, attempt.seed, loop.origin, make)
     optimizer = optim.build(objective.networks().trained, settings.optim)
-    loader = Loader(
-        settings,
-        attempt.seed,
-        loop.origin,
-        index,
-        attempt.run_dir,
-        objective.views,
-        parallel.rank(),
-        parallel.world(),
-        start_clock=loop.clock,
-        stop_clock=loop.clock + settings.steps - loop.step,
-    )
+    loop = loop.with_jumps(settings.data.skip)
+    clocks = range(loop.clock, loop.clock + settings.steps - loop.step)
+    stream = Stream(attempt.seed, loop.origin, clocks, parallel.rank(), parallel.world(), loop.jumps)
+    loader = Loader(settings, stream, index, attempt.run_dir, objective.views)
     return Job(attempt, settings, device, stop, progress, objective, optimizer, loader, loop)
 
 

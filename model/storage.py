@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from model.contract import new_nonce
 
@@ -180,7 +180,7 @@ def remove_tree(path: str) -> None:
 
 
 @contextmanager
-def _foreign(uri: str, doing: str) -> Iterator[None]:
+def foreign(uri: str, doing: str) -> Iterator[None]:
     """What a backend of fsspec raises becomes ours. Their errors carry no errno where the operating system's do."""
     try:
         yield
@@ -197,42 +197,62 @@ def _foreign(uri: str, doing: str) -> Iterator[None]:
         raise StoreError(number, f"{doing} {uri}: {type(error).__name__}: {error}") from error
 
 
+S3_OPTIONS: dict[str, dict[str, Any]] = {
+    "config_kwargs": {
+        "connect_timeout": 10,
+        "read_timeout": 20,
+        "retries": {"total_max_attempts": 1},  # s3fs asks five times; this would be for each, and a minute each time
+        "max_pool_connections": 64,
+    }
+}
+
+
+def _system(uri: str) -> tuple[Any, str]:
+    """The file system of a path or URI (one object for all that ask), and the path in it."""
+    from fsspec.core import url_to_fs  # slow to import, and `dinoctl status` comes this way
+
+    options = S3_OPTIONS if uri.startswith(("s3://", "s3a://")) else {}
+    found: tuple[Any, str] = url_to_fs(uri, **options)
+    return found
+
+
 def read_range(uri: str, start: int, length: int) -> bytes:
     """`length` bytes from `start`, fewer where the file ends before. Raises FileNotFoundError, StoreError."""
     if not is_uri(uri):
         return read(uri, start, length)
-    from fsspec.core import url_to_fs
-
-    with _foreign(uri, "reading"):
-        system, path = url_to_fs(uri)
+    with foreign(uri, "reading"):
+        system, path = _system(uri)
         return bytes(system.cat_file(path, start=start, end=start + length))
 
 
 def size(uri: str) -> int:
     """Bytes of a file. Raises FileNotFoundError, StoreError."""
-    from fsspec.core import url_to_fs
-
-    with _foreign(uri, "looking at"):
-        system, path = url_to_fs(uri)
+    with foreign(uri, "looking at"):
+        system, path = _system(uri)
         return int(system.size(path))
 
 
 def matching(pattern: str) -> list[str]:
     """The files that a glob matches, sorted; URIs where the pattern is one. Raises StoreError."""
-    from fsspec.core import url_to_fs
-
-    with _foreign(pattern, "listing"):
-        system, path = url_to_fs(pattern)
+    with foreign(pattern, "listing"):
+        system, path = _system(pattern)
         return sorted(str(system.unstrip_protocol(one)) if is_uri(pattern) else str(one) for one in system.glob(path))
+
+
+def put(file: Path, uri: str) -> None:
+    """Copy a file of this machine to a URI, over what is there; on a bucket whole or not at all. Raises StoreError."""
+    with foreign(uri, "writing"):
+        system, path = _system(uri)
+        system.makedirs(system._parent(path), exist_ok=True)
+        system.put_file(str(file), path)
 
 
 @contextmanager
 def reading(uri: str) -> Iterator[BinaryIO]:
     """The file opened to be read and sought in. Raises FileNotFoundError, StoreError."""
-    import fsspec
-
-    with _foreign(uri, "reading"):
-        opened = fsspec.open(uri, "rb").open()
+    with foreign(uri, "reading"):
+        system, path = _system(uri)
+        opened = system.open(path, "rb")
     try:
         yield opened
     finally:

@@ -21,6 +21,7 @@ from torch import Tensor
 from model import checkpoint, contract, health, optim, parallel, recording, sharding, storage, worker
 from model.contract import Attempt, Cause, CheckpointRef, RankEnd
 from model.data.batch import Batch
+from model.data.waiting import awaited
 from model.job import Begun, Job, begin
 from model.objectives.base import Moment
 from model.objectives.pure import Slices
@@ -44,7 +45,9 @@ def train(job: Job) -> Cause:
     trained = objective.networks().trained
     pulse = contract.pulse_file(job.attempt.launch_name, parallel.rank())
     began = time.monotonic()
-    for batch in (one.to(job.device, job.dtype) for one in job.loader):
+    waiting = contract.waiting_file(job.attempt.launch_name, parallel.rank())
+    batches = awaited(job.loader, waiting, settings.data.shown)
+    for batch in (one.to(job.device, job.dtype) for one in batches):
         moment = Moment(step=job.loop.step, steps=settings.steps, clock=job.loop.clock)
         if recording.due(settings, moment):
             _settle(job)
@@ -66,9 +69,9 @@ def train(job: Job) -> Cause:
         job.loop = job.loop.after_step(settings.optim.batch_size)
         if job.loop.step % settings.health.every == 0 or job.loop.step == settings.steps:
             known |= health.measure(objective, targets, terms.get("loss/dino_global"))
+        known |= _tell_skipped(job)
         rate = settings.optim.batch_size / (time.monotonic() - began)
         job.begun = Begun.of(moment, batch, tuple(terms), values, known, rate)
-        _tell_skipped(job)
         pulse.touch()
         stopping = job.stop.at(job.loop.step, settings.steps)
         if stopping or job.loop.step == settings.steps or job.loop.step % settings.checkpoints.every == 0:
@@ -121,12 +124,14 @@ def _changed_nothing(job: Job, begun: Begun, step: int, names: str) -> None:
         raise DivergedError(f"step {step} is the last of {limit} in a row that were not finite: {names}")
 
 
-def _tell_skipped(job: Job) -> None:
+def _tell_skipped(job: Job) -> dict[str, float]:
+    """This rank's unreadable images, by name for a person and, once there is one, as a metric."""
     skipped = job.loader.skipped
     if skipped.count > job.skips_told:
         job.skips_told = skipped.count
         last = ", ".join(f"{image.path} ({image.reason})" for image in skipped.last)
         job.progress.note(f"{skipped.count} unreadable images replaced so far, last: {last}")
+    return {"data/replaced": float(skipped.replaced)} if skipped.replaced else {}
 
 
 def seal(job: Job) -> None:

@@ -54,6 +54,7 @@ class Watch:
     asked: float | None = None  # when a stop was asked for
     pulses: dict[int, int] = field(default_factory=dict)
     pulse: float | None = None  # when a pulse was last seen
+    waiting: dict[int, str] = field(default_factory=dict)  # ranks that wait for a batch, and where their images lie
     pids: dict[int, int] = field(default_factory=dict)
     dead: list[int] = field(default_factory=list)  # in the order of their deaths
     over: float | None = None  # since when the processes have had no reason to stay
@@ -78,6 +79,7 @@ def look(attempt: Attempt, watch: Watch, requests: Requests, selector: selectors
     pulses = {rank: _modified(contract.pulse_file(attempt.launch_name, rank)) for rank in ranks(attempt)}
     if pulses != watch.pulses and any(pulses.values()):
         watch.pulses, watch.pulse = pulses, now
+    watch.waiting = _waiting(attempt)
     watch.dead += _deaths(attempt, watch, selector, ended)
     if watch.over is None and _is_over(attempt, watch):
         watch.over = now
@@ -117,9 +119,18 @@ def why_kill(health: config.Health, watch: Watch, requests: int, closed: bool, n
         message = f"the ranks did not seal within health.notice_seconds ({health.notice_seconds:g} s): ended, unsealed"
         return RankEnd(cause=Cause.UNSEALED, message=message, step=None)
     if now - (watch.began if watch.pulse is None else watch.pulse) > health.stall_seconds:
-        message = f"no step for health.stall_seconds ({health.stall_seconds:g} s); the ranks' stacks are in their logs"
-        return RankEnd(cause=Cause.HUNG, message=message, step=None)
+        return _stalled(health, watch)
     return None
+
+
+def _stalled(health: config.Health, watch: Watch) -> RankEnd:
+    """A loader that does not deliver is told from a step that does not end: other ranks wait for a starved one."""
+    since = f"for health.stall_seconds ({health.stall_seconds:g} s)"
+    if watch.waiting:
+        rank, where = min(watch.waiting.items())
+        message = f"rank {rank}: no batch {since}: the loader waits for {where or 'its images'}"
+        return RankEnd(cause=Cause.DATA_STALLED, message=message, step=None)
+    return RankEnd(cause=Cause.HUNG, message=f"no step {since}; the ranks' stacks are in their logs", step=None)
 
 
 def _is_over(attempt: Attempt, watch: Watch) -> bool:
@@ -148,6 +159,14 @@ def _modified(path: Path) -> int:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
         return 0
+
+
+def _waiting(attempt: Attempt) -> dict[int, str]:
+    found = {}
+    for rank in ranks(attempt):
+        with suppress(FileNotFoundError):
+            found[rank] = contract.waiting_file(attempt.launch_name, rank).read_text(errors="replace")
+    return found
 
 
 def closed(attempt: Attempt) -> bool:

@@ -16,7 +16,7 @@ import torch
 
 from model import checkpoint, contract, storage
 from model.contract import Attempt, Cause, RankEnd
-from model.data.errors import BadDataError, DataError
+from model.data.errors import BadDataError, DataError, StalledDataError
 from model.stopping import TooLateError
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ CAUSES: tuple[tuple[type[Exception], Cause], ...] = (
     (TooLateError, Cause.UNSEALED),
     (storage.DiskFullError, Cause.DISK_FULL),
     (storage.AlreadyPublished, Cause.SUPERSEDED),  # somebody else writes this attempt's files
+    (StalledDataError, Cause.DATA_STALLED),
     (storage.StoreError, Cause.STORE_LOST),
 )
 """What an exception that ends the work is to the controller; any other is a crash."""

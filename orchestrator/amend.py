@@ -15,7 +15,8 @@ OPERATIONAL = ("cluster", "tracking", "runs")
 """Top-level sections that say how a run is carried out, not what it computes."""
 
 OPERATIONAL_IN_A_PHASE = (
-    ("resources",), ("health",), ("checkpoints",), ("data", "workers"), ("data", "max_skip_rate"), ("debug",),
+    ("resources",), ("health",), ("checkpoints",), ("debug",),
+    ("data", "workers"), ("data", "read_ahead_mib"), ("data", "max_skip_rate"),
 )  # fmt: skip
 
 ABSENT = "(not there)"

@@ -38,7 +38,7 @@ def build(state: State, run_dir: str, number: int, phase: str, *, dry: bool = Fa
     dry: only to be shown: nothing is pinned, and the run's copy of the code need not be there.
     Raises HandoffError for an input that is not there, CodeError if the run's copy of the code is not what it was.
     """
-    settings = state.settings(phase)
+    settings = state.told(phase)
     resources = settings["resources"]
     evaluation = phase == EVALUATE
     return Attempt(

@@ -352,11 +352,15 @@ def uncaptioned(phases: Mapping[str, AnyPhase], cluster: ClusterProfile | None) 
 
 
 def evaluated(draft: Draft) -> Iterator[Problem]:
-    """An evaluation of what no phase of this run trains."""
+    """An evaluation of what no phase of this run trains, or on what cannot be split fairly."""
     kinds = [settings.get("kind") for settings in draft.raw.values()]
     if draft.evaluate is not None and kinds and all(kind == "text" for kind in kinds):
         yield Problem("the evaluation scores a vision backbone, and no phase of this run trains one", ("evaluate",),
                       allowed=f"beside a phase of kind {listed(SSL_KINDS)}", hint="evaluate: null")  # fmt: skip
+    if draft.evaluate is not None and draft.evaluate.data.shards:
+        yield Problem("an evaluation looks at a folder of images: near-duplicates are looked for there, and not in tar "
+                      "shards", ("evaluate", "data", "path"), found=draft.evaluate.data.shown, allowed="a folder",
+                      hint="evaluate.data.path=FOLDER, or evaluate: null")  # fmt: skip
 
 
 HIDES = {"none": (), "test": ("test",), "validation": ("validation", "test")}

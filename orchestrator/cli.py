@@ -153,6 +153,7 @@ def _add_run_commands(commands: Commands) -> None:
 
     resume = _add_run(commands, "resume", "go on with a run that was stopped, cancelled or failed")
     resume.add_argument("--code", choices=["new"], help="go on with the installed code; no longer bit for bit")
+    resume.add_argument("--skip-data", type=int, metavar="N", help="jump over the data of the N steps to come")
     resume.add_argument("--detach", action="store_true", help="return at once; a process in the background watches")
 
     _add_run(commands, "watch", "(internal) keep a run going until it is over; what --detach starts")
@@ -210,7 +211,7 @@ def _add_data(commands: Commands) -> None:
 
     pack = _add(actions, "pack", "tar shards of a folder of images, with captions and labels, shuffled")
     pack.add_argument("folder", metavar="FOLDER")
-    pack.add_argument("target", metavar="TARGET", help="the folder of the shards")
+    pack.add_argument("target", metavar="TARGET", help="the folder of the shards, or a URI: s3://bucket/prefix")
     pack.add_argument("--name", default="images", help="of the shards: NAME-000000.tar; images if absent")
     pack.add_argument("--images-per-shard", type=int, default=1000, metavar="N", help="1000 if absent")
     pack.add_argument("--seed", type=int, default=0, help="of the shuffling")

@@ -166,7 +166,7 @@ def resume(options: Options) -> int:
     from orchestrator import control
 
     run_dir = _find(options)
-    control.resume(run_dir, by=_me(), new_code=options.code == "new")
+    control.resume(run_dir, by=_me(), new_code=options.code == "new", skip_data=options.skip_data)
     return _go_on(run_dir, options)
 
 

@@ -103,20 +103,22 @@ def submit(run_dir: str, request: Request, *, by: str, fork: str | None = None, 
     return Submitted("amended" if changes else "attached", state, tuple(changes))
 
 
-def resume(run_dir: str, *, by: str, new_code: bool = False) -> State:
+def resume(run_dir: str, *, by: str, new_code: bool = False, skip_data: int | None = None) -> State:
     """Go on with a run that was stopped, cancelled or failed; one that is under way is left alone.
 
-    new_code: from now on with the installed model/, no longer claimed to be bit-exact. Raises ControlError.
+    new_code: from now on with the installed model/, no longer claimed to be bit-exact. skip_data: jump over the data
+    of so many steps from the last checkpoint on. Raises ControlError.
     """
     run_dir = absolute(run_dir)
     state = _with_its_end(run_dir, load(run_dir))
     if state.situation is Situation.DONE:
         raise ControlError(f"run {state.created.run} is done; there is nothing to resume")
-    if not _stands(state) and not new_code:
+    if not _stands(state) and not new_code and skip_data is None:
         return state
     digest = code.pin(run_dir) if new_code else None
     try:
-        return insist(run_dir, Resumed(at=now(), nonce=new_nonce(), by=by, code_digest=digest))
+        event = Resumed(at=now(), nonce=new_nonce(), by=by, code_digest=digest, skip_data=skip_data)
+        return insist(run_dir, event)
     except IllegalEvent as error:
         raise ControlError(f"run {state.created.run}: {error}") from error
 

@@ -96,6 +96,7 @@ class Resumed(Base, frozen=True):
 
     by: str
     code_digest: str | None = None  # `resume --code new`: the code from now on
+    skip_data: int | None = None  # `resume --skip-data`: steps of data to jump over, from the last checkpoint on
 
 
 class RunFailed(Base, frozen=True):

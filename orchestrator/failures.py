@@ -32,6 +32,7 @@ POLICIES: dict[Cause, Policy] = {
     Cause.VANISHED: Policy(5, 1.0, "its machines go away without a word: ask whoever runs them"),
     Cause.NOT_LAUNCHED: Policy(5, 1.0, "the cluster does not take it: check partition, limits and account"),
     Cause.STORE_LOST: Policy(5, 15.0, "its machines lose sight of the run directory: check that file system or bucket"),
+    Cause.DATA_STALLED: Policy(5, 15.0, "its images do not arrive: check the file system or bucket of data.path"),
     Cause.SUPERSEDED: Policy(5, 1.0, "another process holds its claim: look for a job of the same name on the cluster"),
     Cause.CRASHED: Policy(2, 1.0, "the trainer raises the same exception again and again: see the log"),
     Cause.HUNG: Policy(2, 5.0, "no step for health.stall_seconds: see the stacks in the log, or raise the limit"),

@@ -22,7 +22,6 @@ from model.config import (
     PHASES,
     AnyPhase,
     Count,
-    Data,
     Evaluate,
     Model,
     Phase,
@@ -141,8 +140,8 @@ def not_there_yet(job: Job, cluster: ClusterProfile) -> list[Problem]:
     for name, phase in job.phases.items():
         for feature, path in _features(phase, cluster):
             asked.setdefault(feature, []).append(("phases", name, *path))
-    if job.evaluate is not None and (feature := _of_evaluation(job.evaluate.data)):
-        asked.setdefault(feature, []).append(("evaluate", "data", "path"))
+    if job.evaluate is not None and storage.is_uri(job.evaluate.data.shown):
+        asked.setdefault(_ON_A_BUCKET, []).append(("evaluate", "data", "path"))
     if storage.is_uri(job.runs):
         asked["runs on a bucket"] = [("runs",)]
     return [
@@ -154,20 +153,12 @@ def not_there_yet(job: Job, cluster: ClusterProfile) -> list[Problem]:
 _ON_A_BUCKET = "a folder of images on a bucket (tar shards on one are: `dinoctl data pack` makes some)"
 
 
-def _of_evaluation(data: Data) -> str:
-    if data.shards:
-        return "an evaluation on tar shards (it looks at a folder of images, as evaluate.data.path, or evaluate: null)"
-    return _ON_A_BUCKET if storage.is_uri(data.shown) else ""
-
-
 def _features(phase: PhaseBase, cluster: ClusterProfile) -> Iterator[tuple[str, Path]]:
     for path, part in phase.data.parts:
         if storage.is_uri(part.shown) and not part.shards:
             yield _ON_A_BUCKET, ("data", *path)
     if phase.data.also and isinstance(phase, TextPhase):
         yield "captions from more than one folder", ("data", "also")
-    if phase.data.shards and isinstance(phase, TextPhase):
-        yield "captions from tar shards", ("data", "path")
     if cluster.launcher == "local" and phase.resources.nodes > 1:
         yield "more than one node with the local launcher", ("resources", "nodes")
 

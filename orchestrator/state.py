@@ -95,6 +95,7 @@ class State(msgspec.Struct, frozen=True):
     failed: RunFailed | None = None
     counts: Mapping[Cause, int] = msgspec.field(default_factory=dict)
     failure: AttemptEnded | None = None
+    jumps: tuple[tuple[str, int, int], ...] = ()  # phase, updates before, and steps of data that are jumped over
     events: int = 1
 
     @property
@@ -174,6 +175,14 @@ class State(msgspec.Struct, frozen=True):
     def settings(self, phase: str) -> dict[str, Any]:
         section: dict[str, Any] = self.spec["evaluate"] if phase == EVALUATE else self.spec["phases"][phase]
         return section
+
+    def told(self, phase: str) -> dict[str, Any]:
+        """The settings, and the data that the log says is to be jumped over: what an attempt is told."""
+        section = self.settings(phase)
+        ahead = [{"at": at, "steps": steps} for name, at, steps in self.jumps if name == phase]
+        if not ahead:
+            return section
+        return {**section, "data": {**section["data"], "skip": [*section["data"].get("skip", []), *ahead]}}
 
 
 # --- the fold ---------------------------------------------------------------------------------------------------------
@@ -285,7 +294,22 @@ def _resume(state: State, event: Resumed) -> State:
     if state.live and state.desired is Desired.RUNNING:
         raise IllegalEvent("the run is under way")
     code = event.code_digest or state.code_digest
-    return replace(state, desired=Desired.RUNNING, hard=False, failed=None, counts={}, failure=None, code_digest=code)
+    jumps = (*state.jumps, _jump(state, event.skip_data)) if event.skip_data is not None else state.jumps
+    return replace(
+        state, desired=Desired.RUNNING, hard=False, failed=None, counts={}, failure=None, code_digest=code, jumps=jumps
+    )
+
+
+def _jump(state: State, steps: int) -> tuple[str, int, int]:
+    """From the last checkpoint of the phase that is due: where its next attempt goes on."""
+    due = state.next_stage
+    if state.live:
+        raise IllegalEvent(f"attempt {state.live.number} is reading its data: stop the run first, then jump over some")
+    if due is None or due.last is None:
+        raise IllegalEvent("no phase is left whose data could be jumped over")
+    if steps < 1:
+        raise IllegalEvent(f"the data of {steps} steps cannot be jumped over: 1 or more")
+    return due.name, max((ref.step for ref in state.resume_points(due.name, "")), default=0), steps
 
 
 def _fail(state: State, event: RunFailed) -> State:

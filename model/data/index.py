@@ -23,18 +23,14 @@ from model import config, contract, storage
 from model.data import duplicates
 from model.data.errors import BadDataError, DataError, Skipped, UnreadableImageError
 from model.data.images import decode_with_alpha
+from model.data.skips import MOST_NAMES
+from model.data.splits import HIDDEN, Split, split_of
 from model.data.threads import cores, in_threads
 
 COMPARE_AT_MOST = 20_000
 """Images past which only equal files are grouped: comparing each with each grows with the square."""
 
 VERSION = 1
-TEST_SHARE, VALIDATION_SHARE = 1 / 3, 0.15
-SPLIT_KEY = b"dinoctl split 1"  # a constant: a split that moved with the seed would leak from one seed to the next
-
-Split = Literal["train", "validation", "test"]
-HIDDEN: dict[str, tuple[Split, ...]] = {"none": (), "test": ("test",), "validation": ("validation", "test")}
-"""`data.hold_out` -> the splits that training does not see."""
 
 
 class Entry(contract.Record, frozen=True):
@@ -84,7 +80,7 @@ def build_or_read(data: config.Data, run_dir: str) -> Index:
     except FileNotFoundError:
         pass
     index = build(root, data)
-    check_skip_rate(index, [], data.max_skip_rate)  # before it is published: a repaired folder is looked at anew
+    check_skip_rate(index, 0, [], data.max_skip_rate)  # before it is published: a repaired folder is looked at anew
     try:
         storage.publish(path, contract.encode(index))
     except storage.AlreadyPublished:
@@ -95,7 +91,7 @@ def build_or_read(data: config.Data, run_dir: str) -> Index:
 def training_entries(index: Index, data: config.Data) -> list[Entry]:
     """What training sees under `data.hold_out`. Raises DataError if nothing is left, BadDataError if too many images
     of the folder are unreadable."""
-    check_skip_rate(index, [], data.max_skip_rate)
+    check_skip_rate(index, 0, [], data.max_skip_rate)
     entries = [entry for entry in index.entries if entry.split not in HIDDEN[data.hold_out]]
     if not entries:
         raise DataError(
@@ -110,14 +106,15 @@ def entries_of(index: Index, split: Split) -> list[Entry]:
     return [entry for entry in index.entries if entry.split == split]
 
 
-def check_skip_rate(index: Index, found_later: list[Skipped], most: float) -> None:
-    """Raises BadDataError if the index's unreadable images and those `found_later` are more than the share `most`."""
-    skipped = [*index.skipped, *found_later]
+def check_skip_rate(index: Index, found_later: int, last: list[Skipped], most: float) -> None:
+    """Raises BadDataError if the index's unreadable images and those `found_later`, `last` among them, are more than
+    the share `most`."""
+    count = len(index.skipped) + found_later
     total = len(index.entries) + len(index.skipped)
-    if len(skipped) > most * total:
-        named = "\n".join(f"  {one.path}: {one.reason}" for one in skipped[-5:])
+    if count > most * total:
+        named = "\n".join(f"  {one.path}: {one.reason}" for one in [*index.skipped[-MOST_NAMES:], *last][-MOST_NAMES:])
         raise BadDataError(
-            f"{len(skipped)} of {total} images under {index.root} are unreadable, more than data.max_skip_rate "
+            f"{count} of {total} images under {index.root} are unreadable, more than data.max_skip_rate "
             f"({most:g}) allows; repair or remove them, or raise it\nThe last of them:\n{named}"
         )
 
@@ -187,15 +184,6 @@ def list_images(root: Path, suffixes: frozenset[str] = contract.IMAGE_SUFFIXES) 
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes
         ]
     return sorted(found)
-
-
-def split_of(first_path: str) -> Split:
-    """The split of a group of near-duplicates, by the path of its first member."""
-    digest = hashlib.blake2b(first_path.encode("utf-8", "surrogateescape"), digest_size=8, key=SPLIT_KEY).digest()
-    point = int.from_bytes(digest, "little") / 2**64
-    if point < TEST_SHARE:
-        return "test"
-    return "validation" if point < TEST_SHARE + VALIDATION_SHARE else "train"
 
 
 class _Look(msgspec.Struct, frozen=True):

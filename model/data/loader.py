@@ -1,6 +1,6 @@
 """The loader: one rank's part of every step's batch, in order, prepared ahead by threads.
 
-A batch is a function of (settings, seed, origin, clock, rank) alone, so that any number of threads, a resumed run and
+A batch is a function of (settings, stream, clock) alone, so that any number of threads, a resumed run and
 another number of ranks see the same images, crops and masks. Threads rather than processes: decoding, resizing and the
 array work release the interpreter lock, and nothing has to be pickled or shared.
 """
@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -24,24 +25,35 @@ from model.data.batch import Batch, PairBatch, SslBatch
 from model.data.errors import BadDataError, DataError, Skipped, UnreadableImageError
 from model.data.images import Picture
 from model.data.masks import group_masks
-from model.data.sources import FolderSource, Found, Source, check_skips, draw, open_sources
+from model.data.read_ahead import Piece, ReadAhead, read_now
+from model.data.shards import ShardSource
+from model.data.skips import Skips
+from model.data.sources import Found, Source, check_skips, draw, open_sources
+from model.data.threads import deaf
 from model.data.views import PairViews, SslViews, Views
 from model.draws import generator
 
 MOST_REPLACEMENTS = 100
-MOST_NAMES = 5
 
 
 @dataclass(frozen=True)
-class SkippedImages:
-    """Images that turned out unreadable while training, and were replaced: how many, and the last few."""
+class Stream:
+    """Which batches a loader makes: of whose order, at which clocks, and which rank's part of them."""
 
-    count: int
-    last: list[Skipped]
+    seed: int
+    origin: str
+    clocks: range
+    rank: int = 0
+    world: int = 1
+    jumps: tuple[tuple[int, int], ...] = ()  # (clock, steps): from there on the data of so many steps is jumped over
+
+    def data_clock(self, clock: int) -> int:
+        """The clock at which the data of the batch would stand if nothing were jumped over."""
+        return clock + sum(steps for at, steps in self.jumps if at <= clock)
 
 
 class Loader:
-    """Iterates over this rank's batches for the clocks from `start_clock` up to, not including, `stop_clock`.
+    """Iterates over the batches of a stream.
 
     Iterating raises BadDataError when more images are unreadable than `data.max_skip_rate` allows, and whatever else
     went wrong in a thread, at the batch it belongs to. `tokenizer` is the JSON of a text phase's tokenizer, else None.
@@ -51,49 +63,53 @@ class Loader:
     def __init__(
         self,
         settings: config.AnyPhase,
-        seed: int,
-        origin: str,
+        stream: Stream,
         found: list[Found],
         run_dir: str,
-        objective_views: Callable[[int], Views],
-        rank: int,
-        world: int,
-        start_clock: int,
-        stop_clock: int,
+        views: Callable[[int], Views],
     ) -> None:
         self.tokenizer: str | None = None
-        self._sources = open_sources(found, settings.data, isinstance(settings, config.TextPhase))
-        first = self._sources[0]
-        if isinstance(settings, config.TextPhase) and isinstance(first, FolderSource):
-            self.tokenizer = text.build_or_read(first.captions(), settings.text.vocabulary, run_dir)
-        self._make = _Maker(settings, seed, origin, self._sources, self.tokenizer, objective_views, rank, world)
-        self._clocks = range(start_clock, stop_clock)
+        self._reading: ReadAhead | None = None
+        self._sources = open_sources(found, settings.data, isinstance(settings, config.TextPhase), self._read)
+        if isinstance(settings, config.TextPhase):
+            self.tokenizer = text.build_or_read(self._sources[0].captions(), settings.text.vocabulary, run_dir)
+        self._make = _Maker(settings, stream, self._sources, self.tokenizer, views)
+        self._clocks = stream.clocks
         self._workers, self._most = settings.data.workers, settings.data.max_skip_rate
         self._pool: ThreadPoolExecutor | None = None
-        self._skipped: dict[str, Skipped] = {}
-
-    @property
-    def skipped(self) -> SkippedImages:
+        self._budget = settings.data.read_ahead_mib * 2**20
+        self.skipped = Skips()
         """Unreadable images in the batches handed out so far; those that the index knows of are not among them."""
-        return SkippedImages(len(self._skipped), list(self._skipped.values())[-MOST_NAMES:])
 
     def __iter__(self) -> Iterator[Batch]:
+        self.close()
+        if any(isinstance(source, ShardSource) for source in self._sources):
+            self._reading = ReadAhead(self._clocks, self._make.pieces, self._budget, least=self._workers + 1)
         seen = 0
-        for batch, skipped in self._ahead() if self._workers else map(self._make.batch, self._clocks):
-            seen += len(batch.positions)
-            self._skipped.update((one.path, one) for one in skipped)
-            if skipped:
-                check_skips(self._sources, list(self._skipped.values()), seen, self._most)
-            yield batch
+        try:
+            for batch, skipped in self._ahead() if self._workers else map(self._batch, self._clocks):
+                seen += len(batch.positions)
+                if skipped:
+                    self.skipped.add(skipped)
+                    check_skips(self._sources, self.skipped, seen, self._most)
+                yield batch
+        finally:
+            self.close()
+
+    def _batch(self, clock: int) -> tuple[Batch, list[Skipped]]:
+        with self._reading.batch(clock) if self._reading else nullcontext():
+            return self._make.batch(clock)
+
+    def _read(self, piece: Piece) -> bytes:
+        return self._reading.read(piece) if self._reading else read_now(piece)
 
     def _ahead(self) -> Iterator[tuple[Batch, list[Skipped]]]:
         """The same batches, each made by one of the threads, at most one more than there are threads in waiting."""
-        self.close()
-        pool = self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="loader")
+        pool = self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="loader", initializer=deaf)
         waiting: deque[Future[tuple[Batch, list[Skipped]]]] = deque()
         try:
             for clock in self._clocks:
-                waiting.append(pool.submit(self._make.batch, clock))
+                waiting.append(pool.submit(self._batch, clock))
                 if len(waiting) > self._workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -103,9 +119,24 @@ class Loader:
 
     def close(self) -> None:
         """Drop what is not begun, wait for what is, and join the threads."""
+        if self._reading is not None:
+            self._reading.stop()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
+        if self._reading is not None:  # after the threads that take from it
+            self._reading.close()
+            self._reading = None
+
+
+def learn_tokenizer(settings: config.AnyPhase, found: list[Found], run_dir: str) -> None:
+    """A text phase's tokenizer, which is the same on every rank: one learns it before the others ask.
+
+    Raises DataError, BadDataError, StoreError.
+    """
+    if isinstance(settings, config.TextPhase):
+        (source,) = open_sources(found, settings.data, captioned=True)
+        text.build_or_read(source.captions(), settings.text.vocabulary, run_dir)
 
 
 @dataclass(frozen=True)
@@ -120,37 +151,46 @@ class _Maker:
     def __init__(
         self,
         settings: config.AnyPhase,
-        seed: int,
-        origin: str,
+        stream: Stream,
         sources: list[Source],
         tokenizer: str | None,
         views: Callable[[int], Views],
-        rank: int,
-        world: int,
     ) -> None:
-        self.settings, self.seed, self.origin, self.sources, self.views = settings, seed, origin, sources, views
-        self.order = draw(sources, settings.data, seed, origin, settings.optim.batch_size)
+        self.settings, self.stream, self.sources, self.views = settings, stream, sources, views
+        self.seed, self.origin = stream.seed, stream.origin
+        self.order = draw(sources, settings.data, stream.seed, stream.origin, settings.optim.batch_size)
         self.ends = list(accumulate(int(source.counts.sum()) for source in sources))
         self.tokenizer = None if tokenizer is None else text.load(tokenizer)
         batch, group = settings.optim.batch_size, settings.optim.group_size
-        if batch % (world * group):
+        if batch % (stream.world * group):
             raise DataError(
-                f"optim.batch_size: {batch} images in groups of {group} do not divide over {world} processes; "
+                f"optim.batch_size: {batch} images in groups of {group} do not divide over {stream.world} processes; "
                 f"take a number of processes that divides {batch // group}"
             )
-        share = batch // world
-        self.slice = range(rank * share, (rank + 1) * share)
+        share = batch // stream.world
+        self.slice = range(stream.rank * share, (stream.rank + 1) * share)
 
     def batch(self, clock: int) -> tuple[Batch, list[Skipped]]:
         """This rank's part of the batch at `clock`, and the images that had to be replaced in it."""
-        first = clock * self.settings.optim.batch_size
-        positions = [first + place for place in self.slice]
+        positions = self._positions(clock)
         skipped: list[Skipped] = []
         samples = [self._sample(position, skipped) for position in positions]
         views = self.views(clock)
         if isinstance(views, PairViews):
             return self._pairs(positions, samples, views), skipped
         return self._ssl(clock, positions, samples, views), skipped
+
+    def pieces(self, clock: int) -> list[Piece]:
+        """What this rank's part of the batch at `clock` takes from tar shards, unless something is unreadable."""
+        found: list[Piece] = []
+        for position in self._positions(clock):
+            source, own = self._find(self.order.number(position))
+            found += source.pieces(own, captioned=self.tokenizer is not None)
+        return found
+
+    def _positions(self, clock: int) -> list[int]:
+        first = self.stream.data_clock(clock) * self.settings.optim.batch_size
+        return [first + place for place in self.slice]
 
     def _sample(self, position: int, skipped: list[Skipped]) -> _Sample:
         """The image at `position`, or the first of its replacements that can be read."""

@@ -1,19 +1,26 @@
-"""`dinoctl data pack`: a folder of images as tar shards, named as in WebDataset.
+"""`dinoctl data pack`: a folder of images as tar shards, named as in WebDataset, in a folder or on a bucket.
 
 The images are shuffled first, so that each shard holds a bit of everything. The same folder gives the same bytes.
 """
 
 from __future__ import annotations
 
+import glob
 import io
 import tarfile
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
+from model import storage
 from model.contract import IMAGE_SUFFIXES
 from model.data.errors import DataError
 from model.data.index import folder, list_images
+from model.data.patience import patiently
+from model.data.patterns import absolute
 from model.data.shards import Tell
 from model.draws import generator
 
@@ -40,26 +47,28 @@ def pack(
     """Write the images under `source`, with captions and labels, as `target`/`name`-000000.tar and so on.
     `suffixes`: how the names of images end.
 
-    A label is the place of its first-level folder in classes.txt, from 0. Raises DataError for a folder that is not
-    there or holds no image and for a target that holds shards of that name, OSError.
+    `target` is a folder or a URI. A label is the place of its first-level folder in classes.txt, from 0. Raises
+    DataError for a folder that is not there or holds no image and for a target that holds shards of that name, OSError.
     """
-    root, out = folder(source), Path(target).expanduser().absolute()
+    root, out = folder(source), absolute(target).rstrip("/")
     paths = list_images(root, suffixes)
     if not paths:
         raise DataError(f"no images under {root}")
     count = -(-len(paths) // images_per_shard)
-    if there := next(out.glob(f"{name}-*.tar"), None):
-        raise DataError(f"{there} is there already: remove it, or take another folder or --name")
-    out.mkdir(parents=True, exist_ok=True)
+    if there := storage.matching(f"{out}/{glob.escape(name)}-*.tar"):
+        raise DataError(f"{there[0]} is there already: remove it, or take another folder or --name")
     labels = _labels(paths)
     if labels:
-        (out / CLASSES).write_bytes("".join(f"{label}\n" for label in labels).encode("utf-8", "surrogateescape"))
+        classes = "".join(f"{label}\n" for label in labels).encode("utf-8", "surrogateescape")
+        with _whole(f"{out}/{CLASSES}") as file:
+            file.write_bytes(classes)
     keys = _keys(paths)
     order = generator(seed, "pack").permutation(len(paths)).tolist()
     done = 0
     for shard in range(count):
         part = [paths[number] for number in order[shard * images_per_shard : (shard + 1) * images_per_shard]]
-        _write(out / f"{name}-{shard:06d}.tar", [(keys[path], root / path, _label(path, labels)) for path in part])
+        with _whole(f"{out}/{name}-{shard:06d}.tar") as file:
+            _write(file, [(keys[path], root / path, _label(path, labels)) for path in part])
         done += len(part)
         tell(done, len(paths))
     last = f"-{{000000..{count - 1:06d}}}" if count > 1 else "-000000"
@@ -92,19 +101,32 @@ def _keys(paths: list[str]) -> dict[str, str]:
     return keys
 
 
-def _write(shard: Path, samples: list[tuple[str, Path, int | None]]) -> None:
-    """One shard, whole or not at all."""
-    temporary = shard.with_name(f".{shard.name}.tmp")
+@contextmanager
+def _whole(target: str) -> Iterator[Path]:
+    """A file of this machine to write, which then becomes `target`, whole or not at all. Raises OSError."""
+    if storage.is_uri(target):
+        with tempfile.TemporaryDirectory(prefix="dinoctl-pack-") as scratch:
+            file = Path(scratch, "shard")
+            yield file
+            patiently(partial(storage.put, file, target))
+        return
+    here = Path(target)
+    here.parent.mkdir(parents=True, exist_ok=True)
+    temporary = here.with_name(f".{here.name}.tmp")
     try:
-        with tarfile.open(temporary, "w") as tar:
-            for key, image, label in samples:
-                for suffix, data in _files(image, label):
-                    member = tarfile.TarInfo(f"{key}{suffix}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
-        temporary.rename(shard)
+        yield temporary
+        temporary.rename(here)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _write(shard: Path, samples: list[tuple[str, Path, int | None]]) -> None:
+    with tarfile.open(shard, "w") as tar:
+        for key, image, label in samples:
+            for suffix, data in _files(image, label):
+                member = tarfile.TarInfo(f"{key}{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
 
 
 def _files(image: Path, label: int | None) -> Iterator[tuple[str, bytes]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -21,10 +21,14 @@ from numpy.typing import NDArray
 
 from model import config, contract, storage
 from model.data import tar_shard
+from model.data.captions import MOST_CAPTIONS, Captions
 from model.data.errors import BadDataError, DataError, Skipped, UnreadableImageError
 from model.data.images import Picture, decode
 from model.data.patience import patiently
 from model.data.patterns import absolute, locate
+from model.data.read_ahead import Piece, read_now
+from model.data.skips import MOST_NAMES, Skips
+from model.data.splits import HIDDEN, SPLITS
 from model.data.tar_shard import Samples, Shard
 from model.data.threads import in_threads
 
@@ -35,6 +39,9 @@ OPEN_SHARDS = 4
 
 FEWEST = 1000
 """Images after which the share of unreadable ones is looked at."""
+
+LONGEST_CAPTION = 10_000
+"""Bytes that are looked at."""
 
 Tell = Callable[[int, int], None]
 """Told how many of how many shards are done."""
@@ -49,6 +56,8 @@ class ShardSet(contract.Record, frozen=True):
     samples: list[int]
     without_image: int
     skipped: list[Skipped]  # shards that are damaged, from some point on
+    splits: dict[str, list[int]] = msgspec.field(default_factory=dict)  # samples of each split, shard by shard
+    captioned: dict[str, list[int]] = msgspec.field(default_factory=dict)  # those of them that have a caption
 
     @property
     def total(self) -> int:
@@ -124,6 +133,10 @@ def build(patterns: list[str], index: str, tell: Tell) -> ShardSet:
         without_image=sum(shard.without_image for shard in shards),
         skipped=[Skipped(path=shard.path, reason=shard.damage) for shard in shards if shard.damage],
     )
+    if all(len(shard.splits) == len(SPLITS) for shard in shards):  # else it was indexed before there were any
+        for place, split in enumerate(SPLITS):
+            made.splits[split] = [shard.splits[place] for shard in shards]
+            made.captioned[split] = [shard.captioned[place] for shard in shards]
     if not made.total:
         why = f"; {made.skipped[0].path}: {made.skipped[0].reason}" if made.skipped else ""
         raise DataError(
@@ -144,72 +157,133 @@ class Place:
 
 
 class ShardSource:
-    """The images of a set of shards by number. Safe to call from several threads."""
+    """The images of a set of shards by number, `read` piece by piece. Safe to call from several threads."""
 
-    def __init__(self, found: ShardSet, data: config.Data) -> None:
-        self._set, self._data = found, data
-        self.counts: NDArray[np.int64] = np.array(found.samples, np.int64)
+    def __init__(
+        self, found: ShardSet, data: config.Data, captioned: bool = False, read: Callable[[Piece], bytes] = read_now
+    ) -> None:
+        """`captioned`: only the samples that have a caption. Raises DataError, BadDataError."""
+        self._set, self._data, self._read = found, data, read
+        self._hidden, self._captioned = HIDDEN[data.hold_out], captioned
+        self.counts = visible_counts(found, data.hold_out, captioned)
         self._ends = np.cumsum(self.counts)
         self.lanes, self.window = data.lanes, data.window
-        self._samples = lru_cache(maxsize=OPEN_SHARDS * data.lanes)(self._read_samples)
+        self._opened = lru_cache(maxsize=OPEN_SHARDS * data.lanes)(self._open)
         check_shards(found, data.max_skip_rate)
 
     def place(self, number: int) -> Place:
+        """Where the image lies: counted through those that are seen."""
         shard = int(np.searchsorted(self._ends, number, side="right"))
         return Place(shard, number - int(self._ends[shard] - self.counts[shard]))
 
+    def _sample(self, number: int) -> tuple[str, Samples, int]:
+        """The image's shard, its index, and the sample's number in it."""
+        place = self.place(number)
+        samples, visible = self._opened(place.shard)
+        sample = place.sample if visible is None else int(visible[place.sample])
+        return self._set.paths[place.shard], samples, sample
+
+    def pieces(self, number: int, captioned: bool) -> list[Piece]:
+        """What `image`, and with `captioned` also `caption`, read."""
+        both = (self._image_piece(number), self._caption_piece(number) if captioned else None)
+        return [piece for piece in both if piece is not None]
+
     def image(self, number: int) -> Picture:
         """Raises UnreadableImageError; StoreError if the store stays out of reach."""
-        place = self.place(number)
-        record = self._samples(place.shard).records[place.sample]
-        return decode(self._bytes(place, int(record["image"]), int(record["image_bytes"])), self._data)
+        return decode(self._bytes(self._image_piece(number)), self._data)
 
     def caption(self, number: int) -> str:
         """The first line of the caption, "" if there is none."""
-        place = self.place(number)
-        record = self._samples(place.shard).records[place.sample]
-        if not record["caption_bytes"]:
+        piece = self._caption_piece(number)
+        return "" if piece is None else first_line(self._bytes(piece))
+
+    def captions(self) -> Captions:
+        """A bounded number of them, spread evenly over all."""
+        total = int(self._ends[-1])
+        count = min(MOST_CAPTIONS, total)
+        numbers = [place * total // count for place in range(count)]
+        which = "\n".join([self._data.hold_out, str(count), *self._set.paths, *map(str, self._set.bytes)])
+        return Captions(which, lambda: list(in_threads(self._caption_or_none, numbers, 2 * THREADS)))
+
+    def _caption_or_none(self, number: int) -> str:
+        try:
+            return self.caption(number)
+        except UnreadableImageError:
             return ""
-        text = self._bytes(place, int(record["caption"]), min(int(record["caption_bytes"]), 10_000))
-        return text.decode("utf-8", "replace").split("\n", 1)[0].strip()
 
     def label(self, number: int) -> int | None:
         """The number in the sample's .cls, None if it has none."""
-        place = self.place(number)
-        value = int(self._samples(place.shard).records[place.sample]["label"])
+        _, samples, sample = self._sample(number)
+        value = int(samples.records[sample]["label"])
         return None if value < 0 else value
 
     def name(self, number: int) -> str:
         """Shard and key, for people."""
-        place = self.place(number)
-        return f"{self._set.paths[place.shard]}: {self._samples(place.shard).key(place.sample)}"
+        path, samples, sample = self._sample(number)
+        return f"{path}: {samples.key(sample)}"
 
-    def check(self, skipped: list[Skipped], seen: int) -> None:
+    def check(self, skips: Skips, seen: int) -> None:
         """Raises BadDataError if more than the allowed share of the images `seen` so far had to be replaced."""
-        among = min(int(self._ends[-1]), max(seen, FEWEST))
-        if len(skipped) > self._data.max_skip_rate * among:
-            raise too_many(skipped, f"images among {among:,} of {self._set.where}", self._data.max_skip_rate)
+        most, among = self._data.max_skip_rate, max(seen, min(int(self._ends[-1]), FEWEST))
+        if skips.replaced > most * among:
+            raise too_many(skips.replaced, skips.last, f"images among {among:,} of {self._set.where}", most)
 
-    def _bytes(self, place: Place, start: int, length: int) -> bytes:
-        data = patiently(partial(storage.read_range, self._set.paths[place.shard], start, length))
-        if len(data) < length:
+    def _image_piece(self, number: int) -> Piece:
+        path, samples, sample = self._sample(number)
+        record = samples.records[sample]
+        return Piece(path, int(record["image"]), int(record["image_bytes"]))
+
+    def _caption_piece(self, number: int) -> Piece | None:
+        path, samples, sample = self._sample(number)
+        record = samples.records[sample]
+        size = min(int(record["caption_bytes"]), LONGEST_CAPTION)
+        return Piece(path, int(record["caption"]), size) if size else None
+
+    def _bytes(self, piece: Piece) -> bytes:
+        data = self._read(piece)
+        if len(data) < piece.length:
             raise UnreadableImageError("the shard ends before it: it was longer when it was indexed")
         return data
 
-    def _read_samples(self, shard: int) -> Samples:
+    def _open(self, shard: int) -> tuple[Samples, NDArray[np.int64] | None]:
+        """The shard's index, and which of its samples are seen (None: all)."""
         file = tar_shard.file_of(self._set.index, self._set.paths[shard], self._set.bytes[shard])
-        return patiently(partial(tar_shard.read, file))
+        samples = patiently(partial(tar_shard.read, file))
+        some = self._hidden or self._captioned
+        return samples, samples.visible(self._hidden, self._captioned) if some else None
+
+
+def visible_counts(found: ShardSet, hold_out: str, captioned: bool) -> NDArray[np.int64]:
+    """How many samples of each shard training sees. Raises DataError if that is none, or cannot be told."""
+    if hold_out == "none" and not captioned:
+        return np.array(found.samples, np.int64)
+    if not found.splits:
+        raise DataError(
+            f"data.path: {found.where}: this index was made by an older dinoctl, which counted no captions and splits; "
+            f"remove {found.index}, and it is made again"
+        )
+    by_split = found.captioned if captioned else found.splits
+    seen = [by_split[split] for split in SPLITS if split not in HIDDEN[hold_out]]
+    counts: NDArray[np.int64] = np.array(seen, np.int64).sum(axis=0)
+    if not counts.sum():
+        what = "no sample has a caption (key.txt, its first line)" if captioned else "no sample is left to train on"
+        raise DataError(f"data.path: {found.where}: with hold_out {hold_out!r} {what}")
+    return counts
+
+
+def first_line(caption: bytes) -> str:
+    return caption.decode("utf-8", "replace").split("\n", 1)[0].strip()
 
 
 def check_shards(found: ShardSet, most: float) -> None:
     """Raises BadDataError if more than the share `most` of the shards are damaged."""
     if len(found.skipped) > most * len(found.paths):
-        raise too_many(found.skipped, f"of {found.where}", most)
+        raise too_many(len(found.skipped), found.skipped[-MOST_NAMES:], f"of {found.where}", most)
 
 
-def too_many(skipped: list[Skipped], of: str, most: float) -> BadDataError:
-    named = "\n".join(f"  {one.path}: {one.reason}" for one in skipped[-5:])
+def too_many(count: int, last: Iterable[Skipped], of: str, most: float) -> BadDataError:
+    named = "\n".join(f"  {one.path}: {one.reason}" for one in last)
     return BadDataError(
-        f"{len(skipped):,} {of} are unreadable, more than data.max_skip_rate ({most:g}) allows; repair or remove them, "
+        f"{count:,} {of} are unreadable, more than data.max_skip_rate ({most:g}) allows; repair or remove them, "
         f"or raise it\nThe last of them:\n{named}"
     )

@@ -10,6 +10,7 @@ There is one place for `data.path` and one for each of `data.also`.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -19,12 +20,15 @@ from numpy.typing import NDArray
 from model import config
 from model.data import index as folders
 from model.data import shards
-from model.data.errors import DataError, Skipped
+from model.data.captions import Captions
+from model.data.errors import DataError
 from model.data.images import Picture, decode
 from model.data.index import Entry, Index
 from model.data.mixture import MixedOrder, Share
 from model.data.order import Order
+from model.data.read_ahead import Piece, read_now
 from model.data.shards import ShardSet, ShardSource, Tell
+from model.data.skips import Skips
 from model.data_section import PER_THOUSAND
 
 MEMORY_BUDGET = 512 * 2**20
@@ -32,6 +36,8 @@ MEMORY_BUDGET = 512 * 2**20
 
 Found = Index | ShardSet
 """What lies at one place."""
+
+Read = Callable[[Piece], bytes]
 
 
 class Drawn(Protocol):
@@ -56,10 +62,16 @@ class Source(Protocol):
     def caption(self, number: int) -> str:
         """ "" if it has none."""
 
+    def captions(self) -> Captions:
+        """Those that a tokenizer is learnt from, always the same ones."""
+
+    def pieces(self, number: int, captioned: bool) -> list[Piece]:
+        """What of tar shards that reads; none of a folder."""
+
     def name(self, number: int) -> str:
         """For people."""
 
-    def check(self, skipped: list[Skipped], seen: int) -> None:
+    def check(self, skips: Skips, seen: int) -> None:
         """Raises BadDataError if these, of `seen` images so far, are more than `data.max_skip_rate` allows."""
 
 
@@ -71,14 +83,14 @@ def build_or_read(data: config.Data, run_dir: str, tell: Tell) -> list[Found]:
     ]
 
 
-def open_sources(found: list[Found], data: config.Data, captioned: bool) -> list[Source]:
-    """What training sees of each place; `captioned`: only what has a caption.
+def open_sources(found: list[Found], data: config.Data, captioned: bool, read: Read = read_now) -> list[Source]:
+    """What training sees of each place; `captioned`: only what has a caption; `read`: how shards are read.
 
     Raises DataError if that is nothing, BadDataError if too much is known to be unreadable.
     """
     if captioned and len(found) > 1:
-        raise DataError("data.also: a text phase reads one folder of images; give it a `data` without `also`")
-    return [_open(one, part, captioned) for one, (_, part) in zip(found, data.parts, strict=True)]
+        raise DataError("data.also: a text phase reads from one place; give it a `data` without `also`")
+    return [_open(one, part, captioned, read) for one, (_, part) in zip(found, data.parts, strict=True)]
 
 
 def draw(sources: list[Source], data: config.Data, seed: int, origin: str, batch: int) -> Drawn:
@@ -93,23 +105,18 @@ def draw(sources: list[Source], data: config.Data, seed: int, origin: str, batch
     return MixedOrder(seed, origin, orders, shares, batch)
 
 
-def check_skips(sources: list[Source], skipped: list[Skipped], seen: int, most: float) -> None:
+def check_skips(sources: list[Source], skips: Skips, seen: int, most: float) -> None:
     """Raises BadDataError if these, of `seen` images so far, are more than the share `most` (`data.max_skip_rate`)."""
     if len(sources) == 1:
-        sources[0].check(skipped, seen)
-    elif len(skipped) > most * (among := max(seen, shards.FEWEST)):
-        raise shards.too_many(skipped, f"images among {among:,} of all sources", most)
+        sources[0].check(skips, seen)
+    elif skips.replaced > most * (among := max(seen, shards.FEWEST)):
+        raise shards.too_many(skips.replaced, skips.last, f"images among {among:,} of all sources", most)
 
 
-def _open(found: Found, data: config.Data, captioned: bool) -> Source:
+def _open(found: Found, data: config.Data, captioned: bool, read: Read) -> Source:
     if isinstance(found, Index):
         return FolderSource(found, data, captioned)
-    if captioned:
-        raise DataError(
-            f"data.path: {found.where}: text phases cannot read tar shards yet; give them a folder of images, each "
-            "with a .txt beside it: phases.<text phase>.data.path"
-        )
-    return ShardSource(found, data)
+    return ShardSource(found, data, captioned, read)
 
 
 class FolderSource:
@@ -129,15 +136,20 @@ class FolderSource:
     def caption(self, number: int) -> str:
         return self.entries[number].caption or ""
 
-    def captions(self) -> list[str]:
-        """All of them, in the order of the index."""
-        return [entry.caption or "" for entry in self.entries]
+    def pieces(self, number: int, captioned: bool) -> list[Piece]:
+        return []
+
+    def captions(self) -> Captions:
+        """All of them, in the order of the index: they are in memory."""
+        captions = [entry.caption or "" for entry in self.entries]
+        return Captions("\n".join(captions), lambda: captions)
 
     def name(self, number: int) -> str:
         return self.entries[number].path
 
-    def check(self, skipped: list[Skipped], seen: int) -> None:
-        folders.check_skip_rate(self._index, skipped, self._most)
+    def check(self, skips: Skips, seen: int) -> None:
+        """Of a folder each image counts once, however often it is due."""
+        folders.check_skip_rate(self._index, skips.count, list(skips.last), self._most)
 
 
 def _with_captions(entries: list[Entry], index: Index) -> list[Entry]:

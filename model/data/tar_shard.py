@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from model import contract, storage
 from model.data.errors import DataError
 from model.data.patience import patiently
+from model.data.splits import SPLITS, Split, split_of
 from model.data_section import ARRAY_SUFFIXES
 
 MAGIC = b"dinoctl shard index 1\n"
@@ -46,12 +48,16 @@ class Shard(contract.Record, frozen=True):
     samples: int
     without_image: int = 0  # keys passed over, as no image goes with them
     damage: str = ""  # why what comes after the last sample cannot be read
+    splits: tuple[int, ...] = ()  # samples in each of SPLITS, by their keys
+    captioned: tuple[int, ...] = ()  # those of them that have a caption
 
 
 @dataclass
 class _Found:
     records: list[tuple[int, ...]] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
+    splits: Counter[Split] = field(default_factory=Counter)
+    captioned: Counter[Split] = field(default_factory=Counter)
     without_image: int = 0
     damage: str = ""
 
@@ -64,10 +70,21 @@ class Samples:
     records: NDArray[np.void]
     keys: bytes
 
+    def visible(self, hidden: Collection[Split], captioned: bool) -> NDArray[np.int64]:
+        """The samples that are in none of the splits `hidden` and, with `captioned`, have a caption."""
+        keep = self.records["caption_bytes"] > 0 if captioned else np.ones(len(self.records), bool)
+        if hidden:
+            names = [self._key(number).decode("utf-8", "surrogateescape") for number in range(len(self.records))]
+            keep &= np.array([split_of(name) not in hidden for name in names], bool)
+        return np.flatnonzero(keep)
+
     def key(self, number: int) -> str:
+        """For people."""
+        return self._key(number).decode("utf-8", "replace")
+
+    def _key(self, number: int) -> bytes:
         start = int(self.records[number]["key"])
-        stop = int(self.records[number + 1]["key"]) if number + 1 < len(self.records) else len(self.keys)
-        return self.keys[start:stop].decode("utf-8", "replace")
+        return self.keys[start : int(self.records[number + 1]["key"]) if number + 1 < len(self.records) else None]
 
 
 def file_of(index: str, path: str, size: int) -> str:
@@ -127,7 +144,8 @@ def _size(path: str) -> int:
 def _make(path: str, size: int, file: str) -> Shard:
     with storage.reading(path) as opened:
         found = scan(opened, path, size)
-    shard = Shard(path, size, len(found.records), found.without_image, found.damage)
+    splits, captioned = (tuple(count[split] for split in SPLITS) for count in (found.splits, found.captioned))
+    shard = Shard(path, size, len(found.records), found.without_image, found.damage, splits, captioned)
     records = np.array(found.records, RECORD)
     storage.replace(file, MAGIC + msgspec.json.encode(shard) + b"\n" + records.tobytes() + b"".join(found.keys))
     return shard
@@ -135,8 +153,15 @@ def _make(path: str, size: int, file: str) -> Shard:
 
 def scan(opened: BinaryIO, path: str, size: int) -> _Found:
     """Every sample of a tar of `size` bytes. Damage ends the scan and is said in `damage`. Raises StoreError."""
-    found, ends = _Found(), 0
-    for key, members in groupby(_members(opened, path, size, found), key=lambda one: one[0]):
+    found = _Found()
+    with storage.foreign(path, "reading"):
+        _scan(opened, size, found)
+    return found
+
+
+def _scan(opened: BinaryIO, size: int, found: _Found) -> None:
+    ends = 0
+    for key, members in groupby(_members(opened, size, found), key=lambda one: one[0]):
         parts = {suffix: member for _, suffix, member in members}
         image = _image(parts, contract.IMAGE_SUFFIXES) or _image(parts, ARRAY_SUFFIXES)
         if image is None:
@@ -147,8 +172,10 @@ def scan(opened: BinaryIO, path: str, size: int) -> _Found:
         number = _label(opened, label) if label else -1
         found.records.append((image.offset_data, image.size, *at, number, ends))
         found.keys.append(key.encode("utf-8", "surrogateescape"))
+        split = split_of(key)
+        found.splits[split] += 1
+        found.captioned[split] += at[1] > 0
         ends += len(found.keys[-1])
-    return found
 
 
 def _image(parts: Mapping[str, tarfile.TarInfo], suffixes: frozenset[str]) -> tarfile.TarInfo | None:
@@ -156,7 +183,7 @@ def _image(parts: Mapping[str, tarfile.TarInfo], suffixes: frozenset[str]) -> ta
     return next((part for suffix, part in parts.items() if f".{suffix}" in suffixes), None)
 
 
-def _members(opened: BinaryIO, path: str, size: int, found: _Found) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+def _members(opened: BinaryIO, size: int, found: _Found) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
     """Key, suffix in lower case, and where it lies, of every file whose name has both."""
     try:
         with tarfile.open(fileobj=opened, mode="r:") as tar:
@@ -173,10 +200,6 @@ def _members(opened: BinaryIO, path: str, size: int, found: _Found) -> Iterator[
                 found.damage = f"damaged at byte {tar.offset}"
     except (tarfile.TarError, ValueError) as error:
         found.damage = f"not a whole tar: {error}"
-    except storage.StoreError:
-        raise
-    except OSError as error:
-        raise storage.StoreError(error.errno, f"reading {path}: {error.strerror or error}") from error
 
 
 def _label(opened: BinaryIO, member: tarfile.TarInfo) -> int:

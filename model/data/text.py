@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 
 from model import storage
+from model.data.captions import Captions
 from model.data.errors import DataError
 
 PAD, START, END = "<|pad|>", "<|start|>", "<|end|>"
@@ -21,18 +22,18 @@ SPECIAL = [PAD, START, END]  # added in this order after training: END's id is t
 SMALLEST = 256 + len(SPECIAL)
 
 
-def build_or_read(captions: Sequence[str], vocabulary: int, run_dir: str) -> str:
+def build_or_read(captions: Captions, vocabulary: int, run_dir: str) -> str:
     """The run's tokenizer for these captions as JSON, learnt if this is the first to ask.
 
     The JSON goes into the checkpoint's manifest, so that an evaluation needs no spec. Raises DataError.
     """
-    key = "\n".join([str(vocabulary), *captions])
+    key = f"{vocabulary}\n{captions.identity}"
     path = f"{run_dir}/data/tokenizer-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     try:
         return storage.read(path).decode()
     except FileNotFoundError:
         pass
-    learnt = train(captions, vocabulary)
+    learnt = train(captions.read(), vocabulary)
     try:
         storage.publish(path, learnt.encode())
     except storage.AlreadyPublished:

@@ -14,6 +14,7 @@ import numpy as np
 from model import checkpoint, config, contract, storage, worker
 from model.contract import REPORT_DIR, REPORT_FILE, Attempt, Cause, RankEnd
 from model.data import index as images
+from model.data import splits
 from model.data.index import Entry, Index
 from model.evaluate import features, pixels, report, tasks
 from model.evaluate.report import LeftOut, Report, Row, Scored
@@ -75,7 +76,7 @@ def evaluate(work: Work) -> None:
 
 def sides(index: Index, settings: config.Evaluate) -> tuple[Side, Side]:
     """What training saw, and the split that it did not."""
-    hidden: tuple[str, ...] = images.HIDDEN["test" if settings.split == "test" else "validation"]
+    hidden: tuple[str, ...] = splits.HIDDEN["test" if settings.split == "test" else "validation"]
     seen = [entry for entry in index.entries if entry.split not in hidden]
     held_out = images.entries_of(index, settings.split)
     return _side(seen, index, settings), _side(held_out, index, settings)

@@ -111,7 +111,8 @@ def scan_rate(folder: Path, images: int) -> float:
 def publish(scratch: str, count: int, images: int) -> None:
     """The set, gathered by `build` as if every shard had been scanned before."""
     ensure: Callable[[str, str], Shard] = tar_shard.ensure
-    tar_shard.ensure = lambda index, path: Shard(path, BYTES, images)
+    splits = (images - 4000, 1000, 3000)
+    tar_shard.ensure = lambda index, path: Shard(path, BYTES, images, splits=splits, captioned=splits)
     try:
         pattern = PATTERN % (count - 1)
         shards.index_shards([pattern], f"{scratch}/index", _silent)

@@ -71,7 +71,7 @@ class Job:
     """`dinoctl` on the spec `file`, called in `folder`, as run `name` in `folder`/runs."""
 
     folder: Path
-    images: Path
+    images: Path | str  # a folder, or tar shards
     file: Path = TINY
     name: str = "tiny"
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -221,7 +221,7 @@ class Moment:
                 os.kill(pid, signal.SIGCONT)
 
 
-def hold(job: Job, phase: str, step: int = EVERY, *, between: bool = True) -> Moment:
+def hold(job: Job, phase: str, step: int = EVERY, *, between: bool = True, ranks: int = 2) -> Moment:
     """Wait until the phase's newest attempt has sealed `step` or a later one, then stop its ranks in their tracks.
 
     between: only once steps were trained since the last seal, so that a strike has something to destroy. Not by
@@ -235,7 +235,7 @@ def hold(job: Job, phase: str, step: int = EVERY, *, between: bool = True) -> Mo
 
     intent = wait_until(sealed_by_the_newest, f"{phase}@{step} to be sealed", pause=0.001)
     name = intent["launch_name"]
-    pids = tuple(int(contract.pid_file(name, rank).read_text()) for rank in range(2))
+    pids = tuple(int(contract.pid_file(name, rank).read_text()) for rank in range(ranks))
     while True:
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)

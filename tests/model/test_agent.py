@@ -168,6 +168,13 @@ def test_a_hung_rank_leaves_its_stacks(tmp_path: Path) -> None:
     assert "health.stall_seconds" in case.outcome.message
 
 
+def test_a_rank_that_waits_for_a_batch_is_told_from_one_that_hangs(tmp_path: Path) -> None:
+    case = make(tmp_path, ["starve"], stall=1.0)
+    assert run(case) == contract.EXIT_CODES[Cause.DATA_STALLED]
+    assert "no batch for health.stall_seconds (1 s): the loader waits for s3://bucket/x.tar" in case.outcome.message
+    assert "in take_steps" in case.log(0)
+
+
 def test_what_the_agent_cannot_do_is_said(tmp_path: Path) -> None:
     two_nodes = make(tmp_path / "nodes", ["steps:1"], nodes=2)
     assert run(two_nodes) == contract.EXIT_CODES[Cause.USER_ERROR]
@@ -204,6 +211,7 @@ HUNG = said(Cause.HUNG, None)
         ([None, BAD_DATA], 1, None, Cause.BAD_DATA),
         ([None, None], 1, None, Cause.KILLED),
         ([None, None], None, HUNG, Cause.HUNG),
+        ([CRASHED, said(Cause.DATA_STALLED)], 0, None, Cause.DATA_STALLED),  # rank 0 lost a peer that had no images
         ([CRASHED, None], None, HUNG, Cause.CRASHED),  # rank 1 waited in vain for rank 0
         ([STOPPED, None], 0, None, Cause.KILLED),
         ([CRASHED, said(Cause.UNSEALED)], 0, None, Cause.UNSEALED),

@@ -45,3 +45,14 @@ def test_the_loop_counts_what_changed_nothing() -> None:
     assert bad == Loop(step=4, origin="pretrain", clock=11, position=88, non_finite=1)
     assert bad.after_step(8).settled(finite=False).non_finite == 2
     assert bad.after_step(8).settled(finite=True).non_finite == 0
+
+
+def test_what_was_jumped_over_stays_and_what_is_ahead_comes_from_the_phase() -> None:
+    jump = config.read(config.Jump, {"at": 4, "steps": 9})
+    loop = Loop(step=0, origin="pretrain", clock=10, position=80, jumps=((7, 2),)).with_jumps([jump])
+    assert loop.jumps == ((7, 2), (14, 9))  # the phase began at clock 10, with another's state
+    at_the_jump = Loop(step=4, origin="pretrain", clock=14, position=112, jumps=loop.jumps)
+    assert at_the_jump.with_jumps([jump]).jumps == loop.jumps
+    assert at_the_jump.with_jumps([]).jumps == ((7, 2),)  # not jumped yet, and nobody asks for it any more
+    beyond = Loop(step=5, origin="pretrain", clock=15, position=120, jumps=loop.jumps)
+    assert beyond.with_jumps([]).jumps == beyond.with_jumps([jump]).jumps == loop.jumps

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from model.data import index, text
+from model.data import splits, text
 from orchestrator import checks
 from orchestrator.cluster import read_cluster
 from orchestrator.problems import Problem, SpecError
@@ -350,7 +350,7 @@ def test_an_evaluation_of_what_no_phase_trains() -> None:
 
 def test_what_the_checks_know_of_the_data_plane_is_true() -> None:
     assert checks.SMALLEST_VOCABULARY == text.SMALLEST
-    assert checks.HIDES == index.HIDDEN
+    assert checks.HIDES == splits.HIDDEN
 
 
 def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:

@@ -150,9 +150,17 @@ def test_dinov3s_dataset_strings_are_folders(tmp_path: Path, monkeypatch: Any) -
     assert spec.phases["gram"].data.path == str(tmp_path / "in1k/train")
     assert spec.evaluate is not None
     assert spec.evaluate.data.path == str(tmp_path / "in1k/train")
+    for path, means in (
+        ("ADE20K:split=VAL:root=ade", "ade/images/validation"),
+        ("ImageNet22k:root=i:extra=e", "i/*.tar"),
+    ):
+        found = job(TINY, f'data.path="{path}"', "evaluate=null")
+        assert found.phases["gram"].data.path == str(tmp_path / means)
     for path, says in (
-        ("ImageNet22k:split=TRAIN:root=x", "only ImageNet's"),
-        ("ImageNet:root=x", "split one of TRAIN"),
+        ("ImageNet22k:split=TRAIN:root=x", "write ImageNet22k:root=FOLDER, it has no split"),
+        ("ImageNet:root=x", "write ImageNet:split=TRAIN:root=FOLDER, split one of TRAIN, VAL, TEST"),
+        ("CocoCaptions:split=TRAIN:root=x", "write each as a .txt beside its image"),
+        ("NYU:split=TRAIN:root=x", "of these dataset strings ImageNet, ImageNet22k, ADE20K are read"),
     ):
         with pytest.raises(SpecError, match=says):
             job(TINY, f'data.path="{path}"')
@@ -206,13 +214,20 @@ def test_tar_shards_are_looked_for_where_this_machine_sees_them(tmp_path: Path) 
     assert found(f"{tmp_path}/x-{{00..10}}.tar") == found(f"{tmp_path}/*.tar") == found("s3://b/x.tar") == []
 
 
+def test_an_evaluation_needs_a_folder() -> None:
+    with pytest.raises(SpecError, match=r"data\.path: an evaluation looks at a folder of images: near-dup"):
+        job(TINY, "data.path=x.tar")
+    job(TINY, "data.path=x.tar", "evaluate.data.path=images")
+    job(TINY, "data.path=x.tar", "evaluate=null")
+
+
 # --- what is not there yet --------------------------------------------------------------------------------------------
 
 
 def test_the_7b_is_accepted_and_submit_learns_what_is_missing() -> None:
     spec = job(V3_7B)
     missing = " ".join(problem.message for problem in not_there_yet(spec, read_cluster(spec.cluster)))
-    for feature in ("captions from tar shards", "runs on a bucket"):
+    for feature in ("runs on a bucket",):
         assert feature in missing
 
 

@@ -218,6 +218,19 @@ def test_new_code_waits_until_nothing_runs() -> None:
     assert run(stop(), new).code_digest == "new"
 
 
+def test_data_is_jumped_over_from_the_last_checkpoint_on() -> None:
+    jump = ev.Resumed(at=0.0, nonce="n", by="test", skip_data=7)
+    assert run(stop(), jump).jumps == (("pretrain", 0, 7),)
+    state = run(intended(1), launched(1), ended(1, Cause.DIVERGED, [2]), jump)
+    assert state.jumps == (("pretrain", 2, 7),)
+    assert state.told("pretrain")["data"]["skip"] == [{"at": 2, "steps": 7}]
+    assert state.told("gram") == state.settings("gram")
+    with pytest.raises(IllegalEvent, match="is reading its data: stop the run first"):
+        run(intended(1), launched(1), stop(), jump)
+    with pytest.raises(IllegalEvent, match="0 steps cannot be jumped over"):
+        run(stop(), ev.Resumed(at=0.0, nonce="n", by="test", skip_data=0))
+
+
 # --- old logs ---------------------------------------------------------------------------------------------------------
 
 

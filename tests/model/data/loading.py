@@ -11,10 +11,29 @@ import torch
 from model import config
 from model.data import sources
 from model.data.batch import Batch
-from model.data.loader import Loader
+from model.data.loader import Loader, Stream
 from model.data.views import SslViews
 
 VIEWS = SslViews(config.Resolution(global_size=16, local_size=8), patch_size=4)
+
+
+def loader(
+    data: Mapping[str, Any],
+    run: Path,
+    rank: int = 0,
+    world: int = 1,
+    clocks: tuple[int, int] = (0, 7),
+    augment: Mapping[str, float] | None = None,
+) -> Loader:
+    """A rank's loader of a phase with this `data:` and `augment:` section."""
+    values = {
+        "kind": "pretrain", "steps": 100, "data": data, "augment": augment or {}, "checkpoints": {"every": 10},
+        "optim": {"batch_size": 8, "group_size": 2, "lr": 1e-3},
+        "crops": {"resolutions": [{"global_size": 16, "local_size": 8}], "local_count": 1},
+    }  # fmt: skip
+    settings = config.read_phase(values)
+    found = sources.build_or_read(settings.data, str(run), lambda done, total: None)
+    return Loader(settings, Stream(0, "pretrain", range(*clocks), rank, world), found, str(run), lambda _: VIEWS)
 
 
 def batches(
@@ -25,15 +44,8 @@ def batches(
     clocks: tuple[int, int] = (0, 7),
     augment: Mapping[str, float] | None = None,
 ) -> list[Batch]:
-    """A rank's batches of a phase with this `data:` and `augment:` section, clock by clock."""
-    values = {
-        "kind": "pretrain", "steps": 100, "data": data, "augment": augment or {}, "checkpoints": {"every": 10},
-        "optim": {"batch_size": 8, "group_size": 2, "lr": 1e-3},
-        "crops": {"resolutions": [{"global_size": 16, "local_size": 8}], "local_count": 1},
-    }  # fmt: skip
-    settings = config.read_phase(values)
-    found = sources.build_or_read(settings.data, str(run), lambda done, total: None)
-    return list(Loader(settings, 0, "pretrain", found, str(run), lambda _: VIEWS, rank, world, *clocks))
+    """A rank's batches of such a phase, clock by clock."""
+    return list(loader(data, run, rank, world, clocks, augment))
 
 
 def tensors(batch: Batch) -> dict[str, torch.Tensor]:

@@ -170,6 +170,7 @@ def test_indexing_a_damaged_shard_says_so(tmp_path: Path, packed: str, capsys: p
     [
         (["index", "nowhere.tar", "--to", "i"], "no such tar shard: "),
         (["index", "images", "--to", "i"], "images: not tar shards (.tar); a folder of images needs no index"),
+        (["index", "a.tar", "--to", "s3://b/i"], "an index lies in a folder, not on a bucket"),
         (["index", "a.tar.gz", "--to", "i"], "dinoctl: a.tar.gz is compressed"),
         (["index", "x-{3..1}.tar", "--to", "i"], "counts down"),
         (["index", "a.tar", "b", "--to", "i"], "b in a list: only tar shards can be listed"),

@@ -11,6 +11,7 @@ from PIL import Image
 from model import config, contract
 from model.data import duplicates, index
 from model.data.errors import BadDataError, DataError
+from model.data.splits import split_of
 from tests.model.data.conftest import PHOTOGRAPHS, picture, save
 
 
@@ -51,7 +52,7 @@ def test_no_group_is_split_and_the_shares_are_as_said(tmp_path: Path) -> None:
 
 
 def test_the_split_of_a_path_never_changes() -> None:
-    found = [index.split_of(f"{number}.png") for number in range(12)]
+    found = [split_of(f"{number}.png") for number in range(12)]
     assert " ".join(found) == "validation validation test train test train train test train train test train"
 
 
@@ -69,7 +70,7 @@ def test_hold_out(images: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_left_to_train_on(tmp_path: Path) -> None:
-    names = [f"{number}.png" for number in range(50) if index.split_of(f"{number}.png") == "test"]
+    names = [f"{number}.png" for number in range(50) if split_of(f"{number}.png") == "test"]
     save(picture(1), tmp_path / "images" / names[0])
     data = settings(tmp_path / "images", hold_out="test")
     with pytest.raises(DataError, match="none of the 1 images"):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,8 @@ from model import config
 from model.data import sources
 from model.data.batch import PairBatch, SslBatch
 from model.data.errors import BadDataError, DataError
-from model.data.loader import Loader
+from model.data.loader import Loader, Stream
+from model.data.threads import ASYNCHRONOUS
 from model.data.views import PairViews, SslViews, Views
 from tests.model.data.loading import assert_equal, tensors
 
@@ -44,9 +47,10 @@ def make(
     clocks: tuple[int, int] = (0, 7),
     rank: tuple[int, int] = (0, 1),
     views: Callable[[int], Views] = gram_views,
+    jumps: tuple[tuple[int, int], ...] = (),
 ) -> Loader:
     built = sources.build_or_read(settings.data, str(run_dir), lambda done, total: None)
-    return Loader(settings, 0, "pretrain", built, str(run_dir), views, *rank, *clocks)
+    return Loader(settings, Stream(0, "pretrain", range(*clocks), *rank, jumps), built, str(run_dir), views)
 
 
 def test_shapes(images: Path, tmp_path: Path) -> None:
@@ -90,6 +94,18 @@ def test_a_slice_through_a_group_is_refused(images: Path, tmp_path: Path) -> Non
 def test_going_on_at_a_clock_is_as_if_never_stopped(images: Path, tmp_path: Path) -> None:
     whole = list(make(phase(images, workers=2), tmp_path, (0, 9)))
     assert_equal(whole[4:], list(make(phase(images, workers=2), tmp_path, (4, 9))))
+
+
+def test_what_is_jumped_over_is_never_seen_and_the_rest_keeps_its_order(images: Path, tmp_path: Path) -> None:
+    whole = list(make(phase(images), tmp_path, (0, 12)))
+    jumps = ((3, 2), (5, 1))
+    seen = list(make(phase(images, workers=2), tmp_path, (0, 9), jumps=jumps))
+    positions = [batch.positions[0].item() // 8 for batch in seen]
+    assert positions == [0, 1, 2, 5, 6, 8, 9, 10, 11]
+    assert [batch.positions.tolist() for batch in seen] == [whole[at].positions.tolist() for at in positions]
+    for batch, at in zip(seen, positions, strict=True):
+        assert torch.equal(tensors(batch)["global_crops"], tensors(whole[at])["global_crops"])
+    assert_equal(seen[4:], list(make(phase(images), tmp_path, (4, 9), jumps=jumps)))
 
 
 def test_world_sizes_that_do_not_fit_are_refused(images: Path, tmp_path: Path) -> None:
@@ -155,6 +171,27 @@ def test_threads_end_when_closed_and_few_batches_are_made_ahead(images: Path, tm
     made.close()
     assert max(asked) <= 3
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+def test_loader_threads_take_no_signals(images: Path, tmp_path: Path) -> None:
+    """A handler runs in the main thread whatever the loader does, and no worker is interrupted in its place."""
+    handled: list[threading.Thread] = []
+    before = signal.signal(signal.SIGTERM, lambda *_: handled.append(threading.current_thread()))
+    blocked: set[bool] = set()
+
+    def views(clock: int) -> Views:
+        blocked.add(set(signal.pthread_sigmask(signal.SIG_BLOCK, [])) >= ASYNCHRONOUS)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return gram_views(clock)
+
+    try:
+        batches = list(make(phase(images, workers=3), tmp_path, views=views))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert blocked == {True}
+    assert handled
+    assert set(handled) == {threading.main_thread()}
+    assert_equal(batches, list(make(phase(images), tmp_path)))
 
 
 def test_views_may_change_from_step_to_step(images: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from model.data import sources
 from model.data.augment import as_released
 from model.data.batch import SslBatch
 from model.data.colours import draw_colours
-from model.data.loader import Loader
+from model.data.loader import Loader, Stream
 from model.data.views import SslViews
 
 SIZES = config.Resolution(global_size=16, local_size=16)
@@ -28,7 +28,7 @@ def first_batch(images: Path, run_dir: Path, *, quirks: bool, **augment: float) 
     settings = config.read_phase(values)
     built = sources.build_or_read(settings.data, str(run_dir), lambda done, total: None)
     views = SslViews(SIZES, patch_size=4, gram=False)
-    batch = next(iter(Loader(settings, 0, "pretrain", built, str(run_dir), lambda _: views, 0, 1, 0, 1)))
+    batch = next(iter(Loader(settings, Stream(0, "pretrain", range(1)), built, str(run_dir), lambda _: views)))
     assert isinstance(batch, SslBatch)
     return batch
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import msgspec
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from model import config, storage
-from model.data import patience, shards, sources, tar_shard
+from model.data import patience, shards, sources, splits, tar_shard
 from model.data.batch import Batch, SslBatch
 from model.data.errors import BadDataError, DataError, UnreadableImageError
+from model.data.loader import Loader, Stream
 from model.data.shards import ShardSet, ShardSource
-from model.data.views import SslViews
+from model.data.views import PairViews, SslViews
 from tests.model.data import loading
 from tests.model.data.conftest import picture
 from tests.model.data.loading import assert_equal
@@ -68,6 +71,18 @@ def settings(path: str | list[str], **values: Any) -> config.Data:
 
 def build(data: config.Data, run: Path) -> ShardSet:
     return shards.build_or_read(data, str(run), lambda done, total: None)
+
+
+def pairs(data: config.Data, run: Path, rank: int = 0, world: int = 1) -> list[Batch]:
+    """The first batches of a text phase."""
+    values = {
+        "kind": "text", "steps": 100, "data": data.model_dump(), "checkpoints": {"every": 10},
+        "optim": {"batch_size": 8, "group_size": 2, "lr": 1e-3},
+        "vision_tower": "pretrain@final", "text": {"vocabulary": 300, "context": 12},
+    }  # fmt: skip
+    text = config.read_phase(values)
+    found = sources.build_or_read(text.data, str(run), lambda done, total: None)
+    return list(Loader(text, Stream(0, "text", range(7), rank, world), found, str(run), lambda _: PairViews(16, 12)))
 
 
 def batches(data: config.Data, run: Path, *rank: int, **clocks: tuple[int, int]) -> list[Batch]:
@@ -252,11 +267,16 @@ def test_damage_between_samples_is_noticed(folder: Path, tmp_path: Path) -> None
     assert shard.damage == f"damaged at byte {int(samples.records[5]['image']) - tar_shard.BLOCK}"
 
 
+def test_an_index_lies_in_a_folder() -> None:
+    with pytest.raises(ValueError, match=r"index: s3://b/i: a folder that every process of the run sees"):
+        settings("x.tar", index="s3://b/i")
+
+
 def test_a_torn_index_says_what_to_do(folder: Path, tmp_path: Path) -> None:
     path = folder / "x-00.tar"
     shard = tar_shard.ensure(str(tmp_path), str(path))
     file = Path(tar_shard.file_of(str(tmp_path), str(path), shard.bytes))
-    file.write_bytes(file.read_bytes()[:200])
+    file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(DataError, match=r"the index is torn; remove it"):
         tar_shard.read(str(file))
     file.write_bytes(b"something else")
@@ -273,11 +293,11 @@ def test_a_failing_store_is_asked_again_and_is_no_skip(
     data = settings(f"{folder}/*.tar")
     whole = batches(data, tmp_path)
     monkeypatch.setattr(patience, "WAITS", (0.0, 0.0))
-    fails, read = [0], storage.read_range
+    asked, read = Counter[tuple[str, int]](), storage.read_range
 
     def failing(uri: str, start: int, length: int) -> bytes:
-        fails[0] += 1
-        if fails[0] % 3:
+        asked[uri, start] += 1
+        if asked[uri, start] % 3:
             raise storage.StoreError(5, f"reading {uri}: no answer")
         return read(uri, start, length)
 
@@ -320,14 +340,64 @@ def test_what_is_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match=says):
             settings(path)
-    with pytest.raises(ValueError, match="hold_out goes with a folder"):
-        settings("x.tar", hold_out="test")
 
 
-def test_text_phases_say_that_they_cannot_read_shards(folder: Path, tmp_path: Path) -> None:
+# --- captions and what is held out ------------------------------------------------------------------------------------
+
+
+def test_hold_out_goes_by_the_hash_of_the_key(folder: Path, tmp_path: Path) -> None:
+    path = f"{folder}/*.tar"
+    keys = [f"{number:04d}" for number in range(40)]
+    seen = {}
+    for hold_out, hidden in splits.HIDDEN.items():
+        data = settings(path, hold_out=hold_out)
+        source = ShardSource(build(data, tmp_path), data)
+        numbers = range(int(source.counts.sum()))
+        seen[hold_out] = [source.label(number) for number in numbers]
+        assert seen[hold_out] == [int(key) for key in keys if splits.split_of(key) not in hidden]
+        assert [source.name(number)[-4:] for number in numbers] == [
+            f"{label:04d}" for label in seen[hold_out] if label is not None
+        ]
+    assert len(seen["none"]) == 40 > len(seen["test"]) > len(seen["validation"]) > 0
+    positions = batches(settings(path, hold_out="test"), tmp_path)
+    assert_equal(positions, batches(settings(path, hold_out="test", workers=3), tmp_path))
+
+
+def test_a_text_phase_takes_the_samples_with_captions(folder: Path, tmp_path: Path) -> None:
+    write_tar(folder / "x-04.tar", [(f"{number}.png", png(number)) for number in range(40, 44)])
+    path = f"{folder}/*.tar"
+    whole = pairs(settings(path, hold_out="test"), tmp_path)
+    assert_equal(whole, pairs(settings(path, hold_out="test", workers=3), tmp_path))
+    assert_equal([batch.slice(4, 8) for batch in whole], pairs(settings(path, hold_out="test"), tmp_path, 1, 2))
+    data = settings(path)
+    (source,) = sources.open_sources([build(data, tmp_path)], data, captioned=True)
+    assert source.counts.tolist() == [10, 10, 10, 10, 0]
+    assert {source.caption(number) for number in range(40)} == {f"Number {number}." for number in range(40)}
+    assert len(list((tmp_path / "data").glob("tokenizer-*.json"))) == 1
+    with pytest.raises(DataError, match=r"no sample has a caption"):
+        pairs(settings(f"{folder}/x-04.tar"), tmp_path / "none")
+
+
+def test_the_captions_that_a_tokenizer_is_learnt_from_are_few_and_spread_evenly(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "MOST_CAPTIONS", 4)
     data = settings(f"{folder}/*.tar")
-    with pytest.raises(DataError, match="text phases cannot read tar shards yet"):
-        sources.open_sources([build(data, tmp_path)], data, captioned=True)
+    source = ShardSource(build(data, tmp_path), data, captioned=True)
+    assert source.captions().read() == ["Number 0.", "Number 10.", "Number 20.", "Number 30."]
+    other = settings(f"{folder}/*.tar", hold_out="test")
+    identities = {
+        one.captions().identity for one in (source, ShardSource(build(other, tmp_path), other, captioned=True))
+    }
+    assert len(identities) == 2
+
+
+def test_an_index_without_splits_is_made_again(folder: Path, tmp_path: Path) -> None:
+    data = settings(f"{folder}/*.tar", hold_out="test")
+    old = msgspec.structs.replace(build(data, tmp_path), splits={}, captioned={})
+    ShardSource(old, settings(f"{folder}/*.tar"))
+    with pytest.raises(DataError, match=r"made by an older dinoctl.*remove .*/data/shards, and it is made again"):
+        ShardSource(old, data)
 
 
 def test_places() -> None:

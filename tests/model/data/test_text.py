@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from model.data import text
+from model.data.captions import Captions
 from model.data.errors import DataError
 
 CAPTIONS = ["A red fire engine.", "A red frog, sitting.", "A fire.", "The frog's engine is on fire!"] * 5
@@ -47,12 +48,16 @@ def test_case_does_not_matter() -> None:
     assert upper.tolist() == lower.tolist()
 
 
+def said(captions: list[str]) -> Captions:
+    return Captions("\n".join(captions), lambda: captions)
+
+
 def test_a_run_learns_its_tokenizer_once(tmp_path: Path) -> None:
-    first = text.build_or_read(CAPTIONS, 300, str(tmp_path))
+    first = text.build_or_read(said(CAPTIONS), 300, str(tmp_path))
     (file,) = (tmp_path / "data").iterdir()
-    assert text.build_or_read(CAPTIONS, 300, str(tmp_path)) == first == file.read_text()
+    assert text.build_or_read(said(CAPTIONS), 300, str(tmp_path)) == first == file.read_text()
     assert text.train(CAPTIONS, 300) == first
-    text.build_or_read(CAPTIONS[:3], 300, str(tmp_path))
+    text.build_or_read(said(CAPTIONS[:3]), 300, str(tmp_path))
     assert len(list((tmp_path / "data").iterdir())) == 2
 
 

@@ -4,6 +4,7 @@
     steps:N      N steps of 20 ms each, then done; seals and stops at a stop request
     deaf         steps for ever, whatever is asked
     hang         one step, then none
+    starve       one step, then waits for a batch that does not come
     cause:NAME   ends with that cause of the contract, in its own published words
     raise        an exception that nobody catches
     peer         steps until another rank is gone, then crashes as a collective would
@@ -53,7 +54,9 @@ def keep_facts(attempt: Attempt, rank: int) -> None:
 def take_steps(attempt: Attempt, rank: int, kind: str, steps: int) -> None:
     for done in range(1, steps + 1):
         step(attempt, rank)
-        if kind == "hang":
+        if kind == "starve":
+            contract.waiting_file(attempt.launch_name, rank).write_text("s3://bucket/x.tar")
+        if kind in ("hang", "starve"):
             time.sleep(1000)
         if kind == "peer" and peer_is_gone(attempt, rank):
             end(attempt, rank, Cause.CRASHED, "connection closed by peer", done)

@@ -1,0 +1,33 @@
+"""The images that had to be replaced while training: counted, the last ones named, in bounded memory."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from model.data.errors import Skipped
+
+MOST_NAMES = 5
+MOST_REMEMBERED = 100_000
+"""Different images by name: some 20 MB. Where more are unreadable, the rest are counted each time."""
+
+
+@dataclass
+class Skips:
+    """`replaced`: how often one was due; `count`: how many different ones, as far as they are remembered."""
+
+    replaced: int = 0
+    last: deque[Skipped] = field(default_factory=lambda: deque(maxlen=MOST_NAMES))
+    _known: set[str] = field(default_factory=set)
+
+    @property
+    def count(self) -> int:
+        return len(self._known)
+
+    def add(self, skipped: Iterable[Skipped]) -> None:
+        for one in skipped:
+            self.replaced += 1
+            if one.path not in self._known and len(self._known) < MOST_REMEMBERED:
+                self._known.add(one.path)
+                self.last.append(one)
