@@ -54,6 +54,10 @@ def _is_shards(path: str) -> bool:
     return path.endswith(SHARD_SUFFIX)
 
 
+def _is_folder(path: str | list[str]) -> bool:
+    return isinstance(path, str) and not _is_shards(path)
+
+
 def _check_paths(paths: str | list[str]) -> None:
     for path in [paths] if isinstance(paths, str) else paths:
         if path.endswith(COMPRESSED):
@@ -167,10 +171,7 @@ class Data(Section):
     def parts(self) -> list[tuple[tuple[str | int, ...], Data]]:
         """Every place that images come from as a section of its own, and where its path stands in this one."""
         alone = self.model_copy(update={"also": []})
-        hold_outs = [
-            (part.hold_out or self.hold_out) if isinstance(part.path, str) and not _is_shards(part.path) else "none"
-            for part in self.also
-        ]
+        hold_outs = [(part.hold_out or self.hold_out) if _is_folder(part.path) else "none" for part in self.also]
         return [(("path",), alone)] + [
             (("also", number, "path"), alone.model_copy(update={"path": part.path, "hold_out": hold_out}))
             for number, (part, hold_out) in enumerate(zip(self.also, hold_outs, strict=True))
@@ -223,6 +224,7 @@ class Data(Section):
         for batches in ("mixed", "whole"):
             if sum(part.share for part in self.also if part.batches == batches) > 1 - 1 / PER_THOUSAND:
                 raise ValueError(f"also: the shares of {batches} batches leave nothing for data.path")
-        if self.shards and self.hold_out != "none":
+        hides_in_shards = [p for p in self.also if p.hold_out not in (None, "none") and not _is_folder(p.path)]
+        if (self.shards and self.hold_out != "none") or hides_in_shards:
             raise ValueError("hold_out goes with a folder of images: in tar shards near-duplicates are not looked for")
         return self
