@@ -169,9 +169,9 @@ def test_a_hung_rank_leaves_its_stacks(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_waits_for_a_batch_is_told_from_one_that_hangs(tmp_path: Path) -> None:
-    case = make(tmp_path, ["starve"], stall=1.0)
+    case = make(tmp_path, ["starve"], stall=3.0)
     assert run(case) == contract.EXIT_CODES[Cause.DATA_STALLED]
-    assert "no batch for health.stall_seconds (1 s): the loader waits for s3://bucket/x.tar" in case.outcome.message
+    assert "no batch for health.stall_seconds (3 s): the loader waits for s3://bucket/x.tar" in case.outcome.message
     assert "in take_steps" in case.log(0)
 
 

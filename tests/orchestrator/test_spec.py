@@ -189,8 +189,6 @@ def test_what_is_mixed_in_is_pinned_and_checked_too(tmp_path: Path, monkeypatch:
     (tmp_path / "images/a.png").touch()
     with pytest.raises(SpecError, match=r"data\.also\[0\]\.path: no such data folder"):
         read_job(TINY, ["data.also=[{path: more, share: 0.1}]"])
-    with pytest.raises(SpecError, match="hold_out goes with a folder of images"):
-        job(TINY, "data.also=[{path: x.tar, share: 0.1, hold_out: test}]")
     with pytest.raises(SpecError, match=r"leave nothing for data\.path"):
         job(TINY, "data.also=[{path: a, share: 0.5}, {path: b, share: 0.5}]")
     with pytest.raises(SpecError, match=r"0\.12345 is not a multiple of 0\.001"):
