@@ -184,6 +184,9 @@ class Gram(Section):
     weight: Scheduled = constant(2.0)
     refresh_every: Count = Field(0, description="steps after which the Gram teacher becomes the EMA teacher; 0: never")
     refresh_most: Count = Field(0, description="refreshes after which there are no more")
+    compute: Literal["fp32", "bf16"] | None = Field(
+        None, description="dtype of the Gram teacher's products; null: precision.compute"
+    )
     img_level: bool = Field(True, description="similarities within a crop; false: across all crops of a group")
     remove_neg: bool = Field(False, description="negative similarities count as zero")
     remove_only_teacher_neg: bool = Field(False, description="the teacher's, and the student's where both are negative")

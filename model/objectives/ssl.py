@@ -93,6 +93,7 @@ class SslObjective:
             weights=self._weights(moment),
             momentum=value(self.settings.ema, moment.step, moment.steps),
             compute="bf16" if self.settings.precision.compute == "bf16" else "fp32",
+            gram_compute=losses.gram.compute,
             centering=losses.centering,
             gram_group=0 if losses.gram.img_level else optim.group_size,
             gram_clamp=_clamp(losses.gram),

@@ -98,6 +98,7 @@ class Scalars:
     not computed where theirs is 0, and without iBOT nothing is masked."""
     momentum: float  # of the moving average that follows the update; no loss depends on it
     compute: Compute = "fp32"  # dtype of the networks' products; float64 networks take "fp32", which changes nothing
+    gram_compute: Compute | None = None  # of the Gram teacher's; None: `compute`
     centering: Centering = "sinkhorn"
     gram_group: int = 0  # images whose patches meet in one Gram matrix, with all their crops; 0: each crop alone
     gram_clamp: Clamp = "none"
@@ -200,7 +201,9 @@ def teach(teacher: Trio, gram_teacher: VisionTransformer | None, batch: SslBatch
         cls=_by_crop(cls, GLOBAL_CROPS),
         patches=patches,
         images=batch.masks.nonzero()[:, 1] if masked is not None else batch.positions[:0],
-        gram=_gram_targets(gram_teacher, batch, scalars.compute) if scalars.weights["gram"] > 0 else None,
+        gram=_gram_targets(gram_teacher, batch, scalars.gram_compute or scalars.compute)
+        if scalars.weights["gram"] > 0
+        else None,
         features=_by_crop(features.cls, GLOBAL_CROPS),
         logits=_by_crop(cls_logits, GLOBAL_CROPS),
         closeness=_by_crop(_closeness(features), GLOBAL_CROPS),

@@ -180,6 +180,16 @@ def test_gram_is_not_run_while_its_weight_is_0():
         own.targets(batch(), Moment(1, 10, 11))
 
 
+def test_the_gram_teacher_may_be_rougher_than_the_rest():
+    exact, rough = objective(), objective(losses={"gram": {"compute": "bf16"}})
+    for own in (exact, rough):
+        disturb(own.gram_teacher)
+    one, other = (own.targets(batch(), MOMENT) for own in (exact, rough))
+    assert one.cls.equal(other.cls)
+    assert 0 < (one.gram - other.gram).norm() < 0.02 * one.gram.norm()
+    assert not other.gram.requires_grad
+
+
 def test_gram_is_0_where_student_and_gram_teacher_agree():
     own = objective(model=PLAIN, gram_size=None)
     seen = batch(gram_size=0, masked=False)
