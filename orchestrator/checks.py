@@ -373,7 +373,9 @@ def held_out(draft: Draft) -> Iterator[Problem]:
         return
     split, folder = draft.evaluate.split, draft.evaluate.data.path
     for name, phase in draft.phases.items():
-        if folder in [part.path for _, part in phase.data.parts] and split not in HIDES[phase.data.hold_out]:
-            allowed = " or ".join(hold_out for hold_out, hidden in HIDES.items() if split in hidden)
-            yield Problem(f"training would see the {split} split, which the evaluation scores on",
-                          ("phases", name, "data", "hold_out"), found=phase.data.hold_out, allowed=allowed)  # fmt: skip
+        for at, part in phase.data.parts:
+            if part.path == folder and split not in HIDES[part.hold_out]:
+                allowed = " or ".join(hold_out for hold_out, hidden in HIDES.items() if split in hidden)
+                yield Problem(f"training would see the {split} split, which the evaluation scores on",
+                              ("phases", name, "data", *at[:-1], "hold_out"), found=part.hold_out,
+                              allowed=allowed)  # fmt: skip

@@ -194,8 +194,10 @@ def test_what_is_mixed_in_is_pinned_and_checked_too(tmp_path: Path, monkeypatch:
     with pytest.raises(SpecError, match=r"0\.12345 is not a multiple of 0\.001"):
         job(TINY, "data.also=[{path: a, share: 0.12345}]")
     overrides = ("data.path=x.tar", "data.hold_out=none", "data.also=[{path: s, share: 0.1}]", "evaluate.data.path=s")
-    with pytest.raises(SpecError, match="training would see the test split"):
+    with pytest.raises(SpecError, match=r"data\.also\[0\]\.hold_out: training would see the test split"):
         job(TINY, *overrides)
+    with pytest.raises(SpecError, match=r"data\.also\[0\]\.hold_out: training would see the test split"):
+        job(TINY, "data.also=[{path: images, share: 0.1, hold_out: none}]")
 
 
 def test_tar_shards_are_looked_for_where_this_machine_sees_them(tmp_path: Path) -> None:
