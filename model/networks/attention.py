@@ -1,6 +1,6 @@
 """Attention of packed groups of sequences: torch's fused one, and on a CPU another for short sequences.
 
-For 14 to 50 tokens, as small crops have, plain products are faster than torch's CPU kernel (tests/benchmarks/losses.py),
+For 14 to 50 tokens, as small crops have, plain products are faster than torch's kernel (tests/benchmarks/losses.py),
 of which the advantage, that it keeps no scores, begins at some two hundred.
 """
 
