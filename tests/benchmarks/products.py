@@ -36,6 +36,31 @@ WHOLE = ("convolution", "_scaled_mm", "attention")
 
 
 @dataclass(frozen=True)
+class Timer:
+    """The clock on the wall, or of the CPU: that one does not run while others have the core."""
+
+    device: torch.device
+    of_cpu: bool = False
+
+    def now(self) -> float:
+        """Seconds, once the device has done what it was asked for."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.process_time() if self.of_cpu else time.perf_counter()
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """How long one call takes, the mean of as many as it takes to tell."""
+        times = 1
+        while True:
+            began = self.now()
+            for _ in range(times):
+                run()
+            if (lasted := self.now() - began) >= LEAST_SECONDS:
+                return lasted / times
+            times *= 4
+
+
+@dataclass(frozen=True)
 class Layout:
     """A tensor without its numbers."""
 
@@ -53,35 +78,17 @@ class Product:
     function: Callable[..., Any]
     arguments: tuple[Any, ...]  # a Layout for each tensor
 
-    def seconds(self, device: torch.device) -> float:
-        """Of one, after the first."""
-        made = [value.make(device) if isinstance(value, Layout) else value for value in self.arguments]
-        return seconds(lambda: self.function(*made), device)
+    def seconds(self, timer: Timer, repeats: int = 1) -> float:
+        """Of one, after the first: the median of so many."""
+        made = [value.make(timer.device) if isinstance(value, Layout) else value for value in self.arguments]
+        self.function(*made)
+        return statistics.median(timer.seconds(lambda: self.function(*made)) for _ in range(repeats))
 
 
-def cube_flops_per_second(dtype: torch.dtype, device: torch.device) -> float:
-    """The median of a few products of two square matrices."""
+def cube_flops_per_second(dtype: torch.dtype, timer: Timer) -> float:
+    """Of a product of two square matrices, the median of a few."""
     side = Layout((CUBE, CUBE), (CUBE, 1), dtype)
-    cube = Product(aten.mm.default, (side, side))
-    return 2 * CUBE**3 / statistics.median(cube.seconds(device) for _ in range(REPEATS))
-
-
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """How long one call takes, once it has been called."""
-
-    def taken(times: int) -> float:
-        began = time.perf_counter()
-        for _ in range(times):
-            run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - began
-
-    times = 1
-    taken(times)
-    while (lasted := taken(times)) < LEAST_SECONDS:
-        times *= 4
-    return lasted / times
+    return 2 * CUBE**3 / Product(aten.mm.default, (side, side)).seconds(timer, REPEATS)
 
 
 class _Recorder(TorchDispatchMode):

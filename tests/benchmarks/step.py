@@ -19,7 +19,6 @@ import json
 import platform
 import resource
 import statistics
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ from model.networks.init import create
 from model.objectives.base import Moment
 from model.objectives.build import build
 from model.objectives.ssl import SslObjective
-from tests.benchmarks.products import Product, cube_flops_per_second, recorded
+from tests.benchmarks.products import Product, Timer, cube_flops_per_second, recorded
 
 HEAD = {"hidden": 2048, "bottleneck": 256}
 STEPS = 10_000
@@ -137,8 +136,8 @@ class Maker:
 class Stopwatch:
     """What the parts of a step take: the time up to a mark, from the one before, is the named part's."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
+    def __init__(self, timer: Timer) -> None:
+        self.timer, self.cuda = timer, timer.device.type == "cuda"
         self.marks: list[tuple[str, Any]] = []
 
     def mark(self, part: str) -> None:
@@ -147,7 +146,7 @@ class Stopwatch:
             event.record()
             self.marks.append((part, event))
         else:
-            self.marks.append((part, time.perf_counter()))
+            self.marks.append((part, self.timer.now()))
 
     def milliseconds(self) -> dict[str, float]:
         """By part, and begin anew."""
@@ -195,18 +194,18 @@ def step(training: Training, watch: Stopwatch) -> None:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     training = prepare(options)
-    device, watch = training.device, Stopwatch(training.device)
+    watch = Stopwatch(Timer(training.device, options.cpu_time))
     for part, module in _parts(training.objective):
         watch.watch(part, module)
     for _ in range(WARM_UP - 1):
         step(training, watch)
-    memory = peak_memory_mib(device)
+    memory = peak_memory_mib(training.device)
     with recorded() as products:
         step(training, watch)
     watch.marks.clear()
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
     rounds = [_round(training, watch, products, dtype) for _ in range(options.rounds)]
-    return {**_report(training, products, rounds), "peak_memory_mib": memory, **_machine(options, device)}
+    return {**_report(training, products, rounds), "peak_memory_mib": memory, **_machine(options, training.device)}
 
 
 @dataclass(frozen=True)
@@ -217,13 +216,13 @@ class Round:
 
 
 def _round(training: Training, watch: Stopwatch, products: Counter[Product], dtype: torch.dtype) -> Round:
-    began = time.perf_counter()
+    timer, began = watch.timer, watch.timer.now()
     training.maker.batch(training.step)
-    data = 1e3 * (time.perf_counter() - began)
+    data = 1e3 * (timer.now() - began)
     step(training, watch)
     parts = {**watch.milliseconds(), "data": data}
-    peak = cube_flops_per_second(dtype, training.device)
-    return Round(parts, peak, {product: product.seconds(training.device) for product in products})
+    peak = cube_flops_per_second(dtype, timer)
+    return Round(parts, peak, {product: product.seconds(timer) for product in products})
 
 
 def _report(training: Training, products: Counter[Product], rounds: list[Round]) -> dict[str, Any]:
@@ -297,12 +296,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="torch.compile, block by block")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cpu-time", action="store_true", help="for a busy machine: CPU seconds, with --threads 1")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(arguments)
 
 
 def main() -> None:
     options = parse()
+    if options.cpu_time and (options.threads > 1 or options.device != "cpu"):
+        raise SystemExit("--cpu-time: threads that wait for each other take CPU time too; go with --threads 1 on a CPU")
     told = measure(options)
     if options.json:
         print(json.dumps(told))
