@@ -177,9 +177,10 @@ def _ssl_step(model: Model, phase: SslPhase, resolution: Resolution) -> float:
     blocks = kept * (GLOBAL_CROPS * seen[0].blocks + local * seen[1].blocks)
     ibot = _ibot_head(model, phase, patches(backbone, resolution.global_size))
     dino = head_flops(model.dino_head, backbone.dim)
-    other = GLOBAL_CROPS * seen[0].other + local * seen[1].other + ibot + (GLOBAL_CROPS + local) * dino
+    heads = ibot + (GLOBAL_CROPS + local) * dino
+    embed = GLOBAL_CROPS * seen[0].other + local * seen[1].other
     again = 1 if phase.parallel.activation_checkpointing == "full" else 0
-    student = (3 + again) * blocks + 3 * other
+    student = (3 + again) * blocks + 3 * heads + 2 * embed  # images ask for no gradient
     teacher = GLOBAL_CROPS * (seen[0].total + dino) + ibot
     gram = 0.0
     if isinstance(phase, GramPhase | HighresPhase):

@@ -38,13 +38,7 @@ class Draft:
 
 def all_problems(draft: Draft, *, check_data: bool) -> list[Problem]:
     problems = [*references(draft), *layouts(draft), *sizes(draft), *ranges(draft), *towers(draft), *held_out(draft)]
-    problems += [
-        *schedules(draft),
-        *evaluated(draft),
-        *image_checks.channels(draft),
-        *image_checks.normalised(draft),
-        *image_checks.augmentations(draft),
-    ]
+    problems += [*schedules(draft), *evaluated(draft), *image_checks.all_problems(draft)]
     return [*problems, *data(draft), *captions(draft)] if check_data else problems
 
 

@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 
 NEED_RGB = ("saturation", "hue", "grayscale")
 OF_JITTER = ("saturation", "hue")
-BLURS = ("blur_global_1", "blur_global_2", "blur_local")
-SMALLEST_BLURRED = 5
-"""Pixels: half of the blur's taps, and one (`model.data.augment`)."""
+
+
+def all_problems(draft: Draft) -> Iterator[Problem]:
+    yield from channels(draft)
+    yield from normalised(draft)
+    yield from augmentations(draft)
 
 
 def channels(draft: Draft) -> Iterator[Problem]:
@@ -57,7 +60,7 @@ def _numbers(value: Any) -> str:
 
 
 def augmentations(draft: Draft) -> Iterator[Problem]:
-    """What cannot be done to these images, or to crops of this size."""
+    """What cannot be done to images without colours."""
     for name, phase in draft.phases.items():
         if not isinstance(phase, SslPhase):
             continue
@@ -67,16 +70,3 @@ def augmentations(draft: Draft) -> Iterator[Problem]:
             yield Problem(f"needs RGB, and images have {phase.data.channels} channels (data.channels)", at,
                           found=listed([f"augment.{key} {getattr(augment, key):g}" for key in asked]),
                           hint=f"augment: {{{', '.join(f'{key}: 0.0' for key in asked)}}}")  # fmt: skip
-        yield from _too_small(name, phase)
-
-
-def _too_small(name: str, phase: SslPhase) -> Iterator[Problem]:
-    never = 1.0 if phase.official_quirks else 0.0  # they blur with one minus the probability
-    if all(getattr(phase.augment, key) == never for key in BLURS):
-        return
-    for index, resolution in enumerate(phase.crops.resolutions):
-        for side in ("global_size", "local_size"):
-            if (found := getattr(resolution, side)) < SMALLEST_BLURRED:
-                yield Problem("too small to blur", ("phases", name, "crops", "resolutions", index, side),
-                              found=str(found), allowed=f"{SMALLEST_BLURRED} or more",
-                              hint=f"or augment: {{{', '.join(f'{key}: 0.0' for key in BLURS)}}}")  # fmt: skip

@@ -89,6 +89,19 @@ def load_wide(source: Path | bytes) -> NDArray[np.uint16] | None:
     return np.ascontiguousarray(pixels if count > 2 else pixels[..., [0, 0, 0, *([1] if count == 2 else [])]])
 
 
+def unlike_photographs(source: Path | bytes) -> str:
+    """What a file that Pillow does not know is, if it is an image at all; "" if not."""
+    try:
+        with _opened(source) as file:
+            pixels = _unsigned(decode(file, RGB))
+    except UnreadableImageError:
+        return ""
+    channels, bits = pixels.shape[2], 8 * pixels.dtype.itemsize
+    if (channels, bits) == (RGB, 8):
+        return "8-bit RGB in a form that Pillow does not know: save it as PNG"
+    return f"{_channels(channels)} of {bits} bits, and data.channels is {RGB}, data.bits 8: they say which are read"
+
+
 @contextmanager
 def _opened(source: Path | bytes) -> Iterator[BinaryIO]:
     """Whatever is raised within becomes UnreadableImageError."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from model.config import RGB, Data, Rgb
-from model.data.arrays import load_array, load_wide
+from model.data.arrays import load_array, load_wide, unlike_photographs
 from model.data.errors import UnreadableImageError
 
 Picture = NDArray[np.uint8 | np.uint16 | np.float32]
@@ -58,7 +58,7 @@ def _reason(error: Exception, source: Path | bytes) -> str:
         return f"more than {MAX_PIXELS:,} pixels: make it smaller"
     if isinstance(error, UnidentifiedImageError):
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
-        return "empty file" if size == 0 else "not an image of a known format"
+        return "empty file" if size == 0 else unlike_photographs(source) or "not an image of a known format"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__

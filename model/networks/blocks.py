@@ -1,13 +1,13 @@
 """Transformer blocks over several groups of sequences at once.
 
-Global and local crops differ in length, so they come as a list of [crops, tokens, dim]. Whatever works token by token
-(norms, linear layers) runs on all of them packed into one matrix; only attention looks at each group apart.
+Global and local crops differ in length. All their tokens are packed into one matrix [tokens, dim], which the residual
+stream stays from the first block to the last; only attention looks at each group apart.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.accounting import swiglu_width
+from model.networks.again import again
+from model.networks.attention import Group, attend, split_heads
 from model.networks.init import Rule
 from model.networks.rope import Rotation
 
@@ -48,7 +50,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(int(dim * ratio), dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))  # type: ignore[no-any-return]
+        return again(F.gelu, [self.fc1(x)], self.fc2)
 
 
 class SwiGlu(nn.Module):
@@ -62,7 +64,7 @@ class SwiGlu(nn.Module):
         self.w3 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w3(F.silu(self.w1(x)) * self.w2(x))  # type: ignore[no-any-return]
+        return again(_gated, [self.w1(x), self.w2(x)], self.w3)
 
 
 class FusedSwiGlu(nn.Module):
@@ -75,8 +77,11 @@ class FusedSwiGlu(nn.Module):
         self.w3 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)  # type: ignore[no-any-return]
+        return again(_gated, self.w12(x).chunk(2, dim=-1), self.w3)
+
+
+def _gated(gate: Tensor, value: Tensor) -> Tensor:
+    return again(F.silu, [gate], lambda opened: opened * value)
 
 
 class KeyMaskedLinear(nn.Linear):
@@ -102,27 +107,14 @@ class Attention(nn.Module):
         self.qkv = KeyMaskedLinear(dim) if qkv_bias and mask_k_bias else nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, shapes: Sequence[torch.Size], rotations: Sequence[Rotation | None]) -> Tensor:
-        """x: [tokens of all groups, dim], packed; shapes: of each group, [sequences, tokens, dim]."""
-        groups = zip(unpack(self.qkv(x), shapes), rotations, strict=True)
-        return self.proj(pack([self._attend(qkv, rotation) for qkv, rotation in groups]))  # type: ignore[no-any-return]
-
-    def _attend(self, qkv: Tensor, rotation: Rotation | None) -> Tensor:
-        if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
-            qkv = qkv.float()  # on a CPU, torch's attention takes five times as long backward in bf16 as in fp32
-        q, k, v = self._split(qkv, rotation)
-        with torch.autocast(qkv.device.type, enabled=False):  # which would take it back to bf16
-            attended: Tensor = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return attended.transpose(1, 2).flatten(2)
-
-    def _split(self, qkv: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
-        """[sequences, tokens, 3 dim] as three [sequences, heads, tokens, head dim], queries and keys rotated."""
-        q, k, v = qkv.reshape(*qkv.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        return (q, k, v) if rotation is None else (rotation.turn(q), rotation.turn(k), v)
+    def forward(self, x: Tensor, groups: Sequence[Group]) -> Tensor:
+        """Of the packed tokens [tokens, dim] of these groups."""
+        return self.proj(attend(self.qkv(x), groups, self.heads, causal=self.causal))  # type: ignore[no-any-return]
 
     def weights(self, x: Tensor, rotation: Rotation | None, query: int) -> Tensor:
-        """What the token at `query` attends to: [sequences, heads, tokens], fp32. For pictures."""
-        q, k, _ = self._split(self.qkv(x), rotation)
+        """What the token at `query` attends to: [sequences, heads, tokens] of x [sequences, tokens, dim], fp32. For
+        pictures."""
+        q, k, _ = split_heads(self.qkv(x), rotation, self.heads)
         scores = q[:, :, query, None].float() @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])
         return scores.softmax(dim=-1)[:, :, 0]
 
@@ -139,50 +131,34 @@ class Block(nn.Module):
         self.mlp = mlp
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
 
-    def forward(
-        self, xs: Sequence[Tensor], rotations: Sequence[Rotation | None], kept: Sequence[Kept | None]
-    ) -> list[Tensor]:
-        """xs, rotations and kept: one a group of sequences; None: no rotation, every sequence kept."""
-        indices = [None if k is None else k.attention for k in kept]
-        chosen = _choose(xs, indices)
-        turns = [None if r is None else r.select(i) for r, i in zip(rotations, indices, strict=True)]
-        shapes = [x.shape for x in chosen]
-        xs = _add(xs, self.ls1(self.attn(self.norm1(pack(chosen)), shapes, turns)), shapes, indices, kept)
+    def forward(self, x: Tensor, groups: Sequence[Group], kept: Sequence[Kept | None]) -> Tensor:
+        """x: the packed tokens [tokens, dim] of these groups; kept: one a group, None for all of its sequences."""
+        x = _residual(x, groups, [None if k is None else (k.attention, k.scale) for k in kept], self._attend)
+        return _residual(x, groups, [None if k is None else (k.ffn, k.scale) for k in kept], self._feed)
 
-        indices = [None if k is None else k.ffn for k in kept]
-        chosen = _choose(xs, indices)
-        shapes = [x.shape for x in chosen]
-        return _add(xs, self.ls2(self.mlp(self.norm2(pack(chosen)))), shapes, indices, kept)
+    def _attend(self, x: Tensor, groups: Sequence[Group]) -> Tensor:
+        return self.ls1(again(self.norm1, [x], lambda y: self.attn(y, groups)))  # type: ignore[no-any-return]
+
+    def _feed(self, x: Tensor, groups: Sequence[Group]) -> Tensor:
+        return self.ls2(again(self.norm2, [x], self.mlp))  # type: ignore[no-any-return]
 
 
-def _choose(xs: Sequence[Tensor], indices: Sequence[Tensor | None]) -> list[Tensor]:
-    return [x if index is None else x[index] for x, index in zip(xs, indices, strict=True)]
-
-
-def _add(
-    xs: Sequence[Tensor],
-    residual: Tensor,
-    shapes: Sequence[torch.Size],
-    indices: Sequence[Tensor | None],
-    kept: Sequence[Kept | None],
-) -> list[Tensor]:
-    """Each group plus its rows of the packed residual, scaled where only some of its sequences have one."""
-    sums = []
-    for x, y, index, keep in zip(xs, unpack(residual, shapes), indices, kept, strict=True):
-        if index is None or keep is None:
-            sums.append(x + y)
-        else:
-            sums.append(x.index_add(0, index, y.to(x.dtype), alpha=keep.scale))
-    return sums
-
-
-def pack(xs: Sequence[Tensor]) -> Tensor:
-    """[sequences, tokens, width] of several groups as one [all tokens, width]."""
-    flat = [x.flatten(0, 1) for x in xs]
-    return flat[0] if len(flat) == 1 else torch.cat(flat)
-
-
-def unpack(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """The inverse of `pack`, whatever the width has become."""
-    parts = torch.split(flat, [shape[0] * shape[1] for shape in shapes])
-    return [part.reshape(*shape[:2], -1) for part, shape in zip(parts, shapes, strict=True)]
+def _residual(
+    x: Tensor,
+    groups: Sequence[Group],
+    kept: Sequence[tuple[Tensor, float] | None],
+    branch: Callable[[Tensor, Sequence[Group]], Tensor],
+) -> Tensor:
+    """x plus the branch of it; or of the sequences of each group that are `kept`, scaled."""
+    if all(keep is None for keep in kept):
+        return x + branch(x, groups)
+    rows, scales, chosen, start = [], [], [], 0
+    for group, keep in zip(groups, kept, strict=True):
+        index, scale = (torch.arange(group.sequences, device=x.device), 1.0) if keep is None else keep
+        tokens = start + index[:, None] * group.tokens + torch.arange(group.tokens, device=x.device)
+        rows.append(tokens.flatten())
+        scales.append(x.new_full((tokens.numel(), 1), scale))
+        chosen.append(group.select(index))
+        start += group.rows
+    row = torch.cat(rows)
+    return x.index_add(0, row, (branch(x.index_select(0, row), chosen) * torch.cat(scales)).to(x.dtype))

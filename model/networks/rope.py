@@ -45,12 +45,31 @@ class Rotation:
             return self
         return Rotation(self.cos[crops], self.sin[crops])
 
+    def inverse(self) -> Rotation:
+        return Rotation(self.cos, -self.sin)
+
     def turn(self, x: Tensor) -> Tensor:
         """Rotate [crops, heads, tokens, head dim] in `cos`'s dtype; the result has x's. Channels (i, i + half) pair
         up."""
         wide = x.to(self.cos.dtype)
-        first, second = wide.chunk(2, dim=-1)
-        return (wide * self.cos + torch.cat((-second, first), dim=-1) * self.sin).to(x.dtype)
+        return (wide * self.cos + _partners(wide) * self._signed()).to(x.dtype)
+
+    def turn_(self, x: Tensor) -> None:
+        """`turn` in place, where no gradient is asked for."""
+        if x.dtype == self.cos.dtype:
+            partners = _partners(x)
+            x.mul_(self.cos).addcmul_(partners, self._signed())
+        else:
+            x.copy_(self.turn(x))
+
+    def _signed(self) -> Tensor:
+        first, second = self.sin.chunk(2, dim=-1)
+        return torch.cat((-first, second), dim=-1)
+
+
+def _partners(x: Tensor) -> Tensor:
+    """What each channel is mixed with: the one half a head away."""
+    return x.roll(x.shape[-1] // 2, dims=-1)
 
 
 def periods(head_dim: int, base: float, dtype: torch.dtype = torch.float32) -> Tensor:

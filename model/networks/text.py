@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model import config
+from model.networks.attention import Group, pack, unpack
 from model.networks.blocks import Attention, Block, Mlp, SwiGlu
 from model.networks.init import Normal, Rule
 from model.networks.perturb import Perturbation
@@ -45,11 +46,12 @@ class TextTower(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Ids int64 [n, context] -> [n, embed_dim]. The end token is each row's largest id, its first if repeated."""
-        xs = [self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]]
+        count, length = tokens.shape
+        x = pack([self.token_embedding(tokens) + self.positional_embedding[:length]])
         for block in self.blocks:
-            xs = block(xs, [None], [None])
+            x = block(x, [Group(count, length)], [None])
         ends = tokens.argmax(dim=1)
-        pooled = self.norm(xs[0][torch.arange(len(tokens), device=tokens.device), ends])
+        pooled = self.norm(x[torch.arange(count, device=tokens.device) * length + ends])
         return self.projection(pooled)  # type: ignore[no-any-return]
 
 
@@ -72,10 +74,11 @@ class VisionHead(nn.Module):
     def forward(self, features: Features, perturbation: Perturbation | None = None) -> Tensor:
         """[n, embed_dim] of n images; `perturbation` is the drop path of these blocks in training."""
         prefix = 1 + features.registers.shape[1]
-        xs = [torch.cat((features.cls[:, None], features.registers, features.patches), dim=1)]
+        tokens = torch.cat((features.cls[:, None], features.registers, features.patches), dim=1)
+        groups, x = [Group(*tokens.shape[:2])], pack([tokens])
         for depth, block in enumerate(self.blocks):
-            xs = block(xs, [None], [None if perturbation is None else perturbation.kept(depth)])
-        x = self.norm(xs[0])
+            x = block(x, groups, [None if perturbation is None else perturbation.kept(depth)])
+        (x,) = unpack(self.norm(x), groups)
         pooled = torch.stack((x[:, 0], x[:, prefix:].mean(dim=1)), dim=1)
         return self.projection(pooled).flatten(1)  # type: ignore[no-any-return]
 

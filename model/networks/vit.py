@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.config import Backbone
+from model.networks.attention import Group, pack, unpack
 from model.networks.blocks import Attention, Block, FusedSwiGlu, Kept, Mlp, SwiGlu
 from model.networks.init import STD, Normal, Rule
 from model.networks.perturb import Perturbation
-from model.networks.rope import RopeEmbedding, Rotation
+from model.networks.rope import RopeEmbedding
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,12 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, dim, kernel_size=size, stride=size)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+        """[n, channels, height, width] -> [n, patches, dim], as one product: a convolution is slower on a CPU."""
+        weight = self.proj.weight
+        n, channels, height, width = images.shape
+        size = weight.shape[-1]
+        patches = images.view(n, channels, height // size, size, width // size, size).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(patches.reshape(n, -1, channels * size * size), weight.flatten(1), self.proj.bias)
 
 
 class VisionTransformer(nn.Module):
@@ -81,12 +87,12 @@ class VisionTransformer(nn.Module):
 
     def forward(self, views: Sequence[View]) -> list[Features]:
         """The features of each group of crops, in order. Raises ValueError for sizes that do not fit the patches."""
-        xs, rotations = self._embed(views)
+        x, groups = self._embed(views)
         for depth, block in enumerate(self.blocks):
             if depth and self.settings.rope_per_block:
-                rotations = self._rotations(views, depth)
-            xs = block(xs, rotations, _kept(views, depth))
-        return [self._finish(x, view.local) for x, view in zip(xs, views, strict=True)]
+                groups = self._groups(views, depth)
+            x = block(x, groups, _kept(views, depth))
+        return self._finish(x, groups, views)
 
     def features(self, images: Tensor) -> Features:
         """Of whole images [n, channels, height, width], nothing hidden or perturbed."""
@@ -97,26 +103,29 @@ class VisionTransformer(nn.Module):
 
         A head's entries sum to one minus what it gives to CLS and registers.
         """
-        xs, rotations = self._embed([View(images)])
+        x, groups = self._embed([View(images)])
         for block in self.blocks[:-1]:
-            xs = block(xs, rotations, [None])
+            x = block(x, groups, [None])
         last = self.blocks[-1]
         assert isinstance(last, Block)
-        weights = last.attn.weights(last.norm1(xs[0]), rotations[0], query=0)[:, :, self.prefix :]
+        (sequences,) = unpack(last.norm1(x), groups)
+        weights = last.attn.weights(sequences, groups[0].rotation, query=0)[:, :, self.prefix :]
         return weights.reshape(*weights.shape[:2], *self._grid(images))
 
-    def _embed(self, views: Sequence[View]) -> tuple[list[Tensor], list[Rotation | None]]:
-        return [self._tokens(view) for view in views], self._rotations(views, 0)
+    def _embed(self, views: Sequence[View]) -> tuple[Tensor, list[Group]]:
+        return pack([self._tokens(view) for view in views]), self._groups(views, 0)
 
-    def _rotations(self, views: Sequence[View], depth: int) -> list[Rotation | None]:
-        if self.rope_embed is None:
-            return [None] * len(views)
-        rotations: list[Rotation | None] = []
+    def _groups(self, views: Sequence[View], depth: int) -> list[Group]:
+        """How the crops of each view lie among the packed tokens, with their rotation in that block."""
+        groups = []
         for view in views:
-            draws = None if view.perturbation is None else view.perturbation.rope
-            at_depth = None if draws is None else draws.at(depth)
-            rotations.append(self.rope_embed(*self._grid(view.images), self.prefix, at_depth))
-        return rotations
+            height, width = self._grid(view.images)
+            rotation = None
+            if self.rope_embed is not None:
+                draws = None if view.perturbation is None else view.perturbation.rope
+                rotation = self.rope_embed(height, width, self.prefix, None if draws is None else draws.at(depth))
+            groups.append(Group(len(view.images), self.prefix + height * width, rotation))
+        return groups
 
     def _tokens(self, view: View) -> Tensor:
         grid = self._grid(view.images)
@@ -141,10 +150,14 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"an image of {height} x {width} pixels is not whole patches of {size} x {size}")
         return height // size, width // size
 
-    def _finish(self, x: Tensor, local: bool) -> Features:
-        prefix_norm = self.local_cls_norm if local and self.local_cls_norm is not None else self.norm
-        prefix = prefix_norm(x[:, : self.prefix])
-        return Features(prefix[:, 0], prefix[:, 1:], self.norm(x[:, self.prefix :]))
+    def _finish(self, x: Tensor, groups: Sequence[Group], views: Sequence[View]) -> list[Features]:
+        features = []
+        for tokens, normed, view in zip(unpack(x, groups), unpack(self.norm(x), groups), views, strict=True):
+            prefix, patches = torch.split(normed, [self.prefix, normed.shape[1] - self.prefix], dim=1)
+            if view.local and self.local_cls_norm is not None:
+                prefix = self.local_cls_norm(tokens[:, : self.prefix])
+            features.append(Features(prefix[:, 0], prefix[:, 1:], patches))
+        return features
 
 
 def resize_positions(table: Tensor, grid: tuple[int, int], offset: float) -> Tensor:

@@ -187,11 +187,11 @@ def step(networks: SslNetworks, inputs: SslInputs) -> Outputs:
 def teach(teacher: Trio, gram_teacher: VisionTransformer | None, batch: SslBatch, scalars: Scalars) -> SslTargets:
     """What the teachers say of a rank's part of the batch, all micro-batches at once. Every rank calls it: Sinkhorn
     normalises over the global batch."""
-    masks = _masks(batch, scalars)
+    masked = _masked(batch, scalars)
     with _autocast(batch, scalars.compute):
         features = teacher.backbone.features(batch.global_crops.flatten(0, 1))
         cls_logits = teacher.dino_head(features.cls)
-        patch_logits = None if masks is None else _ibot_head(teacher)(features.patches[masks])
+        patch_logits = None if masked is None else _ibot_head(teacher)(_rows(features.patches, masked))
     cls, means = _centred(cls_logits, "dino_center", teacher.dino_center, scalars)
     patches, more = cls[:0], dict[str, Tensor]()
     if patch_logits is not None:
@@ -199,7 +199,7 @@ def teach(teacher: Trio, gram_teacher: VisionTransformer | None, batch: SslBatch
     return SslTargets(
         cls=_by_crop(cls, GLOBAL_CROPS),
         patches=patches,
-        images=batch.masks.nonzero()[:, 1] if masks is not None else batch.positions[:0],
+        images=batch.masks.nonzero()[:, 1] if masked is not None else batch.positions[:0],
         gram=_gram_targets(gram_teacher, batch, scalars.compute) if scalars.weights["gram"] > 0 else None,
         features=_by_crop(features.cls, GLOBAL_CROPS),
         logits=_by_crop(cls_logits, GLOBAL_CROPS),
@@ -224,9 +224,21 @@ def _closeness(features: Features) -> Tensor:
     return torch.einsum("cd,cnd->cn", F.normalize(cls, dim=-1), F.normalize(patches, dim=-1)).mean(dim=1)
 
 
-def _masks(batch: SslBatch, scalars: Scalars) -> Tensor | None:
-    """bool [2 b, N]; None without iBOT, when nothing is masked."""
-    return batch.masks.flatten(0, 1) if scalars.weights["ibot"] > 0 else None
+def _masked(batch: SslBatch, scalars: Scalars) -> Tensor | None:
+    """int64 [m]: which of the patches [2 b N] are masked; None without iBOT, when nothing is."""
+    if scalars.weights["ibot"] == 0:
+        return None
+    return _beside(batch.masks.flatten().nonzero()[:, 0], batch)
+
+
+def _beside(tensor: Tensor, batch: SslBatch) -> Tensor:
+    """Where the crops are. Masks stay on the host, so that nobody waits for the device to count them."""
+    return tensor.to(batch.global_crops.device, non_blocking=True)
+
+
+def _rows(patches: Tensor, index: Tensor) -> Tensor:
+    """Of patches [crops, N, dim] those with these numbers, [m, dim]."""
+    return patches.flatten(0, 1).index_select(0, index)
 
 
 def _ibot_head(networks: Trio) -> ProjectionHead:
@@ -246,6 +258,7 @@ def learn(student: Trio, batch: SslBatch, draws: Draws, targets: SslTargets, sca
     terms = {"dino_global": dino_cross_entropy(said.global_logits, targets.cls, temperature, images, skip_same=True)}
     if said.patch_logits is not None:
         weights = mask_weights(batch.masks, torch.promote_types(said.patch_logits.dtype, torch.float32))
+        weights = _beside(weights, batch)
         terms["ibot"] = ibot_cross_entropy(said.patch_logits, targets.patches, weights, temperature, crops)
     if said.local_logits is not None:
         terms["dino_local"] = dino_cross_entropy(said.local_logits, targets.cls, temperature, images)
@@ -276,7 +289,8 @@ def _gram(student: Tensor, teacher: Tensor, scalars: Scalars) -> Tensor:
 
 
 def _student(student: Trio, batch: SslBatch, draws: Draws, scalars: Scalars) -> _Student:
-    masks = _masks(batch, scalars)
+    masked = _masked(batch, scalars)
+    masks = None if masked is None else _beside(batch.masks.flatten(0, 1), batch)
     copies = len(batch.local_crops)
     views = [View(batch.global_crops.flatten(0, 1), masks, draws.of_global)]
     if copies:
@@ -290,7 +304,7 @@ def _student(student: Trio, batch: SslBatch, draws: Draws, scalars: Scalars) -> 
             patches=whole.patches,
             global_logits=logits[:GLOBAL_CROPS],
             local_logits=logits[GLOBAL_CROPS:] if copies else None,
-            patch_logits=None if masks is None else _ibot_head(student)(whole.patches[masks]),
+            patch_logits=None if masked is None else _ibot_head(student)(_rows(whole.patches, masked)),
         )
 
 

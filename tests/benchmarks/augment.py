@@ -41,7 +41,6 @@ SIDES = (256, 512)
 GLOBAL, LOCAL, LOCALS = 224, 96, 8
 SIZES = config.Resolution(global_size=GLOBAL, local_size=LOCAL)
 QUALITY = 90
-WHITE = (1.0, 1.0, 1.0)
 
 RECIPE = Recipe(
     config.Data(path="photographs"), config.Augment(), config.Crops(resolutions=[SIZES], local_count=LOCALS), 0, "bench"
@@ -102,7 +101,7 @@ def cells(sources: list[Image.Image], batch: int, rounds: int) -> dict[str, dict
 
 def contenders(files: list[bytes], decoding: bool) -> dict[str, Work]:
     ways: dict[str, tuple[Callable[[bytes], Any], Callable[[list[Any]], object]]] = {
-        "dinoctl": (partial(decode, background=WHITE), dinoctls),
+        "dinoctl": (partial(decode, data=RECIPE.data), dinoctls),
         "torchvision v2 on Pillow images": (opened, torchvisions()),
         "torchvision v2 on tensors": (on_tensor, torchvisions()),
     }
@@ -174,7 +173,7 @@ def parts(photograph: Image.Image, rounds: int) -> dict[str, dict[str, float]]:
     for side in (*SIDES, 1024, 2048):
         told[f"decode {side} pixels, ms"] = decoders(jpeg(photograph, side))
     for side in SIDES:
-        picture = decode(jpeg(photograph, side), WHITE)[: side * 3 // 4, : side * 3 // 4]
+        picture = decode(jpeg(photograph, side), RECIPE.data)[: side * 3 // 4, : side * 3 // 4]
         told[f"{len(picture)} pixels to {GLOBAL}, ms"] = resizers(picture)
     small = photograph.resize((GLOBAL, GLOBAL))
     floats = resize.unit(np.array(small))
@@ -192,7 +191,7 @@ def decoders(file: bytes) -> dict[str, Work]:
         return image.convert("RGB")
 
     return {
-        "Pillow, into an array (taken)": lambda: decode(file, WHITE),
+        "Pillow, into an array (taken)": lambda: decode(file, RECIPE.data),
         "Pillow": lambda: opened(file),
         "Pillow, draft at 1/2": lambda: drafted(2),
         "Pillow, draft at 1/4": lambda: drafted(4),

@@ -11,9 +11,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import accounting, config
+from model.data.batch import SslBatch
 from model.networks.heads import ProjectionHead
 from model.networks.text import LogitScale, TextTower, VisionHead
 from model.networks.vit import Features, VisionTransformer
+from model.objectives.base import Moment
+from model.objectives.build import build
 
 PUBLISHED = {
     "vits16": 21_601_152,
@@ -145,14 +148,38 @@ def test_flops_of_a_text_step_without_drop_path() -> None:
 
 
 def test_a_step_counts_students_three_times_and_teachers_once() -> None:
-    """Without drop path, heads aside: 3 x (2 globals + 4 locals) + 2 globals, and 2 Gram views in a Gram phase."""
+    """Without drop path, heads aside: 3 x (2 globals + 4 locals) + 2 globals, and 2 Gram views in a Gram phase; less
+    one embedding of the student's, as no gradient goes to the images."""
     networks, bare = model(), small()
     globals_, locals_, gram = (accounting.forward_flops(bare, side).total for side in (64, 32, 128))
+    embed = 2 * accounting.forward_flops(bare, 64).other + 4 * accounting.forward_flops(bare, 32).other
     no_ibot = {"ibot": {"mask_probability": 0.0}}
     heads = (3 * 6 + 2) * accounting.head_flops(networks.dino_head, 32)
-    expected = 3 * (2 * globals_ + 4 * locals_) + 2 * globals_ + heads
+    expected = 3 * (2 * globals_ + 4 * locals_) - embed + 2 * globals_ + heads
     assert accounting.step_flops(networks, phase("pretrain", losses=no_ibot)) == pytest.approx(expected)
     assert accounting.step_flops(networks, phase("gram", losses=no_ibot)) == pytest.approx(expected + 2 * gram)
+
+
+def test_a_step_of_the_trainer_does_as_many_flops_as_are_counted() -> None:
+    """All of its products are: what the counter finds beyond them are those of the losses."""
+    networks, images = model(), 8
+    settings = phase("gram", losses={"koleo": {"weight": 0.0}})
+    assert isinstance(settings, config.SslPhase)
+    objective = build(settings, networks, 0, "pretrain")
+    masks = torch.zeros(2, images, 16, dtype=torch.bool)
+    masks[..., :2], masks[0, :, 2] = True, True  # 40, where 2 x 8 x 16 x .5 x .3 = 38.4 are expected
+    crops = {
+        name: torch.randn(n, images, 3, side, side) for name, n, side in (("g", 2, 64), ("l", 4, 32), ("t", 2, 128))
+    }
+    batch = SslBatch(torch.arange(images), torch.arange(2), crops["g"], crops["l"], crops["t"], masks)
+    moment = Moment(0, 10, 0)
+    with FlopCounterMode(display=False) as counter:
+        objective.loss(batch, objective.targets(batch, moment), moment)["total"].backward()
+    dino = 2 * 2 * (2 + 4) * 48 * images * 2  # pairs of crops, and the gradient to the student's
+    gram = 2 * 2 * images * 16 * 16 * 32 * 4  # student's and teacher's similarities, and the gradient to both factors
+    more_masked = (40 - 38.4) * 4 * accounting.head_flops(networks.dino_head, 32)
+    counted = accounting.step_flops(networks, settings) * images
+    assert counter.get_total_flops() == pytest.approx(counted + dino + gram + more_masked, rel=1e-3)
 
 
 def test_recomputation_costs_one_more_forward_of_the_students_blocks_and_drop_path_saves_its_share() -> None:

@@ -136,11 +136,3 @@ def test_colour_operations_are_refused_by_name() -> None:
     assert "hint: augment: {saturation: 0.0, hue: 0.0, grayscale: 0.0}" in str(found[0])
     found = problems(*FIVE, HALF, "augment={jitter: 0.0, grayscale: 0.1}")
     assert "found: augment.grayscale 0.1\n" in str(found[0])
-
-
-def test_crops_that_are_too_small_to_blur() -> None:
-    small = ("model.backbone.patch_size=4", "phases.pretrain.crops.resolutions=[{global_size: 32, local_size: 4}]")
-    assert "phases.pretrain.crops.resolutions[0].local_size: too small to blur" in only(*small)
-    unblurred = ("augment={blur_global_1: 0.0, blur_global_2: 0.0, blur_local: 0.0}",)
-    assert job(*small, *unblurred).phases
-    assert "too small to blur" in only(*small, *unblurred, "phases.pretrain.official_quirks=true")  # 0 is always there

@@ -18,11 +18,16 @@ VIEWS = SslViews(config.Resolution(global_size=16, local_size=8), patch_size=4)
 
 
 def loader(
-    data: Mapping[str, Any], run: Path, rank: int = 0, world: int = 1, clocks: tuple[int, int] = (0, 7)
+    data: Mapping[str, Any],
+    run: Path,
+    rank: int = 0,
+    world: int = 1,
+    clocks: tuple[int, int] = (0, 7),
+    augment: Mapping[str, float] | None = None,
 ) -> Loader:
-    """A rank's loader of a phase with this `data:` section."""
+    """A rank's loader of a phase with this `data:` and `augment:` section."""
     values = {
-        "kind": "pretrain", "steps": 100, "data": data, "checkpoints": {"every": 10},
+        "kind": "pretrain", "steps": 100, "data": data, "augment": augment or {}, "checkpoints": {"every": 10},
         "optim": {"batch_size": 8, "group_size": 2, "lr": 1e-3},
         "crops": {"resolutions": [{"global_size": 16, "local_size": 8}], "local_count": 1},
     }  # fmt: skip
@@ -32,10 +37,15 @@ def loader(
 
 
 def batches(
-    data: Mapping[str, Any], run: Path, rank: int = 0, world: int = 1, clocks: tuple[int, int] = (0, 7)
+    data: Mapping[str, Any],
+    run: Path,
+    rank: int = 0,
+    world: int = 1,
+    clocks: tuple[int, int] = (0, 7),
+    augment: Mapping[str, float] | None = None,
 ) -> list[Batch]:
     """A rank's batches of such a phase, clock by clock."""
-    return list(loader(data, run, rank, world, clocks))
+    return list(loader(data, run, rank, world, clocks, augment))
 
 
 def tensors(batch: Batch) -> dict[str, torch.Tensor]:

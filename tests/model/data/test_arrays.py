@@ -16,9 +16,12 @@ from PIL import Image, ImageOps
 from model import config
 from model.data import index
 from model.data.arrays import load_array
+from model.data.batch import SslBatch
 from model.data.errors import UnreadableImageError
 from model.data.images import decode, decode_with_alpha
+from model.data.pack import pack
 from tests.model.data.conftest import PHOTOGRAPHS, picture, save
+from tests.model.data.loading import batches
 
 FIVE: NDArray[np.uint16] = np.random.default_rng(0).integers(0, 65536, (40, 48, 5), dtype=np.uint16)
 FIRST = np.ascontiguousarray(np.moveaxis(FIVE, -1, 0))
@@ -129,6 +132,15 @@ def test_an_image_of_another_kind_is_unreadable_and_says_why(content: bytes, why
         load_array(content, 5, 16)
 
 
+def test_without_channels_in_the_spec_the_reason_says_what_to_set() -> None:
+    with pytest.raises(UnreadableImageError, match=r"^5 channels of 16 bits, and data\.channels is 3, data\.bits 8"):
+        decode(FORMS["samples"], PHOTOGRAPHS)
+    with pytest.raises(UnreadableImageError, match=r"^not an image of a known format$"):
+        decode(b"no image at all", PHOTOGRAPHS)
+    with pytest.raises(UnreadableImageError, match="in a form that Pillow does not know"):
+        decode(npy((RGB16 >> 8).astype(np.uint8)), PHOTOGRAPHS)
+
+
 def test_a_large_array_is_refused_before_it_is_read(tmp_path: Path) -> None:
     np.lib.format.open_memmap(tmp_path / "large.npy", mode="w+", dtype=np.uint16, shape=(20000, 20000, 5))  # sparse
     with pytest.raises(UnreadableImageError, match="20000 x 20000 x 5 values of 16 bits, more than 255 MiB"):
@@ -165,6 +177,27 @@ def test_rgb_of_16_bits_is_made_of_the_same_kinds_as_rgb_of_8() -> None:
     assert np.array_equal(decode(white_is_zero, wide)[..., 0], 65535 - GREY)
     with pytest.raises(UnreadableImageError, match=r"5 channels, and data\.channels is 3"):
         decode(FORMS["samples"], wide)
+
+
+def test_crops_are_of_all_channels_and_normalised_each_by_its_own(tmp_path: Path) -> None:
+    """Of a folder as of shards. Images of one value a channel, which no crop, blur or contrast changes."""
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    for number in range(8):
+        np.save(folder / f"{number}.npy", np.full((20, 30, 5), (0, 1, 4095, 40000, 65535), np.uint16))
+    pack(str(folder), str(tmp_path / "tars"), "x", 3, 0, lambda done, total: None, kind(5, 16).suffixes)
+    numbers = {"normalise": None, "mean": [0.0, 0.5, 0.25, 0.5, 0.5], "std": [1.0, 2.0, 0.01, 0.5, 0.25]}
+    values = (np.array([0, 1, 4095, 40000, 65535]) / 65535 - numbers["mean"]) / numbers["std"]
+    off = {"saturation": 0.0, "hue": 0.0, "grayscale": 0.0, "brightness": 0.0, "solarize_global_2": 0.0}
+    for path in (str(folder), str(tmp_path / "tars/*.tar")):
+        data = {"path": path, "channels": 5, "bits": 16, "workers": 0, **numbers}
+        (batch,) = batches(data, tmp_path / "run", clocks=(0, 1), augment=off)
+        assert isinstance(batch, SslBatch)
+        for crops in (batch.global_crops, batch.local_crops):
+            flat = crops.permute(2, 0, 1, 3, 4).flatten(1).numpy()
+            assert flat.shape[0] == 5
+            assert np.abs(flat - values[:, None]).max() < 1e-4
+            assert np.ptp(flat, axis=1).max() < 1e-4
 
 
 def test_npy_is_an_image_where_images_are_no_photographs_and_copies_are_found(tmp_path: Path) -> None:

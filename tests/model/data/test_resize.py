@@ -15,11 +15,12 @@ def picture(channels: int = 3, dtype: type = np.uint8) -> Picture:
 
 
 @pytest.mark.parametrize("side", [20, 75, 150])
-@pytest.mark.parametrize("channels", [1, 3, 4, 7])
+@pytest.mark.parametrize("channels", [1, 3, 4, 7, 130])
 def test_8_bits_are_resized_as_pillow_does_channel_by_channel(side: int, channels: int) -> None:
     image = picture(channels)
     found = square(image, side)
     assert found.dtype == np.uint8
+    assert found.flags.c_contiguous  # or each of OpenCV's operations would copy it first
     size, bicubic = (side, side), Image.Resampling.BICUBIC
     planes = [Image.fromarray(np.ascontiguousarray(image[:, :, c])).resize(size, bicubic) for c in range(channels)]
     difference = np.abs(found.astype(int) - np.stack([np.asarray(plane) for plane in planes], axis=2))

@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from model import config
-from model.networks.blocks import Kept, pack, unpack
+from model.networks.attention import Group, pack, split_heads, unpack
+from model.networks.blocks import Kept
 from model.networks.init import create
 from model.networks.perturb import Layout, Perturbation, perturbation
 from model.networks.vit import View, VisionTransformer
@@ -112,8 +113,9 @@ def test_drop_path_scales_the_residual_of_those_it_keeps():
     net = network(settings)
     block, x = net.blocks[0], torch.randn(4, 5, 32, generator=torch.Generator().manual_seed(0))
     kept = Kept(torch.tensor([2, 0]), torch.tensor([3, 0]), scale=2.0)
-    (out,) = block([x], [None], [kept])
-    attention = x + 2.0 * block.ls1(block.attn(block.norm1(pack([x])), [x.shape], [None])).view_as(x)
+    groups = [Group(4, 5)]
+    out = block(pack([x]), groups, [kept]).view_as(x)
+    attention = x + 2.0 * block.ls1(block.attn(block.norm1(pack([x])), groups)).view_as(x)
     after = torch.stack([attention[0], x[1], attention[2], x[3]])
     ffn = after + 2.0 * block.ls2(block.mlp(block.norm2(after)))
     torch.testing.assert_close(out, torch.stack([ffn[0], after[1], after[2], ffn[3]]))
@@ -166,9 +168,10 @@ def test_attention_of_the_last_block_is_what_the_block_does():
     picture = images(2, 16)[..., :8]
     weights = net.cls_attention(picture)
     assert weights.shape == (2, 2, 4, 2)
-    (x,), (rotation,) = net._embed([View(picture)])
+    packed, groups = net._embed([View(picture)])
+    (x,), rotation = unpack(packed, groups), groups[0].rotation
     attn = net.blocks[0].attn
-    q, k, v = attn._split(attn.qkv(net.blocks[0].norm1(x)), rotation)
+    q, k, v = split_heads(attn.qkv(net.blocks[0].norm1(x)), rotation, attn.heads)
     full = attn.weights(net.blocks[0].norm1(x), rotation, query=0)
     torch.testing.assert_close(full.sum(-1), torch.ones(2, 2))
     torch.testing.assert_close(weights.flatten(2), full[:, :, 4:])
@@ -198,7 +201,7 @@ def test_autocast_keeps_the_residual_stream_in_fp32():
 
 def test_unpack_undoes_pack():
     xs = [torch.randn(2, 3, 4), torch.randn(5, 1, 4)]
-    for x, back in zip(xs, unpack(pack(xs), [x.shape for x in xs]), strict=True):
+    for x, back in zip(xs, unpack(pack(xs), [Group(*x.shape[:2]) for x in xs]), strict=True):
         assert torch.equal(x, back)
 
 
