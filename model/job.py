@@ -22,6 +22,7 @@ from model.data.batch import Batch
 from model.data.loader import Loader, Stream, learn_tokenizer
 from model.data.skips import MOST_NAMES
 from model.data.sources import Found, build_or_read
+from model.data.waiting import awaited
 from model.networks.init import Make, create
 from model.objectives.base import Moment, Objective
 from model.objectives.build import build
@@ -121,6 +122,12 @@ class Job:
     def dtype(self) -> torch.dtype:
         """Of the networks, and of what they look at."""
         return dtype_of(self.settings)
+
+    def batches(self) -> Iterator[Batch]:
+        """Those that are left of the phase, on the device. While one is waited for, the agent can see that."""
+        waiting = contract.waiting_file(self.attempt.launch_name, parallel.rank())
+        for batch in awaited(self.loader, waiting, self.settings.data.shown):
+            yield batch.to(self.device, self.dtype)
 
 
 def dtype_of(settings: config.AnyPhase) -> torch.dtype:

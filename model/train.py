@@ -21,7 +21,6 @@ from torch import Tensor
 from model import checkpoint, contract, health, optim, parallel, recording, sharding, storage, worker
 from model.contract import Attempt, Cause, CheckpointRef, RankEnd
 from model.data.batch import Batch
-from model.data.waiting import awaited
 from model.job import Begun, Job, begin
 from model.objectives.base import Moment
 from model.objectives.pure import Slices
@@ -45,9 +44,7 @@ def train(job: Job) -> Cause:
     trained = objective.networks().trained
     pulse = contract.pulse_file(job.attempt.launch_name, parallel.rank())
     began = time.monotonic()
-    waiting = contract.waiting_file(job.attempt.launch_name, parallel.rank())
-    batches = awaited(job.loader, waiting, settings.data.shown)
-    for batch in (one.to(job.device, job.dtype) for one in batches):
+    for batch in job.batches():
         moment = Moment(step=job.loop.step, steps=settings.steps, clock=job.loop.clock)
         if recording.due(settings, moment):
             _settle(job)

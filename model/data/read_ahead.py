@@ -30,8 +30,8 @@ READERS = 32
 STRETCH = 8 * 2**20
 """Bytes of one request at most, unless a single piece is larger."""
 
-MOST_PIECES = 16_384
-"""In a round, so that the first batch does not wait for the planning of hundreds of thousands of tiny images."""
+MOST_PIECES, MOST_BATCHES = 16_384, 256
+"""In a round, so that the first batch does not wait for the planning of all too many tiny or distant images."""
 
 
 @dataclass(frozen=True, order=True)
@@ -166,7 +166,8 @@ class ReadAhead:
         while (batch := self._left or self._next_batch()) is not None:
             self._left = None
             size += sum(piece.length for piece in batch[1])
-            if clocks and (size > self._most // 2 or len(pieces) > MOST_PIECES):
+            full = size > self._most // 2 or len(pieces) > MOST_PIECES or len(clocks) == MOST_BATCHES
+            if clocks and full:
                 self._left = batch
                 break
             clocks.add(batch[0])

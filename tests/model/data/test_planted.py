@@ -23,8 +23,8 @@ from model.data.skips import MOST_NAMES, Skips
 from tests.model.data import loading
 from tests.model.data.conftest import picture
 from tests.model.data.loading import assert_equal
+from tests.model.data.tars import write_tar
 from tests.model.data.test_images import bomb, png
-from tests.model.data.test_shards import write_tar
 
 GOOD, CLOCKS = 20, (0, 12)
 BAD = {

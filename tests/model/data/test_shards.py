@@ -2,67 +2,33 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import fsspec
-import msgspec
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from model import config, storage
-from model.data import patience, shards, sources, splits, tar_shard
+from model.data import patience, shards, tar_shard
 from model.data.batch import Batch, SslBatch
 from model.data.errors import BadDataError, DataError, UnreadableImageError
-from model.data.loader import Loader, Stream
 from model.data.shards import ShardSet, ShardSource
-from model.data.views import PairViews, SslViews
+from model.data.views import SslViews
 from tests.model.data import loading
 from tests.model.data.conftest import picture
 from tests.model.data.loading import assert_equal
+from tests.model.data.tars import four_shards, sample, write_tar
 
 VIEWS = SslViews(config.Resolution(global_size=16, local_size=8), patch_size=4)
-PER_SHARD = 10
-
-
-def png(number: int) -> bytes:
-    buffer = io.BytesIO()
-    picture(number).save(buffer, "png")
-    return buffer.getvalue()
-
-
-def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def sample(number: int) -> list[tuple[str, bytes]]:
-    key = f"{number:04d}"
-    return [
-        (f"{key}.png", png(number)),
-        (f"{key}.txt", f"Number {number}.\nmore".encode()),
-        (f"{key}.cls", b"%d" % number),
-    ]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Four shards of ten images: x-00.tar to x-03.tar."""
-    for shard in range(4):
-        numbers = range(shard * PER_SHARD, (shard + 1) * PER_SHARD)
-        write_tar(tmp_path / f"tars/x-{shard:02d}.tar", [member for n in numbers for member in sample(n)])
-    return tmp_path / "tars"
+    return four_shards(tmp_path / "tars")
 
 
 def settings(path: str | list[str], **values: Any) -> config.Data:
@@ -71,18 +37,6 @@ def settings(path: str | list[str], **values: Any) -> config.Data:
 
 def build(data: config.Data, run: Path) -> ShardSet:
     return shards.build_or_read(data, str(run), lambda done, total: None)
-
-
-def pairs(data: config.Data, run: Path, rank: int = 0, world: int = 1) -> list[Batch]:
-    """The first batches of a text phase."""
-    values = {
-        "kind": "text", "steps": 100, "data": data.model_dump(), "checkpoints": {"every": 10},
-        "optim": {"batch_size": 8, "group_size": 2, "lr": 1e-3},
-        "vision_tower": "pretrain@final", "text": {"vocabulary": 300, "context": 12},
-    }  # fmt: skip
-    text = config.read_phase(values)
-    found = sources.build_or_read(text.data, str(run), lambda done, total: None)
-    return list(Loader(text, Stream(0, "text", range(7), rank, world), found, str(run), lambda _: PairViews(16, 12)))
 
 
 def batches(data: config.Data, run: Path, *rank: int, **clocks: tuple[int, int]) -> list[Batch]:
@@ -340,64 +294,6 @@ def test_what_is_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match=says):
             settings(path)
-
-
-# --- captions and what is held out ------------------------------------------------------------------------------------
-
-
-def test_hold_out_goes_by_the_hash_of_the_key(folder: Path, tmp_path: Path) -> None:
-    path = f"{folder}/*.tar"
-    keys = [f"{number:04d}" for number in range(40)]
-    seen = {}
-    for hold_out, hidden in splits.HIDDEN.items():
-        data = settings(path, hold_out=hold_out)
-        source = ShardSource(build(data, tmp_path), data)
-        numbers = range(int(source.counts.sum()))
-        seen[hold_out] = [source.label(number) for number in numbers]
-        assert seen[hold_out] == [int(key) for key in keys if splits.split_of(key) not in hidden]
-        assert [source.name(number)[-4:] for number in numbers] == [
-            f"{label:04d}" for label in seen[hold_out] if label is not None
-        ]
-    assert len(seen["none"]) == 40 > len(seen["test"]) > len(seen["validation"]) > 0
-    positions = batches(settings(path, hold_out="test"), tmp_path)
-    assert_equal(positions, batches(settings(path, hold_out="test", workers=3), tmp_path))
-
-
-def test_a_text_phase_takes_the_samples_with_captions(folder: Path, tmp_path: Path) -> None:
-    write_tar(folder / "x-04.tar", [(f"{number}.png", png(number)) for number in range(40, 44)])
-    path = f"{folder}/*.tar"
-    whole = pairs(settings(path, hold_out="test"), tmp_path)
-    assert_equal(whole, pairs(settings(path, hold_out="test", workers=3), tmp_path))
-    assert_equal([batch.slice(4, 8) for batch in whole], pairs(settings(path, hold_out="test"), tmp_path, 1, 2))
-    data = settings(path)
-    (source,) = sources.open_sources([build(data, tmp_path)], data, captioned=True)
-    assert source.counts.tolist() == [10, 10, 10, 10, 0]
-    assert {source.caption(number) for number in range(40)} == {f"Number {number}." for number in range(40)}
-    assert len(list((tmp_path / "data").glob("tokenizer-*.json"))) == 1
-    with pytest.raises(DataError, match=r"no sample has a caption"):
-        pairs(settings(f"{folder}/x-04.tar"), tmp_path / "none")
-
-
-def test_the_captions_that_a_tokenizer_is_learnt_from_are_few_and_spread_evenly(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shards, "MOST_CAPTIONS", 4)
-    data = settings(f"{folder}/*.tar")
-    source = ShardSource(build(data, tmp_path), data, captioned=True)
-    assert source.captions().read() == ["Number 0.", "Number 10.", "Number 20.", "Number 30."]
-    other = settings(f"{folder}/*.tar", hold_out="test")
-    identities = {
-        one.captions().identity for one in (source, ShardSource(build(other, tmp_path), other, captioned=True))
-    }
-    assert len(identities) == 2
-
-
-def test_an_index_without_splits_is_made_again(folder: Path, tmp_path: Path) -> None:
-    data = settings(f"{folder}/*.tar", hold_out="test")
-    old = msgspec.structs.replace(build(data, tmp_path), splits={}, captioned={})
-    ShardSource(old, settings(f"{folder}/*.tar"))
-    with pytest.raises(DataError, match=r"made by an older dinoctl.*remove .*/data/shards, and it is made again"):
-        ShardSource(old, data)
 
 
 def test_places() -> None:
