@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -44,6 +45,11 @@ class Loop:
     position: int  # images consumed since the origin
     non_finite: int = 0  # steps in a row, up to now, that changed nothing
     jumps: tuple[tuple[int, int], ...] = ()  # (clock, steps) of data that was, or will be, jumped over since the origin
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Loop:
+        """As the checkpoint says it."""
+        return msgspec.convert(manifest.loop, cls)
 
     def with_jumps(self, ahead: Sequence[config.Jump]) -> Loop:
         """What was jumped over stays as the checkpoint says it; `ahead` is what the phase is told of the rest."""
@@ -241,7 +247,7 @@ def _make(
 
 def _resume(make: partial[Job], ref: CheckpointRef) -> Job:
     manifest = checkpoint.read_manifest(ref)
-    job = make(Loop(**manifest.loop))
+    job = make(Loop.of(manifest))
     with _user_errors():
         for part in job.objective.state():
             job.objective.load(part, checkpoint.open_part(ref, manifest, part))
@@ -279,7 +285,7 @@ def _hand_over(make: partial[Job], attempt: Attempt) -> Job:
     manifests = {name: checkpoint.read_manifest(ref) for name, ref in attempt.inputs.items()}
     loop = Loop(step=0, origin=attempt.phase, clock=0, position=0)
     if "init" in manifests:
-        loop = replace(Loop(**manifests["init"].loop), step=0, non_finite=0)
+        loop = replace(Loop.of(manifests["init"]), step=0, non_finite=0)
     job = make(loop)
     for name, manifest in manifests.items():
         stored = partial(checkpoint.open_part, attempt.inputs[name], manifest)

@@ -67,7 +67,7 @@ def settings(images: Path, layout: Layout, compute: str) -> dict[str, Any]:
             "layer_decay": 0.9,
         },
         losses={
-            "koleo": {"group_size": 4}, "gram": {"weight": 1.0}, "dino": {"teacher_temp": 0.005, "student_temp": 0.04}
+            "koleo": {"group_size": 4}, "gram": {"weight": 1.0}, "dino": {"teacher_temp": 0.01, "student_temp": 0.03}
         },
         augment={"jitter": 0.0, "grayscale": 0.0, "blur_global_1": 0.0, "blur_local": 0.0, "solarize_global_2": 0.0},
         ema=0.996,

@@ -175,7 +175,7 @@ def test_a_run_left_alone(alone: Ran) -> None:
     assert {"health/effective_rank", "health/entropy", "health/prototypes_used"} <= recorded[4].metrics.keys()
     assert recorded[EVERY].note == f"sealed {EVERY}"
     manifest = checkpoint.read_manifest(ref(alone, STEPS))
-    assert Loop(**manifest.loop) == Loop(step=12, origin="pretrain", clock=12, position=12 * 16)
+    assert Loop.of(manifest) == Loop(step=12, origin="pretrain", clock=12, position=12 * 16)
     fresh = checkpoint.load(ref(alone, 8), "student")
     trained = checkpoint.load(ref(alone, STEPS), "student")
     assert any(not tensor.equal(fresh[name]) for name, tensor in trained.items())
@@ -236,7 +236,7 @@ def test_going_on_with_another_phases_state(alone: Ran, tmp_path: Path, images: 
     ran = train(gram)
     assert ran.end().cause is Cause.DONE, ran.log()
     manifest = checkpoint.read_manifest(ref(ran, EVERY + 1))
-    assert Loop(**manifest.loop) == Loop(step=5, origin="pretrain", clock=17, position=17 * 16)
+    assert Loop.of(manifest) == Loop(step=5, origin="pretrain", clock=17, position=17 * 16)
     assert manifest.parts["gram_teacher"] == checkpoint.read_manifest(ref(alone, 8)).parts["teacher_backbone"]
     assert checkpoint.load(ref(ran, EVERY + 1), "optimizer")
     # Another run has no such file: it is stored once, and later checkpoints refer to it.
