@@ -41,6 +41,7 @@ def _rank(rank: int, world: int, ways: config.Parallel, folder: Path) -> None:
     parallel.leave()
 
 
+@pytest.mark.jobs
 @pytest.mark.parametrize(("world", "ways"), [(1, FSDP), (2, FSDP), (3, FSDP), (4, HSDP)], ids=["1", "2", "3", "2x2"])
 def test_initial_weights_are_those_of_one_process_bit_for_bit(
     tmp_path: Path, world: int, ways: config.Parallel

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.requires("proc")
+@pytest.mark.jobs
 def test_the_index_of_the_7bs_images_is_small_and_read_at_once() -> None:
     command = [sys.executable, "-P", "-m", "tests.benchmarks.index", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

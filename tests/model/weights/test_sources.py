@@ -310,6 +310,7 @@ def sparse(path: Path, backbone: Backbone) -> int:
 
 
 @pytest.mark.requires("proc")
+@pytest.mark.jobs
 def test_three_gigabytes_take_the_memory_of_one_tensor(tmp_path: Path) -> None:
     backbone = networks.named("vit7b16", depth=5)
     size = sparse(tmp_path / "a.safetensors", backbone)
