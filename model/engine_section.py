@@ -72,6 +72,11 @@ class Precision(Section):
     )
     fp8: Literal["none", "blocks"] = Field("none", description="blocks: products of the blocks' linear layers in e4m3")
 
+    @property
+    def products(self) -> Literal["fp32", "bf16"]:
+        """What the networks' products are rounded to; "fp32" rounds nothing, of fp64 either."""
+        return "bf16" if self.compute == "bf16" else "fp32"
+
     @model_validator(mode="after")
     def _of_fp8(self) -> Precision:
         if self.fp8 != "none" and self.compute != "bf16":

@@ -52,8 +52,6 @@ def check(settings: config.AnyPhase, world: int) -> None:
         raise ValueError(
             f"parallel.shard_size: {world} processes cannot be cut into copies of {_shard_size(ways)}: take a divisor"
         )
-    if ways.shard != "none" and not torch.distributed.is_initialized():
-        raise ValueError(f"parallel.shard: {ways.shard} needs a process group; torchrun makes one")
     if ways.compile and not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise ValueError(
             "parallel.compile: torch.compile needs a C++ compiler on a CPU: install g++, or set it to false"
@@ -92,7 +90,7 @@ class Prepare:
                 self._cut(module)
 
     def _cut(self, module: nn.Module) -> None:
-        half = torch.bfloat16 if self.precision.compute == "bf16" else None
+        half = torch.bfloat16 if self.precision.products == "bf16" else None
         policy = MixedPrecisionPolicy(
             param_dtype=half, reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False
         )

@@ -1,8 +1,9 @@
 """How the ranks agree on the step to stop at: on the host, without a collective.
 
-A rank that sees the stop file proposes its own step + 2, once for all ranks, in the rendezvous store. Every step ends
-with a sum over all ranks, so a rank that has finished step s knows that no other has begun step s + 2: all ranks see
-the proposal in time. One that does not, whatever the reason, must not seal on its own.
+A rank that sees the stop file proposes its own step + 2, once for all ranks, in the rendezvous store. Before it ends a
+step, the host has read the sums over all ranks of the step before. So while a rank is between its steps s and s + 1, no
+other can end step s + 2, for which it would need this one's part of step s + 1: all ranks see the proposal in time. One
+that does not, whatever the reason, must not seal on its own.
 """
 
 from __future__ import annotations

@@ -18,16 +18,16 @@ class Skips:
     """`replaced`: how often one was due; `count`: how many different ones, as far as they are remembered."""
 
     replaced: int = 0
+    count: int = 0
     last: deque[Skipped] = field(default_factory=lambda: deque(maxlen=MOST_NAMES))
     _known: set[str] = field(default_factory=set)
-
-    @property
-    def count(self) -> int:
-        return len(self._known)
 
     def add(self, skipped: Iterable[Skipped]) -> None:
         for one in skipped:
             self.replaced += 1
-            if one.path not in self._known and len(self._known) < MOST_REMEMBERED:
+            if one.path in self._known:
+                continue
+            self.count += 1
+            self.last.append(one)
+            if len(self._known) < MOST_REMEMBERED:
                 self._known.add(one.path)
-                self.last.append(one)

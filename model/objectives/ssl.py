@@ -92,7 +92,7 @@ class SslObjective:
             teacher_temp=value(losses.dino.teacher_temp, moment.step, moment.steps),
             weights=self._weights(moment),
             momentum=value(self.settings.ema, moment.step, moment.steps),
-            compute="bf16" if self.settings.precision.compute == "bf16" else "fp32",
+            compute=self.settings.precision.products,
             gram_compute=losses.gram.compute,
             centering=losses.centering,
             gram_group=0 if losses.gram.img_level else optim.group_size,

@@ -40,9 +40,7 @@ class TextObjective:
         self.settings, self._seed, self._origin = settings, seed, origin
         towers = Towers(embed_dim=settings.embed_dim, text=settings.text, head=settings.head)
         self._networks = create_networks(model, towers, seed, make)
-        self._scalars = TextScalars(
-            settings.optim.batch_size, "bf16" if settings.precision.compute == "bf16" else "fp32"
-        )
+        self._scalars = TextScalars(settings.optim.batch_size, settings.precision.products)
 
     def networks(self) -> Networks:
         return Networks(trained=self._networks.trained(), frozen={"vision_tower": self._networks.tower})

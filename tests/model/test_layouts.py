@@ -14,23 +14,30 @@ from typing import Any
 import pytest
 
 from model import checkpoint, contract
-from model.contract import Attempt, Cause, CheckpointRef
+from model.contract import Attempt, Cause
 from orchestrator import progress
-from tests.model.test_train import Ran, describe, images, kill_rank, phase_settings, ref, train
+from tests.model import test_train as tiny
+from tests.model.test_train import (
+    Ran,
+    assert_same_tensors,
+    describe,
+    images,
+    kill_rank,
+    phase_settings,
+    ref,
+    train,
+)
 from tests.model.test_train import after_step as once_after_step
 
 __all__ = ["images"]
 
 STEPS = 20
-HEAD = {"prototypes": 48, "hidden": 32, "bottleneck": 16}
+HEAD = {**tiny.HEAD, "prototypes": 48}
 MODEL: dict[str, Any] = {
-    "backbone": {
-        "arch": "custom", "dim": 36, "depth": 2, "heads": 3, "patch_size": 8, "registers": 2, "drop_path": 0.3,
-        "layer_scale": 1.0, "rope_rescale": 2.0,
-    },
+    "backbone": {**tiny.MODEL["backbone"], "dim": 36, "heads": 3, "drop_path": 0.3},
     "dino_head": HEAD,
     "ibot_head": HEAD,
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -169,14 +176,7 @@ def test_a_rank_killed_among_its_micro_batches_and_resumed_ends_bit_for_bit(tmp_
     assert max(killed.steps()) - newest <= 7
     resumed = run(tmp_path / "killed", images, layout, "fp32", 2, resume=[ref(killed, newest)])
     assert sorted(curve(resumed)) == list(range(newest + 1, STEPS + 1))
-    same_weights(ref(untouched, STEPS), ref(resumed, STEPS))
-
-
-def same_weights(one: CheckpointRef, other: CheckpointRef) -> None:
-    for part in ("student", "optimizer", "teacher_backbone", "teacher_heads"):
-        a, b = checkpoint.load(one, part), checkpoint.load(other, part)
-        assert a.keys() == b.keys()
-        assert [name for name in a if not a[name].equal(b[name])] == []
+    assert_same_tensors(ref(untouched, STEPS), ref(resumed, STEPS))
 
 
 @pytest.mark.jobs

@@ -36,16 +36,9 @@ def loader(
     return Loader(settings, Stream(0, "pretrain", range(*clocks), rank, world), found, str(run), lambda _: VIEWS)
 
 
-def batches(
-    data: Mapping[str, Any],
-    run: Path,
-    rank: int = 0,
-    world: int = 1,
-    clocks: tuple[int, int] = (0, 7),
-    augment: Mapping[str, float] | None = None,
-) -> list[Batch]:
+def batches(data: Mapping[str, Any], run: Path, *rank_and_world: int, **changes: Any) -> list[Batch]:
     """A rank's batches of such a phase, clock by clock."""
-    return list(loader(data, run, rank, world, clocks, augment))
+    return list(loader(data, run, *rank_and_world, **changes))
 
 
 def tensors(batch: Batch) -> dict[str, torch.Tensor]:
