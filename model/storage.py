@@ -7,10 +7,11 @@ Paths are strings, as a URI would be.
 from __future__ import annotations
 
 import errno
+import filecmp
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -62,16 +63,21 @@ def publish(path: str, data: bytes) -> None:
     The name is taken exclusively (link(2) never replaces). A retry that finds its own bytes there has succeeded.
     Raises AlreadyPublished if the name is taken by other bytes, DiskFullError, StoreError.
     """
+    publish_pieces(path, [data])
+
+
+def publish_pieces(path: str, pieces: Iterable[bytes | memoryview]) -> None:
+    """As `publish`, for what is too large to be in memory twice: written piece by piece, as they come."""
     target = local(path)
     with _named(target, "publishing"):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.parent / f".{target.name}.{new_nonce()}.tmp"
         try:
-            _write(temporary, data)
+            _write(temporary, pieces)
             try:
                 os.link(temporary, target)
             except FileExistsError:
-                if target.read_bytes() != data:
+                if not filecmp.cmp(temporary, target, shallow=False):
                     raise AlreadyPublished(errno.EEXIST, f"{target} is there already") from None
         finally:
             temporary.unlink(missing_ok=True)
@@ -85,15 +91,16 @@ def replace(path: str, data: bytes) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.parent / f".{target.name}.{new_nonce()}.tmp"
         try:
-            _write(temporary, data)
+            _write(temporary, [data])
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     with path.open("xb") as file:
-        file.write(data)
+        for piece in pieces:
+            file.write(piece)
         file.flush()
         os.fsync(file.fileno())
 
@@ -169,11 +176,12 @@ def remove(path: str) -> None:
 
 
 def remove_tree(path: str) -> None:
-    """Remove a folder and what is in it; nothing if it is not there."""
+    """Remove a folder and what is in it; nothing if it is not there. Two may remove it at the same time."""
     target = local(path)
     with _named(target, "removing"):
-        if target.exists():
-            shutil.rmtree(target)
+        while target.exists():
+            with suppress(FileNotFoundError):  # the other one was first with a file: there is less to do
+                shutil.rmtree(target)
 
 
 # --- data, wherever it lies: a path or any URI that fsspec knows ------------------------------------------------------
