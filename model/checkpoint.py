@@ -14,36 +14,21 @@ import hashlib
 import json
 import logging
 import platform
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from model import contract, parallel, sharding, storage
-from model.config import Checkpoints
-from model.contract import Attempt, CheckpointRef, File, Manifest
+from model import contract, parallel, sealed, sharding, storage
+from model.contract import Attempt, File, Manifest
 
 log = logging.getLogger(__name__)
 
 State = dict[str, Tensor]
 Parts = Mapping[str, State]
-
-
-ROWS = "dinoctl-rows"
-"""The key in a file's header of the rows that it holds of tensors that it does not hold whole: JSON, name -> [first
-row, rows of the whole]."""
-
-HEADER_BYTES = 8
-"""A safetensors file begins with the length of its header."""
-
-
-class CheckpointError(Exception):
-    """A checkpoint is not there, or a file of it is not what its manifest says; the message names the file."""
 
 
 class ClosedError(Exception):
@@ -187,196 +172,7 @@ def _serialise(tensors: State) -> bytes:
         if len(rows := sharding.rows(tensor)) < (tensor.shape[0] if tensor.ndim else 1)
     }
     own = {name: sharding.local(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
-    return safetensors.torch.save(own, {ROWS: json.dumps(cut)} if cut else None)
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def read_manifest(ref: CheckpointRef) -> Manifest:
-    """The manifest of a checkpoint. Raises CheckpointError if there is none, or none that this version can read."""
-    where = f"{ref.run}/{contract.manifest_file(ref.phase, ref.attempt, ref.step)}"
-    try:
-        data = storage.read(where)
-        manifest = contract.decode(data, Manifest, where)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{ref} was never sealed, or was pruned: {where} is not there") from error
-    except contract.ContractError as error:
-        raise CheckpointError(str(error)) from error
-    if manifest.format > contract.FORMAT:
-        raise CheckpointError(f"{where}: written by a newer dinoctl (format {manifest.format} > {contract.FORMAT})")
-    if (manifest.phase, manifest.attempt, manifest.step) != (ref.phase, ref.attempt, ref.step):
-        raise CheckpointError(f"{where}: is the manifest of {manifest.phase}@{manifest.step}, not of {ref}")
-    return manifest
-
-
-def load(ref: CheckpointRef, part: str) -> State:
-    """The tensors of one part, on the CPU, size and sha256 of every file verified.
-
-    Raises CheckpointError that names the file that is missing, torn or altered, or the parts that there are.
-    """
-    return load_files(ref, read_manifest(ref), part)
-
-
-def load_files(ref: CheckpointRef, manifest: Manifest, part: str) -> State:
-    """As `load`, with a manifest already read."""
-    return {name: stored.read(range(stored.rows)) for name, stored in open_part(ref, manifest, part).items()}
-
-
-def open_part(ref: CheckpointRef, manifest: Manifest, part: str) -> dict[str, Stored]:
-    """The tensors of one part, of which only names, shapes and places are read yet.
-
-    Raises CheckpointError if the part, or a file of it, is not there, or the files do not hold all rows.
-    """
-    if part not in manifest.parts:
-        raise CheckpointError(f"{ref} has no part {part!r}, only {', '.join(sorted(manifest.parts))}")
-    pieces: dict[str, list[_Piece]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in manifest.parts[part]:
-        content = _Content(f"{ref.run}/{file.path}", file)
-        for name, shape, first, total in content.entries():
-            pieces.setdefault(name, []).append(_Piece(content, first, shape[0] if shape else 1))
-            shapes[name] = (total, *shape[1:]) if shape else ()
-    stored = {name: Stored(name, shapes[name], tuple(found)) for name, found in pieces.items()}
-    for one in stored.values():
-        if sum(piece.rows for piece in one.pieces) != one.rows:
-            raise CheckpointError(f"{ref}: the files of {part} do not hold all rows of {one.name}")
-    return stored
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a checkpoint. Its files are read, each once and whole, as its rows are asked for."""
-
-    name: str
-    shape: tuple[int, ...]
-    pieces: tuple[_Piece, ...]
-
-    @property
-    def rows(self) -> int:
-        return self.shape[0] if self.shape else 1
-
-    def verify(self) -> None:
-        """Read it all. Raises CheckpointError as `read` does."""
-        self.read(range(self.rows))
-
-    def read(self, rows: range) -> Tensor:
-        """These rows, on the CPU. Raises CheckpointError that names the file that is missing, torn or altered."""
-        parts = []
-        for piece in sorted(self.pieces, key=lambda piece: piece.first):
-            start, stop = max(rows.start, piece.first), min(rows.stop, piece.first + piece.rows)
-            if start < stop:
-                tensor = piece.content.tensors()[self.name]
-                parts.append(tensor[start - piece.first : stop - piece.first] if self.shape else tensor)
-        if not parts:
-            return torch.empty((0, *self.shape[1:]))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-@dataclass(frozen=True)
-class _Piece:
-    content: _Content
-    first: int  # row of the whole tensor
-    rows: int
-
-
-@dataclass
-class _Content:
-    """A file of a part; what was read of it is kept as long as the part is being read."""
-
-    where: str
-    file: File
-    kept: State | None = None
-
-    def entries(self) -> Iterator[tuple[str, list[int], int, int]]:
-        """Name and shape of each tensor in it, its first row in the whole one, and how many rows that has."""
-        head = self._read(0, HEADER_BYTES)
-        size = int.from_bytes(head, "little")
-        try:
-            header = json.loads(self._read(len(head), min(size, self.file.bytes)))
-            cut = json.loads(header.pop("__metadata__", {}).get(ROWS, "{}"))
-            for name, entry in header.items():
-                shape = entry["shape"]
-                yield name, shape, *cut.get(name, (0, shape[0] if shape else 1))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{self.where}: not a safetensors file: {error}") from error
-
-    def tensors(self) -> State:
-        """All of them, size and sha256 of the file verified."""
-        if self.kept is None:
-            try:
-                self.kept = safetensors.torch.load(_verified(self.where, self.file))
-            except SafetensorError as error:
-                raise CheckpointError(f"{self.where}: not a safetensors file: {error}") from error
-        return self.kept
-
-    def _read(self, start: int, length: int) -> bytes:
-        try:
-            return storage.read_range(self.where, start, length)
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{self.where} is not there, though the manifest names it") from error
-
-
-def _verified(where: str, file: File) -> bytes:
-    try:
-        data = storage.read(where)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{where} is not there, though the manifest names it") from error
-    if len(data) != file.bytes:
-        raise CheckpointError(f"{where}: {len(data)} bytes, and the manifest says {file.bytes}: the file is torn")
-    if (digest := hashlib.sha256(data).hexdigest()) != file.sha256:
-        raise CheckpointError(f"{where}: sha256 {digest}, and the manifest says {file.sha256}: the file was altered")
-    return data
-
-
-# --- retention --------------------------------------------------------------------------------------------------------
-
-
-def prune(attempt: Attempt, settings: Checkpoints, sealed: Mapping[int, Manifest]) -> dict[int, Manifest]:
-    """Remove what retention does not keep of `sealed`, all that this attempt sealed; rank 0 alone calls it.
-
-    Kept are the newest `keep_last`, the multiples of `keep_every`, the attempt's `keep_steps` and what the folder
-    `pins/` names. A manifest goes before its files, and a file that a kept manifest refers to stays. Returns what is
-    still to be looked at next time: kept checkpoints, and removed ones of which such a file is left.
-    """
-    kept = _kept(attempt, settings, sealed)
-    needed = {path for step in kept for path in _paths(sealed[step])}
-    left = dict(sealed)
-    for step in sorted(sealed.keys() - kept):
-        folder = contract.checkpoint_dir(attempt.phase, attempt.attempt, step)
-        storage.remove(_manifest_path(attempt, step))
-        own = {
-            file.path for files in sealed[step].parts.values() for file in files if file.path.startswith(f"{folder}/")
-        }
-        for path in sorted(own - needed):
-            storage.remove(f"{attempt.run_dir}/{path}")
-        if not own & needed:
-            storage.remove_tree(f"{attempt.run_dir}/{folder}")
-            del left[step]
-    return left
-
-
-def _paths(manifest: Manifest) -> set[str]:
-    return {file.path for files in manifest.parts.values() for file in files}
-
-
-def _kept(attempt: Attempt, settings: Checkpoints, sealed: Collection[int]) -> set[int]:
-    pins = storage.names(f"{attempt.run_dir}/{contract.PINS_DIR}")
-    newest = sorted(sealed)[-settings.keep_last :]
-    return {
-        step
-        for step in sealed
-        if step in newest
-        or step in attempt.keep_steps
-        or (settings.keep_every is not None and step % settings.keep_every == 0)
-        or any(_pins(attempt, step, pin) for pin in pins)
-    }
-
-
-def _pins(attempt: Attempt, step: int, pin: str) -> bool:
-    """Whether the file `<phase>-<attempt>-<step>[-nonce].json` pins that step of this attempt."""
-    stem = f"{attempt.phase}-{attempt.attempt}-{step}"
-    return pin == f"{stem}.json" or (pin.startswith(f"{stem}-") and pin.endswith(".json"))
+    return safetensors.torch.save(own, {sealed.ROWS: json.dumps(cut)} if cut else None)
 
 
 def _manifest_path(attempt: Attempt, step: int) -> str:

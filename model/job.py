@@ -16,8 +16,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from model import checkpoint, config, contract, optim, parallel, sharding, storage
-from model.checkpoint import CheckpointError
+from model import config, contract, optim, parallel, sealed, sharding, storage
 from model.contract import Attempt, CheckpointRef, File, Manifest
 from model.data.batch import Batch
 from model.data.loader import Loader, Stream, learn_tokenizer
@@ -28,6 +27,7 @@ from model.networks.init import Make, create
 from model.objectives.base import Moment, Objective
 from model.objectives.build import build
 from model.progress import Progress
+from model.sealed import CheckpointError
 from model.stopping import Stop
 from model.weights import networks, start, stem
 from model.worker import UserError
@@ -246,12 +246,12 @@ def _make(
 
 
 def _resume(make: partial[Job], ref: CheckpointRef) -> Job:
-    manifest = checkpoint.read_manifest(ref)
+    manifest = sealed.read_manifest(ref)
     job = make(Loop.of(manifest))
     with _user_errors():
         for part in job.objective.state():
-            job.objective.load(part, checkpoint.open_part(ref, manifest, part))
-        optim.load(job.optimizer, checkpoint.open_part(ref, manifest, "optimizer"))
+            job.objective.load(part, sealed.open_part(ref, manifest, part))
+        optim.load(job.optimizer, sealed.open_part(ref, manifest, "optimizer"))
     job.stored = {part: manifest.parts[part] for part in job.objective.frozen_parts()}
     job.last_sealed = ref
     return job
@@ -282,13 +282,13 @@ def _take_file(job: Job, name: str, where: str) -> None:
 
 def _hand_over(make: partial[Job], attempt: Attempt) -> Job:
     """Step 0: fresh networks that take what the phase names. With `init` the clock goes on too."""
-    manifests = {name: checkpoint.read_manifest(ref) for name, ref in attempt.inputs.items()}
+    manifests = {name: sealed.read_manifest(ref) for name, ref in attempt.inputs.items()}
     loop = Loop(step=0, origin=attempt.phase, clock=0, position=0)
     if "init" in manifests:
         loop = replace(Loop.of(manifests["init"]), step=0, non_finite=0)
     job = make(loop)
     for name, manifest in manifests.items():
-        stored = partial(checkpoint.open_part, attempt.inputs[name], manifest)
+        stored = partial(sealed.open_part, attempt.inputs[name], manifest)
         with _user_errors():
             read, told = stem.handed_over(name, stored, manifest.model["networks"], attempt.model)
             job.objective.take(name, read)

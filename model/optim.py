@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from model import config, schedules, sharding
-from model.checkpoint import Stored
 from model.objectives.base import State, copy_strictly
+from model.sealed import Stored
 
 BACKBONE = "backbone"
 """The trained network whose blocks have decaying learning rates; heads and towers of other names train at 1.0."""

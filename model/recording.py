@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from model import checkpoint, config, contract, parallel, sharding, storage
+from model import config, contract, parallel, sealed, sharding, storage
 from model.contract import CheckpointRef
 from model.data.batch import Batch
 from model.job import Job
@@ -228,7 +228,7 @@ def weights_of(recorded: RecordedStep) -> State:
     ref = recorded.header.weights
     if ref is None:
         raise RecordingError("the file holds no weights and names no checkpoint: nothing had been sealed yet")
-    manifest = checkpoint.read_manifest(ref)
+    manifest = sealed.read_manifest(ref)
     prefixes = {
         "student": "student.",
         "teacher_backbone": "teacher.backbone.",
@@ -239,7 +239,7 @@ def weights_of(recorded: RecordedStep) -> State:
         prefix + name: tensor
         for part, prefix in prefixes.items()
         if part in manifest.parts
-        for name, tensor in checkpoint.load_files(ref, manifest, part).items()
+        for name, tensor in sealed.load_files(ref, manifest, part).items()
     }
 
 

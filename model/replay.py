@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from model import config, recording
-from model.checkpoint import CheckpointError
 from model.objectives.base import copy_strictly
 from model.objectives.pure import Inputs, StepNetworks
 from model.recording import RecordedStep
+from model.sealed import CheckpointError
 
 SAME, DIFFERENT, WRONG_INPUT = 0, 1, 2
 

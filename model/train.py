@@ -18,7 +18,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from model import checkpoint, contract, health, optim, parallel, recording, sharding, storage, worker
+from model import checkpoint, contract, health, optim, parallel, recording, retention, sharding, storage, worker
 from model.contract import Attempt, Cause, CheckpointRef, RankEnd
 from model.data.batch import Batch
 from model.job import Begun, Job, begin
@@ -145,7 +145,7 @@ def seal(job: Job) -> None:
     job.progress.note(f"sealed {job.loop.step}")
     if parallel.rank() == 0:
         job.sealed[job.loop.step] = manifest
-        job.sealed = checkpoint.prune(job.attempt, job.settings.checkpoints, job.sealed)
+        job.sealed = retention.prune(job.attempt, job.settings.checkpoints, job.sealed)
 
 
 # --- the process ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from model import checkpoint, contract, storage
+from model import checkpoint, contract, sealed, storage
 from model.contract import Attempt, Cause, RankEnd
 from model.data.errors import BadDataError, DataError, StalledDataError
 from model.stopping import TooLateError
@@ -35,7 +35,7 @@ CAUSES: tuple[tuple[type[Exception], Cause], ...] = (
     (DataError, Cause.USER_ERROR),
     (DivergedError, Cause.DIVERGED),
     (BadDataError, Cause.BAD_DATA),
-    (checkpoint.CheckpointError, Cause.BAD_CHECKPOINT),
+    (sealed.CheckpointError, Cause.BAD_CHECKPOINT),
     (checkpoint.ClosedError, Cause.SUPERSEDED),
     (TooLateError, Cause.UNSEALED),
     (storage.DiskFullError, Cause.DISK_FULL),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from model import checkpoint, config, contract, storage, worker
+from model import config, contract, sealed, storage, worker
 from model.contract import REPORT_DIR, REPORT_FILE, Attempt, Cause, RankEnd
 from model.data import index as images
 from model.data import splits
@@ -60,7 +60,7 @@ def evaluate(work: Work) -> None:
     index = images.build_or_read(settings.data, attempt.run_dir)
     train, held_out = sides(index, settings)
     work.finished()
-    weights = checkpoint.load(attempt.inputs["backbone"], "teacher_backbone")
+    weights = sealed.load(attempt.inputs["backbone"], "teacher_backbone")
     trained, untrained = (
         tasks.look(features.backbone(model, attempt.seed, state), train, held_out, settings)
         for state in (weights, None)
@@ -116,10 +116,10 @@ def all_scores(bench: Bench, index: Index, work: Work) -> tuple[list[Scored], li
 
 def _captions(attempt: Attempt, bench: Bench, captioned: Ints) -> Scored:
     ref = attempt.inputs["text"]
-    manifest = checkpoint.read_manifest(ref)
+    manifest = sealed.read_manifest(ref)
     phase = config.read(config.TextPhase, manifest.model["phase"])
     tokens = tasks.tokens_of(bench.held_out.entries, captioned, manifest.model["tokenizer"], phase.text.context)
-    weights = checkpoint.load_files(ref, manifest, "student")
+    weights = sealed.load_files(ref, manifest, "student")
     trained = features.aligned(bench.trained.network, phase, attempt.seed, weights)
     untrained = features.aligned(bench.untrained.network, phase, attempt.seed, None)
     return tasks.caption_recall(bench, trained, untrained, tokens, captioned)

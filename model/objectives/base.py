@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from model import sharding
-from model.checkpoint import Stored
 from model.objectives.pure import Inputs, Slices, StepNetworks
+from model.sealed import Stored
 
 if TYPE_CHECKING:
     from model.data.views import Views

@@ -13,7 +13,6 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from model import config, ema
-from model.checkpoint import Stored
 from model.data.batch import SslBatch
 from model.data.views import SslViews, resolution_at
 from model.health import Observed
@@ -39,6 +38,7 @@ from model.objectives.step import (
     teach,
 )
 from model.schedules import value
+from model.sealed import Stored
 
 Settings = config.PretrainPhase | config.GramPhase | config.HighresPhase
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from model import config
-from model.checkpoint import Stored
 from model.data.batch import PairBatch
 from model.data.views import PairViews
 from model.networks.init import Make, create
@@ -29,6 +28,7 @@ from model.objectives.text_step import (
     learn,
     teach,
 )
+from model.sealed import Stored
 
 
 class TextObjective:

@@ -16,8 +16,8 @@ from typing import Any
 
 from model import config
 from model.architectures import ARCHITECTURES
-from model.checkpoint import CheckpointError
 from model.config import Backbone
+from model.sealed import CheckpointError
 from model.storage import StoreError
 from model.weights import networks, start
 from model.weights.convert import FORMS, Converted, convert

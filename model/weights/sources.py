@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from model import checkpoint, config, contract, storage
+from model import config, contract, sealed, storage
 from model.config import Backbone
 from model.contract import CheckpointRef, File
 from model.weights import names, networks, outside, pickled, stream
@@ -109,7 +109,7 @@ def _folder(path: Path, like: Backbone | None, network: str) -> Source:
 def _checkpoint(path: Path, network: str) -> Source:
     run, phase, attempt, step = path.absolute().parents[3], *path.absolute().parts[-3:]
     ref = CheckpointRef(run=str(run), phase=phase, attempt=int(attempt), step=int(step))
-    manifest = checkpoint.read_manifest(ref)
+    manifest = sealed.read_manifest(ref)
     parts = {"teacher": ("teacher_backbone", "teacher_heads")}.get(network, (network,))
     missing = [part for part in parts if part not in manifest.parts]
     if missing:

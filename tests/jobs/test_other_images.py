@@ -16,7 +16,7 @@ import pytest
 import tifffile
 from numpy.typing import NDArray
 
-from model import checkpoint, contract
+from model import contract, sealed
 from model.contract import CheckpointRef
 from tests.jobs.harness import PATIENCE, STAGES, Job, cleaned_up, each_phase_ran_once, part_of_tiny
 
@@ -56,7 +56,7 @@ def notes(job: Job, attempt: int) -> str:
 def part(job: Job, name: str, phase: str = "pretrain") -> dict[str, Any]:
     """Of the phase's last checkpoint."""
     step, attempt = job.sealed(phase)[-1]
-    return checkpoint.load(CheckpointRef(str(job.run_dir), phase, attempt, step), name)
+    return sealed.load(CheckpointRef(str(job.run_dir), phase, attempt, step), name)
 
 
 @pytest.fixture(scope="module")

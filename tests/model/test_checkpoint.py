@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from model import checkpoint, contract, storage
+from model import checkpoint, contract, retention, sealed, storage
 from model.config import Checkpoints
 from model.contract import Attempt, CheckpointRef, Manifest
 from tests.model.test_parallel import run_ranks
@@ -44,10 +44,10 @@ def seal(attempt: Attempt, step: int, **stored: Any) -> Manifest:
 def test_what_was_sealed_is_loaded(tmp_path: Path) -> None:
     attempt = make_attempt(tmp_path)
     manifest = seal(attempt, 5)
-    assert checkpoint.read_manifest(ref(attempt, 5)) == manifest
+    assert sealed.read_manifest(ref(attempt, 5)) == manifest
     assert manifest.loop == {"step": 5}
     for part, tensors in PARTS.items():
-        loaded = checkpoint.load(ref(attempt, 5), part)
+        loaded = sealed.load(ref(attempt, 5), part)
         assert loaded.keys() == tensors.keys()
         assert all(
             loaded[name].dtype == tensor.dtype and loaded[name].equal(tensor) for name, tensor in tensors.items()
@@ -60,8 +60,8 @@ def test_a_step_is_sealed_once(tmp_path: Path) -> None:
     manifest = seal(attempt, 5)
     with pytest.raises(storage.AlreadyPublished):
         seal(attempt, 5)
-    assert checkpoint.read_manifest(ref(attempt, 5)) == manifest
-    assert checkpoint.load(ref(attempt, 5), "student")
+    assert sealed.read_manifest(ref(attempt, 5)) == manifest
+    assert sealed.load(ref(attempt, 5), "student")
 
 
 def damage(path: Path, how: str) -> None:
@@ -79,9 +79,9 @@ def test_a_damaged_file_is_named(tmp_path: Path, how: str, says: str) -> None:
     attempt = make_attempt(tmp_path)
     file = seal(attempt, 5).parts["student"][0]
     damage(tmp_path / file.path, how)
-    with pytest.raises(checkpoint.CheckpointError, match=f"student.safetensors.*{says}"):
-        checkpoint.load(ref(attempt, 5), "student")
-    assert checkpoint.load(ref(attempt, 5), "optimizer")
+    with pytest.raises(sealed.CheckpointError, match=f"student.safetensors.*{says}"):
+        sealed.load(ref(attempt, 5), "student")
+    assert sealed.load(ref(attempt, 5), "optimizer")
 
 
 def test_manifests_that_cannot_be_read(tmp_path: Path) -> None:
@@ -89,23 +89,23 @@ def test_manifests_that_cannot_be_read(tmp_path: Path) -> None:
     seal(attempt, 5)
     path = tmp_path / contract.manifest_file("pretrain", 1, 5)
     whole = json.loads(path.read_bytes())
-    with pytest.raises(checkpoint.CheckpointError, match="never sealed, or was pruned"):
-        checkpoint.read_manifest(ref(attempt, 6))
+    with pytest.raises(sealed.CheckpointError, match="never sealed, or was pruned"):
+        sealed.read_manifest(ref(attempt, 6))
     for text, says in [
         (json.dumps(whole)[:-9], "not a Manifest"),
         (json.dumps({**whole, "format": 99}), "newer dinoctl"),
         (json.dumps({**whole, "step": 6}), "not of pretrain@5"),
     ]:
         path.write_text(text)
-        with pytest.raises(checkpoint.CheckpointError, match=says):
-            checkpoint.read_manifest(ref(attempt, 5))
+        with pytest.raises(sealed.CheckpointError, match=says):
+            sealed.read_manifest(ref(attempt, 5))
 
 
 def test_a_part_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
     attempt = make_attempt(tmp_path)
     seal(attempt, 5)
-    with pytest.raises(checkpoint.CheckpointError, match="'gram_teacher', only optimizer, student"):
-        checkpoint.load(ref(attempt, 5), "gram_teacher")
+    with pytest.raises(sealed.CheckpointError, match="'gram_teacher', only optimizer, student"):
+        sealed.load(ref(attempt, 5), "gram_teacher")
 
 
 def test_a_closed_attempt_seals_nothing(tmp_path: Path) -> None:
@@ -115,14 +115,14 @@ def test_a_closed_attempt_seals_nothing(tmp_path: Path) -> None:
     with pytest.raises(checkpoint.ClosedError, match="attempt 1"):
         seal(attempt, 10)
     assert not (tmp_path / contract.checkpoint_dir("pretrain", 1, 10)).exists()
-    assert checkpoint.load(ref(attempt, 5), "student")
+    assert sealed.load(ref(attempt, 5), "student")
 
 
 FULL = """
 import resource, sys
 from pathlib import Path
 import torch
-from model import checkpoint, storage
+from model import checkpoint, retention, sealed, storage
 from tests.model.test_checkpoint import make_attempt, seal
 
 attempt = make_attempt(Path(sys.argv[1]))
@@ -153,7 +153,7 @@ def fill(folder: Path, how: str, prefix: list[str]) -> None:
 def check_after_full_disk(folder: Path) -> None:
     attempt = make_attempt(folder)
     assert not (folder / contract.checkpoint_dir("pretrain", 1, 10)).exists()
-    assert checkpoint.load(ref(attempt, 5), "student")["w"].equal(PARTS["student"]["w"])
+    assert sealed.load(ref(attempt, 5), "student")["w"].equal(PARTS["student"]["w"])
 
 
 def test_a_file_size_limit_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_frozen_part_is_stored_once(tmp_path: Path) -> None:
     stored = first.parts["student"]
     later = make_attempt(tmp_path, 2)
     checkpoint.seal(later, 7, {"optimizer": PARTS["optimizer"]}, {"gram_teacher": stored}, {}, {})
-    loaded = checkpoint.load(ref(later, 7), "gram_teacher")
+    loaded = sealed.load(ref(later, 7), "gram_teacher")
     assert loaded["w"].equal(PARTS["student"]["w"])
     assert not (tmp_path / contract.checkpoint_dir("pretrain", 2, 7) / "gram_teacher.safetensors").exists()
 
@@ -186,8 +186,8 @@ def test_retention(tmp_path: Path) -> None:
     attempt = make_attempt(tmp_path, keep_steps=[2])
     storage.publish(f"{tmp_path}/{contract.PINS_DIR}/pretrain-1-3-c0ffee.json", b"{}")
     storage.publish(f"{tmp_path}/{contract.PINS_DIR}/pretrain-1-13.json", b"{}")
-    sealed = {step: seal(attempt, step) for step in (1, 2, 3, 4, 5, 6, 7, 8)}
-    left = checkpoint.prune(attempt, Checkpoints(every=1, keep_last=2, keep_every=4), sealed)
+    all_of_them = {step: seal(attempt, step) for step in (1, 2, 3, 4, 5, 6, 7, 8)}
+    left = retention.prune(attempt, Checkpoints(every=1, keep_last=2, keep_every=4), all_of_them)
     assert sorted(left) == [2, 3, 4, 7, 8]
     assert storage.names(f"{tmp_path}/checkpoints/pretrain/1") == ["2", "3", "4", "7", "8"]
 
@@ -195,15 +195,15 @@ def test_retention(tmp_path: Path) -> None:
 def test_a_file_that_a_kept_manifest_needs_outlives_its_own_checkpoint(tmp_path: Path) -> None:
     attempt = make_attempt(tmp_path)
     settings = Checkpoints(every=1, keep_last=1)
-    sealed = {1: checkpoint.seal(attempt, 1, {**PARTS, "gram_teacher": PARTS["student"]}, {}, {}, {})}
-    frozen = sealed[1].parts["gram_teacher"]
+    left = {1: checkpoint.seal(attempt, 1, {**PARTS, "gram_teacher": PARTS["student"]}, {}, {}, {})}
+    frozen = left[1].parts["gram_teacher"]
     for step in (2, 3):
-        sealed[step] = seal(attempt, step, gram_teacher=frozen)
-        sealed = checkpoint.prune(attempt, settings, sealed)
-    assert checkpoint.load(ref(attempt, 3), "gram_teacher")["w"].equal(PARTS["student"]["w"])
+        left[step] = seal(attempt, step, gram_teacher=frozen)
+        left = retention.prune(attempt, settings, left)
+    assert sealed.load(ref(attempt, 3), "gram_teacher")["w"].equal(PARTS["student"]["w"])
     assert storage.names(f"{tmp_path}/checkpoints/pretrain/1/1") == ["gram_teacher.safetensors"]
-    sealed[4] = seal(attempt, 4)  # the Gram teacher was refreshed: nothing needs the old one
-    assert sorted(checkpoint.prune(attempt, settings, sealed)) == [4]
+    left[4] = seal(attempt, 4)  # the Gram teacher was refreshed: nothing needs the old one
+    assert sorted(retention.prune(attempt, settings, left)) == [4]
     assert storage.names(f"{tmp_path}/checkpoints/pretrain/1") == ["4"]
 
 
@@ -211,13 +211,13 @@ TWO_RANKS = """
 import resource, sys
 from pathlib import Path
 import torch
-from model import checkpoint, parallel, storage
+from model import checkpoint, parallel, retention, sealed, storage
 from tests.model.test_checkpoint import PARTS, make_attempt, ref, seal
 
 parallel.join("gloo")
 attempt = make_attempt(Path(sys.argv[1]))
 manifest = seal(attempt, 5)
-assert checkpoint.read_manifest(ref(attempt, 5)) == manifest or parallel.rank() == 1
+assert sealed.read_manifest(ref(attempt, 5)) == manifest or parallel.rank() == 1
 assert sorted(manifest.parts) == sorted(PARTS)
 if parallel.rank() == 1:
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from model import checkpoint, contract
+from model import contract, sealed
 from model.contract import Attempt, Cause
 from orchestrator import progress
 from tests.model import test_train as tiny
@@ -146,14 +146,14 @@ def test_products_in_bf16_of_gathered_copies_leave_the_weights_in_fp32(
 ) -> None:
     sharded = run(tmp_path, images, Layout(2, FSDP), "bf16")
     assert furthest(curve(alone["bf16"]), curve(sharded)) < 0.02
-    stored = checkpoint.load(ref(sharded, STEPS), "student") | checkpoint.load(ref(sharded, STEPS), "optimizer")
+    stored = sealed.load(ref(sharded, STEPS), "student") | sealed.load(ref(sharded, STEPS), "optimizer")
     assert {str(tensor.dtype) for tensor in stored.values()} == {"torch.float32"}
 
 
 @pytest.mark.jobs
 def test_saved_on_four_and_resumed_on_two_and_three(alone: dict[str, Ran], tmp_path: Path, images: Path) -> None:
     four = run(tmp_path, images, Layout(4, FSDP), "fp64")
-    shards = checkpoint.read_manifest(ref(four, 14)).parts["student"]
+    shards = sealed.read_manifest(ref(four, 14)).parts["student"]
     assert [Path(file.path).name for file in shards] == [f"student-{n:05d}-of-00004.safetensors" for n in range(4)]
     expected = curve(alone["fp64"])
     for number, layout in enumerate((Layout(2, FSDP, 8), Layout(3, FSDP), Layout(1, {}), Layout(4, HSDP)), 2):

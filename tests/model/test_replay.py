@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import checkpoint, contract, parallel, progress, recording, replay, storage
-from model.checkpoint import CheckpointError
 from model.contract import CheckpointRef
 from model.data.batch import SslBatch
 from model.job import Job, Loop
 from model.objectives.step import SslInputs, step
 from model.recording import RecordingError
+from model.sealed import CheckpointError
 from orchestrator import cli
 from orchestrator import progress as told
 from tests.model import test_ssl_objective as tiny

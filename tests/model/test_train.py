@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model import checkpoint, contract, storage
+from model import contract, sealed, storage
 from model.contract import Attempt, Cause, CheckpointRef, RankEnd
 from model.job import Loop
 from orchestrator import progress
@@ -130,15 +130,15 @@ def ref(ran: Ran, step: int) -> CheckpointRef:
 
 
 def assert_same_state(one: CheckpointRef, other: CheckpointRef) -> None:
-    first, second = checkpoint.read_manifest(one), checkpoint.read_manifest(other)
+    first, second = sealed.read_manifest(one), sealed.read_manifest(other)
     assert first.loop == second.loop
     assert first.parts.keys() == second.parts.keys() == {"student", "optimizer", "teacher_backbone", "teacher_heads"}
     assert_same_tensors(one, other)
 
 
 def assert_same_tensors(one: CheckpointRef, other: CheckpointRef) -> None:
-    for part in checkpoint.read_manifest(one).parts:
-        a, b = checkpoint.load(one, part), checkpoint.load(other, part)
+    for part in sealed.read_manifest(one).parts:
+        a, b = sealed.load(one, part), sealed.load(other, part)
         assert a.keys() == b.keys()
         assert [name for name in a if not a[name].equal(b[name])] == []
 
@@ -178,10 +178,10 @@ def test_a_run_left_alone(alone: Ran) -> None:
     assert {"loss", "loss/dino_global", "loss/ibot", "lr", "grad_norm/backbone"} <= recorded[-1].metrics.keys()
     assert {"health/effective_rank", "health/entropy", "health/prototypes_used"} <= recorded[4].metrics.keys()
     assert recorded[EVERY].note == f"sealed {EVERY}"
-    manifest = checkpoint.read_manifest(ref(alone, STEPS))
+    manifest = sealed.read_manifest(ref(alone, STEPS))
     assert Loop.of(manifest) == Loop(step=12, origin="pretrain", clock=12, position=12 * 16)
-    fresh = checkpoint.load(ref(alone, 8), "student")
-    trained = checkpoint.load(ref(alone, STEPS), "student")
+    fresh = sealed.load(ref(alone, 8), "student")
+    trained = sealed.load(ref(alone, STEPS), "student")
     assert any(not tensor.equal(fresh[name]) for name, tensor in trained.items())
 
 
@@ -216,7 +216,7 @@ def test_a_rank_killed_after_a_seal(alone: Ran, tmp_path: Path, images: Path) ->
 @pytest.mark.jobs
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(alone: Ran, tmp_path: Path, images: Path) -> None:
     first = train(describe(tmp_path, images))
-    file = tmp_path / checkpoint.read_manifest(ref(first, 12)).parts["optimizer"][0].path
+    file = tmp_path / sealed.read_manifest(ref(first, 12)).parts["optimizer"][0].path
     file.write_bytes(file.read_bytes()[:-1])
     second = train(describe(tmp_path, images, 2, resume=[ref(first, 12), ref(first, 8)]))
     assert second.end().cause is Cause.DONE, second.log()
@@ -239,19 +239,17 @@ def test_going_on_with_another_phases_state(alone: Ran, tmp_path: Path, images: 
     )  # fmt: skip
     ran = train(gram)
     assert ran.end().cause is Cause.DONE, ran.log()
-    manifest = checkpoint.read_manifest(ref(ran, EVERY + 1))
+    manifest = sealed.read_manifest(ref(ran, EVERY + 1))
     assert Loop.of(manifest) == Loop(step=5, origin="pretrain", clock=17, position=17 * 16)
-    assert manifest.parts["gram_teacher"] == checkpoint.read_manifest(ref(alone, 8)).parts["teacher_backbone"]
-    assert checkpoint.load(ref(ran, EVERY + 1), "optimizer")
+    assert manifest.parts["gram_teacher"] == sealed.read_manifest(ref(alone, 8)).parts["teacher_backbone"]
+    assert sealed.load(ref(ran, EVERY + 1), "optimizer")
     # Another run has no such file: it is stored once, and later checkpoints refer to it.
     elsewhere = train(msgspec.structs.replace(gram, run_dir=str(tmp_path), launch_name=f"{gram.launch_name}-other"))
     assert elsewhere.end().cause is Cause.DONE, elsewhere.log()
     for step in (EVERY, EVERY + 1):
-        (file,) = checkpoint.read_manifest(ref(elsewhere, step)).parts["gram_teacher"]
+        (file,) = sealed.read_manifest(ref(elsewhere, step)).parts["gram_teacher"]
         assert file.path == f"checkpoints/gram/7/{EVERY}/gram_teacher.safetensors"
-    assert (
-        checkpoint.load(ref(elsewhere, 5), "gram_teacher").keys() == checkpoint.load(ref(ran, 5), "gram_teacher").keys()
-    )
+    assert sealed.load(ref(elsewhere, 5), "gram_teacher").keys() == sealed.load(ref(ran, 5), "gram_teacher").keys()
 
 
 @pytest.mark.jobs

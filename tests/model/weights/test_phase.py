@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from model import checkpoint, config, contract
+from model import config, contract, sealed
 from model.contract import Cause, CheckpointRef
 from model.networks.vit import VisionTransformer
 from model.weights import __main__ as command
@@ -36,10 +36,10 @@ def test_a_public_backbone_is_taken_and_heads_begin_fresh(tmp_path: Path, images
     notes = [step.note for step in progress.steps(ran.attempt.run_dir, 1)]
     assert any("public.pth (official); it has no dino_head and no ibot_head: fresh ones" in note for note in notes)
     ref = CheckpointRef(run=ran.attempt.run_dir, phase="pretrain", attempt=1, step=2)
-    taken = checkpoint.load(ref, "teacher_backbone")
+    taken = sealed.load(ref, "teacher_backbone")
     for name, tensor in network.state_dict().items():
         torch.testing.assert_close(taken[name], tensor, rtol=1e-5, atol=1e-6)
-        assert torch.equal(checkpoint.load(ref, "student")[f"backbone.{name}"], tensor)
+        assert torch.equal(sealed.load(ref, "student")[f"backbone.{name}"], tensor)
 
     assert command.main(["convert", ref.path, str(tmp_path / "hf"), "--to", "huggingface"]) == 0
     trained = VisionTransformer(network.settings).eval()

@@ -1,0 +1,169 @@
+"""Reading sealed checkpoints: whole parts, or the rows of them that a process needs, every file verified.
+
+A checkpoint is what its manifest says. A part may lie in several files, as it was cut over processes when it was sealed
+(`model.checkpoint`); each file says which rows of which tensors it holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from model import contract, storage
+from model.contract import CheckpointRef, File, Manifest
+
+State = dict[str, Tensor]
+
+ROWS = "dinoctl-rows"
+"""The key in a file's header of the rows that it holds of tensors that it does not hold whole: JSON, name -> [first
+row, rows of the whole]."""
+
+HEADER_BYTES = 8
+"""A safetensors file begins with the length of its header."""
+
+
+class CheckpointError(Exception):
+    """A checkpoint is not there, or a file of it is not what its manifest says; the message names the file."""
+
+
+def read_manifest(ref: CheckpointRef) -> Manifest:
+    """The manifest of a checkpoint. Raises CheckpointError if there is none, or none that this version can read."""
+    where = f"{ref.run}/{contract.manifest_file(ref.phase, ref.attempt, ref.step)}"
+    try:
+        data = storage.read(where)
+        manifest = contract.decode(data, Manifest, where)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{ref} was never sealed, or was pruned: {where} is not there") from error
+    except contract.ContractError as error:
+        raise CheckpointError(str(error)) from error
+    if manifest.format > contract.FORMAT:
+        raise CheckpointError(f"{where}: written by a newer dinoctl (format {manifest.format} > {contract.FORMAT})")
+    if (manifest.phase, manifest.attempt, manifest.step) != (ref.phase, ref.attempt, ref.step):
+        raise CheckpointError(f"{where}: is the manifest of {manifest.phase}@{manifest.step}, not of {ref}")
+    return manifest
+
+
+def load(ref: CheckpointRef, part: str) -> State:
+    """The tensors of one part, on the CPU, size and sha256 of every file verified.
+
+    Raises CheckpointError that names the file that is missing, torn or altered, or the parts that there are.
+    """
+    return load_files(ref, read_manifest(ref), part)
+
+
+def load_files(ref: CheckpointRef, manifest: Manifest, part: str) -> State:
+    """As `load`, with a manifest already read."""
+    return {name: stored.read(range(stored.rows)) for name, stored in open_part(ref, manifest, part).items()}
+
+
+def open_part(ref: CheckpointRef, manifest: Manifest, part: str) -> dict[str, Stored]:
+    """The tensors of one part, of which only names, shapes and places are read yet.
+
+    Raises CheckpointError if the part, or a file of it, is not there, or the files do not hold all rows.
+    """
+    if part not in manifest.parts:
+        raise CheckpointError(f"{ref} has no part {part!r}, only {', '.join(sorted(manifest.parts))}")
+    pieces: dict[str, list[_Piece]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in manifest.parts[part]:
+        content = _Content(f"{ref.run}/{file.path}", file)
+        for name, shape, first, total in content.entries():
+            pieces.setdefault(name, []).append(_Piece(content, first, shape[0] if shape else 1))
+            shapes[name] = (total, *shape[1:]) if shape else ()
+    stored = {name: Stored(name, shapes[name], tuple(found)) for name, found in pieces.items()}
+    for one in stored.values():
+        if sum(piece.rows for piece in one.pieces) != one.rows:
+            raise CheckpointError(f"{ref}: the files of {part} do not hold all rows of {one.name}")
+    return stored
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a checkpoint. Its files are read, each once and whole, as its rows are asked for."""
+
+    name: str
+    shape: tuple[int, ...]
+    pieces: tuple[_Piece, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    def verify(self) -> None:
+        """Read it all. Raises CheckpointError as `read` does."""
+        self.read(range(self.rows))
+
+    def read(self, rows: range) -> Tensor:
+        """These rows, on the CPU. Raises CheckpointError that names the file that is missing, torn or altered."""
+        parts = []
+        for piece in sorted(self.pieces, key=lambda piece: piece.first):
+            start, stop = max(rows.start, piece.first), min(rows.stop, piece.first + piece.rows)
+            if start < stop:
+                tensor = piece.content.tensors()[self.name]
+                parts.append(tensor[start - piece.first : stop - piece.first] if self.shape else tensor)
+        if not parts:
+            return torch.empty((0, *self.shape[1:]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    content: _Content
+    first: int  # row of the whole tensor
+    rows: int
+
+
+@dataclass
+class _Content:
+    """A file of a part; what was read of it is kept as long as the part is being read."""
+
+    where: str
+    file: File
+    kept: State | None = None
+
+    def entries(self) -> Iterator[tuple[str, list[int], int, int]]:
+        """Name and shape of each tensor in it, its first row in the whole one, and how many rows that has."""
+        head = self._read(0, HEADER_BYTES)
+        size = int.from_bytes(head, "little")
+        try:
+            header = json.loads(self._read(len(head), min(size, self.file.bytes)))
+            cut = json.loads(header.pop("__metadata__", {}).get(ROWS, "{}"))
+            for name, entry in header.items():
+                shape = entry["shape"]
+                yield name, shape, *cut.get(name, (0, shape[0] if shape else 1))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{self.where}: not a safetensors file: {error}") from error
+
+    def tensors(self) -> State:
+        """All of them, size and sha256 of the file verified."""
+        if self.kept is None:
+            try:
+                self.kept = safetensors.torch.load(_verified(self.where, self.file))
+            except SafetensorError as error:
+                raise CheckpointError(f"{self.where}: not a safetensors file: {error}") from error
+        return self.kept
+
+    def _read(self, start: int, length: int) -> bytes:
+        try:
+            return storage.read_range(self.where, start, length)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{self.where} is not there, though the manifest names it") from error
+
+
+def _verified(where: str, file: File) -> bytes:
+    try:
+        data = storage.read(where)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{where} is not there, though the manifest names it") from error
+    if len(data) != file.bytes:
+        raise CheckpointError(f"{where}: {len(data)} bytes, and the manifest says {file.bytes}: the file is torn")
+    if (digest := hashlib.sha256(data).hexdigest()) != file.sha256:
+        raise CheckpointError(f"{where}: sha256 {digest}, and the manifest says {file.sha256}: the file was altered")
+    return data
