@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from model import checkpoint, contract, sealed, storage
+from model import checkpoint, contract, memory, sealed, storage
 from model.contract import Attempt, Cause, RankEnd
 from model.data.errors import BadDataError, DataError, StalledDataError
 from model.stopping import TooLateError
@@ -52,6 +52,7 @@ def main(attempt_yaml: str, work: Callable[[Attempt], RankEnd]) -> int:
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank}: %(message)s", stream=sys.stderr)
     attempt = contract.read_attempt(Path(attempt_yaml).read_bytes(), attempt_yaml)
     torch.set_num_threads(attempt.threads)
+    memory.keep_freed()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for to be deterministic
     torch.use_deterministic_algorithms(True)
     # Filling every new tensor with NaN shows reads of memory never written; it costs a twentieth of a small step.
