@@ -229,6 +229,7 @@ except storage.DiskFullError:
 """
 
 
+@pytest.mark.jobs
 def test_two_ranks_share_the_parts_and_each_others_failures(tmp_path: Path) -> None:
     for result in run_ranks(TWO_RANKS, 2, str(tmp_path)):
         assert result.returncode == 86, result.stderr

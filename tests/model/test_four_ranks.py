@@ -72,6 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.jobs
 def test_the_ranks_sum_to_one_process(folder: Path) -> None:
     own, batch = whole_step()
     masked = batch.masks.sum(dim=(0, 2)).view(RANKS, -1).sum(dim=1).tolist()
@@ -87,6 +88,7 @@ def test_the_ranks_sum_to_one_process(folder: Path) -> None:
             assert difference <= 1e-6 * tensor.norm(), name
 
 
+@pytest.mark.jobs
 def test_each_rank_is_replayed_alone(folder: Path) -> None:
     for rank in range(RANKS):
         recorded = recording.read(f"{folder}/{rank}.safetensors")

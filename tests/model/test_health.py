@@ -55,6 +55,7 @@ torch.testing.assert_close(torch.tensor(shared), torch.tensor(alone))
 """
 
 
+@pytest.mark.jobs
 def test_two_ranks_measure_the_global_batch(tmp_path: Path) -> None:
     for result in run_ranks(TWO_RANKS, 2):
         assert result.returncode == 0, result.stderr

@@ -147,6 +147,7 @@ def _run_rank(rank, store):
     parallel.leave()
 
 
+@pytest.mark.jobs
 def test_two_processes_equal_one(tmp_path):
     store = tmp_path / "store"
     multiprocessing.spawn(_run_rank, args=(store,), nprocs=2)

@@ -172,6 +172,7 @@ def _gathered():
     return own
 
 
+@pytest.mark.jobs
 def test_two_processes_equal_one(tmp_path):
     store = tmp_path / "store"
     multiprocessing.spawn(_run_rank, args=(store,), nprocs=2)

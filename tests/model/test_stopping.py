@@ -54,6 +54,7 @@ parallel.leave()
 """
 
 
+@pytest.mark.jobs
 @pytest.mark.parametrize("asked", [0, 1])
 def test_two_ranks_stop_at_the_same_step(tmp_path: Path, asked: int) -> None:
     results = run_ranks(TWO_RANKS, 2, str(tmp_path), str(asked))

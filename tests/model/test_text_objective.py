@@ -103,6 +103,7 @@ distributed.destroy_process_group()
 """
 
 
+@pytest.mark.jobs
 def test_two_processes_equal_one(tmp_path, request):
     loss, expected = gradients(objective(), batch(), 8)
     here = str(request.path.parent)

@@ -96,6 +96,7 @@ def _rank(rank: int, folder: Path) -> None:
     parallel.leave()
 
 
+@pytest.mark.jobs
 def test_each_of_two_ranks_is_replayed_alone(tmp_path: Path) -> None:
     multiprocessing.spawn(_rank, args=(tmp_path,), nprocs=2)
     loss, _ = tiny.gradients(tiny.objective(), tiny.batch(), 8)

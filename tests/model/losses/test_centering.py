@@ -62,6 +62,7 @@ def _run_rank(rank, store):
     parallel.leave()
 
 
+@pytest.mark.jobs
 def test_two_processes_have_one_mean(tmp_path):
     store = tmp_path / "store"
     multiprocessing.spawn(_run_rank, args=(store,), nprocs=len(SHARES))

@@ -71,6 +71,7 @@ def _run_rank(rank, store, group_size):
     parallel.leave()
 
 
+@pytest.mark.jobs
 @pytest.mark.parametrize("group_size", [4, 8])
 def test_groups_over_two_processes_equal_one(tmp_path, group_size):
     store = tmp_path / "store"

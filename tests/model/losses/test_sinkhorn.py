@@ -80,6 +80,7 @@ def _run_rank(rank, store):
     parallel.leave()
 
 
+@pytest.mark.jobs
 def test_three_processes_with_unequal_rows_equal_one(tmp_path):
     store = tmp_path / "store"
     multiprocessing.spawn(_run_rank, args=(store,), nprocs=len(SHARES))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, multiprocessing
 from torch.nn import functional as F
@@ -60,6 +61,7 @@ def _rank(rank: int, folder: Path) -> None:
     parallel.leave()
 
 
+@pytest.mark.jobs
 def test_four_ranks_are_the_oracle(tmp_path: Path) -> None:
     for case, _ in CASES:
         hidden = batch(case, 0).masks.sum(dim=(0, 2)).view(RANKS, SHARE).sum(dim=1).tolist()
