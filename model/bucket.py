@@ -166,6 +166,11 @@ def exists(uri: str) -> bool:
     return True
 
 
+def modified(uri: str) -> float:
+    """When it was written, in seconds since the epoch. Raises FileNotFoundError, StoreError."""
+    return float(wait_for(call(Place.of(uri), "looking at", "head_object"))["LastModified"].timestamp())
+
+
 def names(uri: str) -> list[str]:
     """What lies right below `uri`, sorted; nothing if nothing does. Raises StoreError."""
     found = wait_for(_list(Place.of(uri), "/"))

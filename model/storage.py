@@ -22,9 +22,9 @@ from model.store_errors import NO_SPACE, AlreadyPublished, DiskFullError, NoAcce
 
 __all__ = [
     "NO_SPACE", "S3_OPTIONS", "AlreadyPublished", "DiskFullError", "NoAccessError", "StoreError",
-    "be_patient", "contents", "digest", "exists", "fetch", "foreign", "is_uri", "local", "matching", "names",
-    "publish", "publish_many", "publish_pieces", "put", "read", "read_many", "read_range", "reading", "remove",
-    "remove_tree", "replace", "size", "sync_dir",
+    "be_patient", "contents", "digest", "exists", "fetch", "foreign", "is_uri", "local", "local_file", "matching",
+    "modified", "names", "own_scratch", "publish", "publish_many", "publish_pieces", "put", "read", "read_many",
+    "read_range", "reading", "remove", "remove_tree", "replace", "size", "sync_dir",
 ]  # fmt: skip
 
 
@@ -34,6 +34,27 @@ def local(path: str) -> Path:
     if not is_uri(path):
         return Path(path)
     return scratch_dir(path.replace("://", "/", 1))  # no launch name has a slash
+
+
+def local_file(path: str) -> Path:
+    """`local`, with the folder made. Raises StoreError, also if our part of the temporary folder is another user's."""
+    target = local(path)
+    with _named(target, "making the folder of"):
+        if is_uri(path):
+            own_scratch()
+        target.parent.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def own_scratch() -> None:
+    """Make the folder of `contract.scratch_dir`, for this user alone: others write to the temporary folder too. Raises
+    PermissionError if it is another's."""
+    root = scratch_dir("")
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if root.stat().st_uid != os.getuid():
+        raise PermissionError(
+            errno.EPERM, f"{root} belongs to another user; remove it, or set TMPDIR to a folder of yours"
+        )
 
 
 def be_patient(seconds: float) -> None:
@@ -161,6 +182,11 @@ def read_many(paths: Sequence[str]) -> list[bytes]:
 
 def exists(path: str) -> bool:
     return bucket.exists(path) if _in_bucket(path) else Path(path).exists()
+
+
+def modified(path: str) -> float:
+    """When a file was written, in seconds since the epoch. Raises FileNotFoundError, StoreError."""
+    return bucket.modified(path) if _in_bucket(path) else Path(path).stat().st_mtime
 
 
 def names(path: str) -> list[str]:
