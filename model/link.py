@@ -42,7 +42,8 @@ class Logs:
     def forget(self) -> None:
         """Remove what was brought."""
         if storage.is_uri(self.target):
-            storage.remove_tree(str(storage.local(self.target)))
+            attempt = contract.attempt_dir(self.attempt.attempt)
+            storage.remove_tree(str(storage.local(f"{self.attempt.run_dir}/{attempt}")))
 
     def _chunk(self, file: Path) -> bool:
         chunk, start = self.sent.get(file.name, (0, 0))
