@@ -20,7 +20,6 @@ import time
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -28,8 +27,8 @@ import psutil
 from model import config, contract, endings, storage
 from model.contract import Attempt, Cause, Claim, Outcome, RankEnd
 from model.endings import ranks, read_ends
-from model.rank import die_with
-from model.watch import LINGER_SECONDS, Requests, Watch, closed, dump_stacks, look, say, watch_pid, why_kill
+from model.link import Link, closed, say
+from model.watch import LINGER_SECONDS, Requests, Watch, dump_stacks, look, watch_pid, why_kill
 
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -41,16 +40,19 @@ def main(attempt_yaml: str) -> int:
     """Run the attempt to its end. Returns the exit code of the contract."""
     requests = Requests.install()
     try:
-        attempt = contract.read_attempt(Path(attempt_yaml).read_bytes(), attempt_yaml)
+        attempt = contract.read_attempt(storage.read(attempt_yaml), attempt_yaml)
     except (OSError, contract.ContractError) as error:
         say(f"cannot read the attempt: {error}")
-        return contract.EXIT_CODES[Cause.USER_ERROR]
+        return contract.EXIT_CODES[Cause.STORE_LOST if isinstance(error, storage.StoreError) else Cause.USER_ERROR]
     refusal = _claim(attempt)
     if refusal is not None:
         say(f"{attempt.launch_name}: {refusal.value}, nothing was started")
         return contract.EXIT_CODES[refusal]
     _set_aside(attempt)
-    outcome = _run(attempt, attempt_yaml, requests)
+    link = Link.open(attempt)
+    outcome = _run(attempt, attempt_yaml, requests, link)
+    say(f"{attempt.launch_name}: {outcome.cause.value}: {outcome.message}")
+    link.shut()
     _publish(attempt, outcome)
     _last_act(attempt)
     return contract.EXIT_CODES[outcome.cause]
@@ -67,9 +69,9 @@ def _claim(attempt: Attempt) -> Cause | None:
         started=me.create_time(),
         nonce=contract.new_nonce(),
     )
-    if closed(attempt):
-        return Cause.SUPERSEDED
     try:
+        if closed(attempt):
+            return Cause.SUPERSEDED
         storage.publish(f"{attempt.run_dir}/{contract.claim_file(attempt.attempt)}", contract.encode(claim))
     except storage.AlreadyPublished:
         return Cause.SUPERSEDED
@@ -87,17 +89,19 @@ def _reserve(attempt: Attempt) -> str:
 
 
 def _set_aside(attempt: Attempt) -> None:
-    """Room for the outcome, so that it can be told even on a disk without a free byte."""
+    """Room for the outcome, so that it can be told even on a disk without a free byte. A bucket is never full."""
+    if storage.is_uri(attempt.run_dir):
+        return
     try:
         storage.publish(_reserve(attempt), os.urandom(RESERVED_BYTES))  # nothing that a file system could compress
     except storage.StoreError as error:  # the ranks will find the disk full too, and it is theirs to name
         say(f"no room is set aside for the outcome: {error}")
 
 
-def _run(attempt: Attempt, attempt_yaml: str, requests: Requests) -> Outcome:
+def _run(attempt: Attempt, attempt_yaml: str, requests: Requests, link: Link) -> Outcome:
     """The attempt's processes, from the first to the last, and how they ended. Whatever happens, none is left."""
     try:
-        end = _train(attempt, attempt_yaml, requests)
+        end = _train(attempt, attempt_yaml, requests, link)
     except Exception as error:
         message = f"the agent failed: {type(error).__name__}: {error}"
         end = RankEnd(cause=Cause.CRASHED, message=message, step=None, detail=traceback.format_exc())
@@ -106,15 +110,17 @@ def _run(attempt: Attempt, attempt_yaml: str, requests: Requests) -> Outcome:
     return endings.outcome(attempt, end)
 
 
-def _train(attempt: Attempt, attempt_yaml: str, requests: Requests) -> RankEnd:
+def _train(attempt: Attempt, attempt_yaml: str, requests: Requests, link: Link) -> RankEnd:
     if attempt.nodes != 1:
         message = f"the attempt asks for {attempt.nodes} nodes; the agent runs attempts of one node only, so far"
         return RankEnd(cause=Cause.USER_ERROR, message=message, step=None)
     health = config.read(config.Health, attempt.settings["health"])
     _fresh_scratch(attempt)
+    if changed := _fetch_code(attempt):
+        return RankEnd(cause=Cause.USER_ERROR, message=changed, step=None)
     adopt_orphans()
     before = endings.oom_kills()
-    ending = supervise(attempt, attempt_yaml, health, requests)
+    ending = supervise(attempt, attempt_yaml, health, requests, link)
     after = endings.oom_kills()
     oom = None if before is None or after is None else after > before
     return endings.judge(ending.ends, ending.first_dead, ending.killed, oom)
@@ -129,7 +135,7 @@ def command(attempt: Attempt, attempt_yaml: str) -> list[str]:
     if attempt.phase == contract.EVALUATE:
         return [*python, "model.rank", "model.evaluate.run", attempt_yaml]
     return [
-        *python, "torch.distributed.run",
+        *python, "model.tied", str(os.getpid()), "torch.distributed.run",
         "--standalone", "--nnodes", "1", "--nproc-per-node", str(attempt.processes_per_node),
         "--local-addr", "127.0.0.1",  # the machine's name may resolve to nothing, or slowly
         "--max-restarts", "0",
@@ -142,7 +148,7 @@ def environment(attempt: Attempt) -> dict[str, str]:
     """The agent's own environment, and the code and the threads that the attempt is pinned to."""
     return {
         **os.environ,
-        "PYTHONPATH": attempt.code_dir,
+        "PYTHONPATH": str(_code_here(attempt)),
         "PYTHONSAFEPATH": "1",
         "OMP_NUM_THREADS": str(attempt.threads),
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),  # one node: nothing leaves the machine
@@ -151,13 +157,8 @@ def environment(attempt: Attempt) -> dict[str, str]:
 
 def start(attempt: Attempt, attempt_yaml: str) -> subprocess.Popen[bytes]:
     """Start the processes in a session of their own, so that a terminal's Ctrl-C reaches the agent alone."""
-    # The kernel watches the thread that forks: this must be the main thread, and it is the only one.
     return subprocess.Popen(
-        command(attempt, attempt_yaml),
-        env=environment(attempt),
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-        preexec_fn=partial(die_with, os.getpid()),
+        command(attempt, attempt_yaml), env=environment(attempt), stdin=subprocess.DEVNULL, start_new_session=True
     )
 
 
@@ -170,13 +171,31 @@ def adopt_orphans() -> None:
 def _fresh_scratch(attempt: Attempt) -> None:
     """An empty folder of ours alone: others may write to the machine's temporary folder too."""
     scratch = contract.scratch_dir(attempt.launch_name)
-    scratch.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if scratch.parent.stat().st_uid != os.getuid():
-        raise PermissionError(
-            f"{scratch.parent} belongs to another user; remove it, or set TMPDIR to a folder of yours"
-        )
+    storage.own_scratch()
     storage.remove_tree(str(scratch))
     scratch.mkdir(mode=0o700)
+
+
+def _code_here(attempt: Attempt) -> Path:
+    """Where on this machine the code is that the attempt is pinned to."""
+    if storage.is_uri(attempt.code_dir):
+        return contract.scratch_dir(attempt.launch_name) / "code"
+    return Path(attempt.code_dir)
+
+
+def _fetch_code(attempt: Attempt) -> str:
+    """Bring the code out of a bucket; why it cannot be run if it is not what its digest says, else nothing. On a disk
+    it is run where it lies, as the controller has looked at it."""
+    if not storage.is_uri(attempt.code_dir):
+        return ""
+    files = storage.contents(f"{attempt.code_dir}/model")
+    if storage.digest(files) != attempt.code_digest:
+        return f"{attempt.code_dir}/model is not the code that this run is pinned to (sha256 {attempt.code_digest})"
+    for name, data in files.items():
+        target = _code_here(attempt) / "model" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+    return ""
 
 
 # --- watching ---------------------------------------------------------------------------------------------------------
@@ -191,7 +210,7 @@ class Ending:
     killed: RankEnd | None
 
 
-def supervise(attempt: Attempt, attempt_yaml: str, health: config.Health, requests: Requests) -> Ending:
+def supervise(attempt: Attempt, attempt_yaml: str, health: config.Health, requests: Requests, link: Link) -> Ending:
     """Start the processes and watch them until they have ended, or have to be ended."""
     watch = Watch(began=time.monotonic())
     process = start(attempt, attempt_yaml)
@@ -202,7 +221,7 @@ def supervise(attempt: Attempt, attempt_yaml: str, health: config.Health, reques
         while process.poll() is None:
             look(attempt, watch, requests, selector, attempt.watch_seconds)
             now = time.monotonic()
-            killed = why_kill(health, watch, requests.count, closed(attempt), now)
+            killed = why_kill(health, watch, requests.count, link, now)
             if killed is None and not watch.overstayed(now):
                 continue
             ends = read_ends(attempt)  # before the kill: what survivors say of lost peers is no news
@@ -242,9 +261,9 @@ def _living() -> list[psutil.Process]:
 
 
 def _publish(attempt: Attempt, outcome: Outcome) -> None:
-    say(f"{attempt.launch_name}: {outcome.cause.value}: {outcome.message}")
     try:
-        storage.remove(_reserve(attempt))  # a disk without a free byte has room for the outcome now
+        if not storage.is_uri(attempt.run_dir):
+            storage.remove(_reserve(attempt))  # a disk without a free byte has room for the outcome now
         storage.publish(f"{attempt.run_dir}/{contract.outcome_file(attempt.attempt)}", contract.encode(outcome))
     except storage.StoreError as error:  # the log and the exit code still say it
         say(f"the outcome could not be published: {error}")

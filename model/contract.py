@@ -15,7 +15,7 @@ A run's directory, every path relative to it:
     attempts/<n>/ranks/<rank>.json      how one rank ended, in its own words
     attempts/<n>/progress/<chunk>.jsonl what happened at each step (rank 0)
     attempts/<n>/recorded/              steps written down whole, for `dinoctl replay`
-    attempts/<n>/log/                   agent.log and rank-<rank>.log
+    attempts/<n>/log/                   agent.log and rank-<rank>.log; in a bucket each a folder of numbered chunks
     checkpoints/<phase>/<n>/<step>/     shards, then manifest.json: no manifest, no checkpoint
     data/                               the index of the images
     pins/<phase>-<n>-<step>-<id>.json   another run takes that checkpoint: it is never pruned

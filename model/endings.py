@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from model import contract, storage
@@ -31,13 +32,14 @@ def ranks(attempt: Attempt) -> range:
 
 
 def read_ends(attempt: Attempt) -> dict[int, RankEnd | None]:
-    """What each rank said: in its published file, else in the note that `model.rank` left, else nothing (None)."""
+    """What each rank said: in its published file, else in its note on this machine, else nothing (None)."""
     return {rank: _read_end(attempt, rank) for rank in ranks(attempt)}
 
 
 def _read_end(attempt: Attempt, rank: int) -> RankEnd | None:
+    note = str(contract.end_file(attempt.launch_name, rank))
     published = f"{attempt.run_dir}/{contract.rank_file(attempt.attempt, rank)}"
-    for path in (published, str(contract.end_file(attempt.launch_name, rank))):
+    for path in (note,) if storage.is_uri(published) else (published, note):  # a bucket is too slow for every look
         try:
             return contract.decode(storage.read(path), RankEnd, path)
         except FileNotFoundError:
@@ -112,12 +114,13 @@ def outcome(attempt: Attempt, end: RankEnd) -> Outcome:
 
 
 def _last_step(attempt: Attempt) -> int | None:
-    """The last update that rank 0 recorded."""
+    """The last update that rank 0 recorded; None too where the store does not say."""
     folder = f"{attempt.run_dir}/{contract.progress_dir(attempt.attempt)}"
-    for name in reversed(storage.names(folder)):
-        lines = storage.read(f"{folder}/{name}").splitlines()
-        if lines:
-            return contract.decode(lines[-1], Step, f"{folder}/{name}").step
+    with suppress(storage.StoreError):
+        for name in reversed(storage.names(folder)):
+            lines = storage.read(f"{folder}/{name}").splitlines()
+            if lines:
+                return contract.decode(lines[-1], Step, f"{folder}/{name}").step
     return None
 
 

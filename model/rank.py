@@ -7,27 +7,26 @@ and stack dumps on SIGUSR1, all before the trainer's imports (which may hang or 
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import os
 import runpy
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from model import contract, storage
 from model.contract import Attempt, Cause, RankEnd
-
-PR_SET_PDEATHSIG = 1
+from model.tied import die_with
 
 
 def main(module: str, attempt_yaml: str) -> None:
     """Run `module` as this rank. Leaves as the module leaves."""
     die_with(os.getppid())
-    attempt = contract.read_attempt(Path(attempt_yaml).read_bytes(), attempt_yaml)
+    attempt = contract.read_attempt(storage.read(attempt_yaml), attempt_yaml)
     rank = int(os.environ.get("RANK", "0"))
-    _log_to(storage.local(f"{attempt.run_dir}/{contract.rank_log(attempt.attempt, rank)}"))
+    _log_to(storage.local_file(f"{attempt.run_dir}/{contract.rank_log(attempt.attempt, rank)}"))
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     _whole(contract.pid_file(attempt.launch_name, rank), str(os.getpid()).encode())
@@ -36,24 +35,15 @@ def main(module: str, attempt_yaml: str) -> None:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as leaving:
         if leaving.code not in (None, 0):
-            _note(attempt, rank, _exited(leaving.code))
+            note(attempt, rank, _exited(leaving.code))
         raise
     except BaseException as error:
-        _note(attempt, rank, _raised(error))
+        note(attempt, rank, _raised(error))
         raise
-
-
-def die_with(parent: int) -> None:
-    """The kernel kills this process when `parent` ends, however that ends (prctl(2), PR_SET_PDEATHSIG)."""
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) was refused")
-    if os.getppid() != parent:  # it ended while we asked: there will be no signal
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _log_to(path: Path) -> None:
     """Send what this process prints, C libraries included, to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -74,8 +64,13 @@ def _raised(error: BaseException) -> RankEnd:
     return RankEnd(cause=Cause.CRASHED, message=f"{type(error).__name__}: {error}", step=None, detail=detail)
 
 
-def _note(attempt: Attempt, rank: int, end: RankEnd) -> None:
-    _whole(contract.end_file(attempt.launch_name, rank), contract.encode(end))
+def note(attempt: Attempt, rank: int, end: RankEnd) -> None:
+    """How this rank ended, for the agent, which is on this machine and may be the only one that can be told. The first
+    word counts: what an exception says is more than the exit code that follows it."""
+    file = contract.end_file(attempt.launch_name, rank)
+    if not file.exists():
+        with suppress(OSError):  # the temporary folder may be full too
+            _whole(file, contract.encode(end))
 
 
 def _whole(path: Path, data: bytes) -> None:

@@ -152,7 +152,7 @@ class _Content:
 
     def _read(self, start: int, length: int) -> bytes:
         try:
-            return storage.read_range(self.where, start, length)
+            return storage.read(self.where, start, length)
         except FileNotFoundError as error:
             raise CheckpointError(f"{self.where} is not there, though the manifest names it") from error
 

@@ -1,48 +1,72 @@
 """Files that are published once, read, listed and removed: the one door to the store of a run.
 
-Today that store is a POSIX file system; a bucket comes with the checkpoints on S3, behind these same functions.
-Paths are strings, as a URI would be.
+The store is a POSIX file system, or an S3 bucket (`model.bucket`) for a path that begins with `s3://`; behind the same
+functions. Data, which may lie at any other URI too, is read through the same door (`model.anywhere`).
 """
 
 from __future__ import annotations
 
 import errno
 import filecmp
+import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
 
-from model.contract import new_nonce
+from model import anywhere, bucket, s3
+from model.anywhere import S3_OPTIONS, fetch, foreign, is_uri, matching, put, reading, size
+from model.contract import new_nonce, scratch_dir
+from model.store_errors import NO_SPACE, AlreadyPublished, DiskFullError, NoAccessError, StoreError
 
-
-class StoreError(OSError):
-    """The store did not do what was asked; the message says what, where and, if known, why."""
-
-
-class AlreadyPublished(StoreError):  # noqa: N818 - not an error of the store: somebody was first
-    """The name is taken, by other bytes than ours."""
-
-
-class DiskFullError(StoreError):
-    """No space, or no quota, left."""
-
-
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""A full disk, a full quota, a file larger than the process may write (`ulimit -f`)."""
-
-
-def is_uri(path: str) -> bool:
-    return "://" in path
+__all__ = [
+    "NO_SPACE", "S3_OPTIONS", "AlreadyPublished", "DiskFullError", "NoAccessError", "StoreError",
+    "be_patient", "contents", "digest", "exists", "fetch", "foreign", "is_uri", "local", "local_file", "matching",
+    "modified", "names", "own_scratch", "publish", "publish_many", "publish_pieces", "put", "read", "read_many",
+    "read_range", "reading", "remove", "remove_tree", "replace", "size", "sync_dir",
+]  # fmt: skip
 
 
 def local(path: str) -> Path:
-    """`path` on this machine's file system. Raises StoreError for a bucket, which dinoctl cannot reach yet."""
-    if is_uri(path):
-        raise StoreError(f"{path}: a run on a bucket is not there yet; name a folder that all workers see")
-    return Path(path)
+    """Where on this machine a file lies that only processes of this machine write: at `path` itself or, as a bucket
+    knows no append and no lock, for a URI at a place of its own below the temporary folder."""
+    if not is_uri(path):
+        return Path(path)
+    return scratch_dir(path.replace("://", "/", 1))  # no launch name has a slash
+
+
+def local_file(path: str) -> Path:
+    """`local`, with the folder made. Raises StoreError, also if our part of the temporary folder is another user's."""
+    target = local(path)
+    with _named(target, "making the folder of"):
+        if is_uri(path):
+            own_scratch()
+        target.parent.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def own_scratch() -> None:
+    """Make the folder of `contract.scratch_dir`, for this user alone: others write to the temporary folder too. Raises
+    PermissionError if it is another's."""
+    root = scratch_dir("")
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if root.stat().st_uid != os.getuid():
+        raise PermissionError(
+            errno.EPERM, f"{root} belongs to another user; remove it, or set TMPDIR to a folder of yours"
+        )
+
+
+def be_patient(seconds: float) -> None:
+    """How long this process asks a bucket again before it says that it failed. A disk is not asked again."""
+    s3.PATIENCE.seconds = seconds
+
+
+def _in_bucket(path: str) -> bool:
+    """Whether a file of a run lies in a bucket. Raises StoreError for a URI at which no run can lie."""
+    if is_uri(path) and not s3.is_ours(path):
+        raise StoreError(errno.EINVAL, f"{path}: a run lies in a folder, or in an S3 bucket: s3://BUCKET/PREFIX")
+    return is_uri(path)
 
 
 @contextmanager
@@ -68,7 +92,10 @@ def publish(path: str, data: bytes) -> None:
 
 def publish_pieces(path: str, pieces: Iterable[bytes | memoryview]) -> None:
     """As `publish`, for what is too large to be in memory twice: written piece by piece, as they come."""
-    target = local(path)
+    if _in_bucket(path):
+        bucket.publish(path, pieces)
+        return
+    target = Path(path)
     with _named(target, "publishing"):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.parent / f".{target.name}.{new_nonce()}.tmp"
@@ -84,9 +111,21 @@ def publish_pieces(path: str, pieces: Iterable[bytes | memoryview]) -> None:
         sync_dir(target.parent)
 
 
+def publish_many(files: Mapping[str, bytes]) -> None:
+    """`publish` each, in a bucket many at once. Raises as `publish`; some may then be there."""
+    if any(map(_in_bucket, files)):
+        bucket.publish_many(files)
+        return
+    for path, data in files.items():
+        publish(path, data)
+
+
 def replace(path: str, data: bytes) -> None:
     """Write `path`, whole, over what is there. For what nobody decides by: heartbeats and caches."""
-    target = local(path)
+    if _in_bucket(path):
+        bucket.replace(path, data)
+        return
+    target = Path(path)
     with _named(target, "writing"):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.parent / f".{target.name}.{new_nonce()}.tmp"
@@ -115,9 +154,9 @@ def sync_dir(path: Path) -> None:
 
 
 def read(path: str, start: int = 0, length: int | None = None) -> bytes:
-    """`length` bytes from `start` (to the end if None). Raises FileNotFoundError if there is no such file."""
+    """`length` bytes from `start` (to the end if None). Raises FileNotFoundError, StoreError."""
     if is_uri(path):
-        local(path)  # says why not
+        return bucket.read(path, start, length) if s3.is_ours(path) else anywhere.read_range(path, start, length)
     try:
         with open(path, "rb") as file:  # `status` reads thousands of small files
             if start:
@@ -129,39 +168,34 @@ def read(path: str, start: int = 0, length: int | None = None) -> bytes:
         raise StoreError(error.errno, f"reading {path}: {error.strerror or error}") from error
 
 
-def fetch(uri: str, target: Path) -> None:
-    """Copy what lies at a URI to the file `target`, whole or not at all; nothing if `target` is there already.
+def read_range(path: str, start: int, length: int) -> bytes:
+    """As `read`, for data at any URI, asked for once."""
+    return anywhere.read_range(path, start, length) if is_uri(path) else read(path, start, length)
 
-    Raises StoreError, DiskFullError.
-    """
-    if target.exists():
-        return
-    import fsspec  # slow to import, and `dinoctl status` comes this way
 
-    with _named(uri, "fetching"):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f".{target.name}.{new_nonce()}.tmp"
-        try:
-            with fsspec.open(uri, "rb") as source, temporary.open("xb") as copy:
-                shutil.copyfileobj(source, copy, 1 << 23)
-            temporary.replace(target)
-        except OSError:
-            raise
-        except Exception as error:  # every backend of fsspec has exceptions of its own
-            raise StoreError(errno.EINVAL, f"fetching {uri}: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+def read_many(paths: Sequence[str]) -> list[bytes]:
+    """`read` each whole, in a bucket many at once."""
+    if any(map(_in_bucket, paths)):
+        return bucket.read_many(paths)
+    return [read(path) for path in paths]
 
 
 def exists(path: str) -> bool:
-    return local(path).exists()
+    return bucket.exists(path) if _in_bucket(path) else Path(path).exists()
+
+
+def modified(path: str) -> float:
+    """When a file was written, in seconds since the epoch. Raises FileNotFoundError, StoreError."""
+    return bucket.modified(path) if _in_bucket(path) else Path(path).stat().st_mtime
 
 
 def names(path: str) -> list[str]:
     """The names in a folder, sorted; none if it is not there. Half-written files are not shown."""
+    if _in_bucket(path):
+        return bucket.names(path)
     try:
         with _named(path, "listing"):
-            return sorted(name for name in os.listdir(local(path)) if not name.startswith("."))
+            return sorted(name for name in os.listdir(path) if not name.startswith("."))
     except StoreError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return []
@@ -170,98 +204,43 @@ def names(path: str) -> list[str]:
 
 def remove(path: str) -> None:
     """Remove one file; nothing if it is not there."""
-    target = local(path)
+    if _in_bucket(path):
+        bucket.remove(path)
+        return
+    target = Path(path)
     with _named(target, "removing"):
         target.unlink(missing_ok=True)
 
 
 def remove_tree(path: str) -> None:
     """Remove a folder and what is in it; nothing if it is not there. Two may remove it at the same time."""
-    target = local(path)
+    if _in_bucket(path):
+        bucket.remove_tree(path)
+        return
+    target = Path(path)
     with _named(target, "removing"):
         while target.exists():
             with suppress(FileNotFoundError):  # the other one was first with a file: there is less to do
                 shutil.rmtree(target)
 
 
-# --- data, wherever it lies: a path or any URI that fsspec knows ------------------------------------------------------
+# --- whole folders ----------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def foreign(uri: str, doing: str) -> Iterator[None]:
-    """What a backend of fsspec raises becomes ours. Their errors carry no errno where the operating system's do."""
-    try:
-        yield
-    except StoreError:
-        raise
-    except FileNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, f"no such file: {uri}") from error
-    except PermissionError as error:
-        raise StoreError(errno.EACCES, f"{doing} {uri}: {error.strerror or error}") from error
-    except OSError as error:
-        raise StoreError(error.errno or errno.EIO, f"{doing} {uri}: {error.strerror or error}") from error
-    except Exception as error:  # every backend has exceptions of its own
-        number = errno.EACCES if "Credentials" in type(error).__name__ else errno.EIO
-        raise StoreError(number, f"{doing} {uri}: {type(error).__name__}: {error}") from error
+def contents(folder: str) -> dict[str, bytes]:
+    """Every file below a folder by its relative path, in their order; hidden ones and Python's caches left out."""
+    if _in_bucket(folder):
+        inside = bucket.tree(folder)
+    else:
+        inside = sorted(file.relative_to(folder).as_posix() for file in Path(folder).rglob("*") if file.is_file())
+    kept = [name for name in inside if "__pycache__" not in (parts := name.split("/")) and parts[-1][:1] != "."]
+    return dict(zip(kept, read_many([f"{folder}/{name}" for name in kept]), strict=True))
 
 
-S3_OPTIONS: dict[str, dict[str, Any]] = {
-    "config_kwargs": {
-        "connect_timeout": 10,
-        "read_timeout": 20,
-        "retries": {"total_max_attempts": 1},  # s3fs asks five times; this would be for each, and a minute each time
-        "max_pool_connections": 64,
-    }
-}
-
-
-def _system(uri: str) -> tuple[Any, str]:
-    """The file system of a path or URI (one object for all that ask), and the path in it."""
-    from fsspec.core import url_to_fs  # slow to import, and `dinoctl status` comes this way
-
-    options = S3_OPTIONS if uri.startswith(("s3://", "s3a://")) else {}
-    found: tuple[Any, str] = url_to_fs(uri, **options)
-    return found
-
-
-def read_range(uri: str, start: int, length: int) -> bytes:
-    """`length` bytes from `start`, fewer where the file ends before. Raises FileNotFoundError, StoreError."""
-    if not is_uri(uri):
-        return read(uri, start, length)
-    with foreign(uri, "reading"):
-        system, path = _system(uri)
-        return bytes(system.cat_file(path, start=start, end=start + length))
-
-
-def size(uri: str) -> int:
-    """Bytes of a file. Raises FileNotFoundError, StoreError."""
-    with foreign(uri, "looking at"):
-        system, path = _system(uri)
-        return int(system.size(path))
-
-
-def matching(pattern: str) -> list[str]:
-    """The files that a glob matches, sorted; URIs where the pattern is one. Raises StoreError."""
-    with foreign(pattern, "listing"):
-        system, path = _system(pattern)
-        return sorted(str(system.unstrip_protocol(one)) if is_uri(pattern) else str(one) for one in system.glob(path))
-
-
-def put(file: Path, uri: str) -> None:
-    """Copy a file of this machine to a URI, over what is there; on a bucket whole or not at all. Raises StoreError."""
-    with foreign(uri, "writing"):
-        system, path = _system(uri)
-        system.makedirs(system._parent(path), exist_ok=True)
-        system.put_file(str(file), path)
-
-
-@contextmanager
-def reading(uri: str) -> Iterator[BinaryIO]:
-    """The file opened to be read and sought in. Raises FileNotFoundError, StoreError."""
-    with foreign(uri, "reading"):
-        system, path = _system(uri)
-        opened = system.open(path, "rb")
-    try:
-        yield opened
-    finally:
-        opened.close()
+def digest(files: Mapping[str, bytes]) -> str:
+    """sha256 over names and contents: the same files anywhere have the same digest, whatever their times and modes."""
+    total = hashlib.sha256()
+    for name in sorted(files):
+        total.update(f"{name}\0{len(files[name])}\0".encode())
+        total.update(files[name])
+    return total.hexdigest()

@@ -14,6 +14,7 @@ from pathlib import Path
 from model import config, contract, storage
 from model.contract import Attempt, Cause, RankEnd
 from model.endings import ranks, read_ends
+from model.link import Link, say
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 LINGER_SECONDS = 10.0
@@ -107,10 +108,13 @@ def _deaths(
     return sorted(seen + missed, key=lambda rank: ends[rank] is None)
 
 
-def why_kill(health: config.Health, watch: Watch, requests: int, closed: bool, now: float) -> RankEnd | None:
+def why_kill(health: config.Health, watch: Watch, requests: int, link: Link, now: float) -> RankEnd | None:
     """Why the agent has to end the processes now, if it has to. `requests` is how often a stop was asked for."""
-    if closed:
+    if link.closed:
         return RankEnd(cause=Cause.SUPERSEDED, message="the controller closed this attempt", step=None)
+    if link.out_of_reach(now):
+        message = f"the run directory has not answered for {now - link.reached:.0f} s: {link.said}"
+        return RankEnd(cause=Cause.STORE_LOST, message=message, step=None)
     if requests > 1:
         return RankEnd(cause=Cause.UNSEALED, message="a second request to stop: ended at once, unsealed", step=None)
     if watch.asked is not None and watch.pulse is None:
@@ -169,14 +173,6 @@ def _waiting(attempt: Attempt) -> dict[int, str]:
     return found
 
 
-def closed(attempt: Attempt) -> bool:
-    """Whether the controller has ended this attempt. A store that does not answer is asked again at the next look."""
-    try:
-        return storage.exists(f"{attempt.run_dir}/{contract.closed_file(attempt.attempt)}")
-    except OSError:
-        return False
-
-
 def dump_stacks(watch: Watch) -> None:
     """Have every rank that is left write its stacks into its log (faulthandler, registered by model.rank)."""
     for rank, pid in watch.pids.items():
@@ -184,9 +180,3 @@ def dump_stacks(watch: Watch) -> None:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGUSR1)
     time.sleep(DUMP_SECONDS)
-
-
-def say(text: str) -> None:
-    """One line for agent.log, which is this process's output."""
-    with suppress(OSError):  # a full disk must not end the agent: the outcome and the exit code say it too
-        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)

@@ -10,13 +10,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from model import checkpoint, contract, memory, sealed, storage
 from model.contract import Attempt, Cause, RankEnd
 from model.data.errors import BadDataError, DataError, StalledDataError
+from model.rank import note
 from model.stopping import TooLateError
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def main(attempt_yaml: str, work: Callable[[Attempt], RankEnd]) -> int:
     """Do the work of `attempt_yaml` and publish how it ended. Returns the exit code of the contract."""
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank}: %(message)s", stream=sys.stderr)
-    attempt = contract.read_attempt(Path(attempt_yaml).read_bytes(), attempt_yaml)
+    attempt = contract.read_attempt(storage.read(attempt_yaml), attempt_yaml)
     torch.set_num_threads(attempt.threads)
     memory.keep_freed()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for to be deterministic
@@ -58,6 +58,7 @@ def main(attempt_yaml: str, work: Callable[[Attempt], RankEnd]) -> int:
     # Filling every new tensor with NaN shows reads of memory never written; it costs a twentieth of a small step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     end = work(attempt)
+    note(attempt, rank, end)
     try:
         storage.publish(f"{attempt.run_dir}/{contract.rank_file(attempt.attempt, rank)}", contract.encode(end))
     except storage.StoreError as error:

@@ -28,6 +28,9 @@ from orchestrator import code, handoff, store
 from orchestrator.handoff import HandoffError, Reference
 from orchestrator.state import State, fold
 
+WATCH_SECONDS, BUCKET_WATCH_SECONDS = 1.0, 5.0
+"""How often an attempt tells of its progress: a bucket is paid by the request, and lists a thousand names at a time."""
+
 NAME_LENGTH = 63
 """Longest launch name: a Kubernetes label's, the narrowest of the schedulers'."""
 
@@ -63,6 +66,7 @@ def build(state: State, run_dir: str, number: int, phase: str, *, dry: bool = Fa
         on_end=[sys.executable, "-P", "-m", "orchestrator.cli", "tick", run_dir],
         spec_digest=state.spec_digest,
         code_digest=state.code_digest,
+        watch_seconds=BUCKET_WATCH_SECONDS if storage.is_uri(run_dir) else WATCH_SECONDS,
     )
 
 

@@ -128,12 +128,10 @@ def _reference(draft: Draft, phase: str, name: str, reference: Reference) -> Ite
 
 
 def _of_another_run(reference: Reference, at: Path, runs: str) -> Iterator[Problem]:
-    """What `submit` would say of it too. Of a run on a bucket nothing is known from here."""
-    beside = os.path.abspath(os.path.join(runs, "this"))
-    if storage.is_uri(attempts.locate(str(reference.run), beside)):
-        return
+    """What `submit` would say of it too."""
+    beside = f"{runs.rstrip('/')}/this"
     try:
-        attempts.find(reference, beside)
+        attempts.find(reference, beside if storage.is_uri(beside) else os.path.abspath(beside))
     except (HandoffError, LogError, IllegalEvent, contract.ContractError, storage.StoreError) as error:
         yield Problem(str(error), at)
 

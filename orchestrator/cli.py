@@ -27,7 +27,7 @@ exit codes:
   {DISK_FULL}    the run stopped because the disk is full; its last checkpoint is whole
   {INTERRUPTED}  interrupted (Ctrl-C, SIGTERM, cancel); `dinoctl resume RUN` goes on
 
-RUN is a name in the folder of runs (--runs, else DINOCTL_RUNS, else ./runs) or a path.
+RUN is a name in the folder of runs (--runs, else DINOCTL_RUNS, else ./runs), a path, or s3://BUCKET/PREFIX/NAME.
 """
 
 
@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(sys.argv[1:] if arguments is None else arguments)
     from orchestrator import commands
 
+    commands.be_patient(options.command)
     try:
         return int(getattr(commands, options.command)(options))
     except KeyboardInterrupt:
@@ -232,7 +233,12 @@ def _add_data(commands: Commands) -> None:
 
 
 def _add_runs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs", metavar="DIR", default=os.environ.get("DINOCTL_RUNS"), help="the folder of runs")
+    parser.add_argument(
+        "--runs",
+        metavar="DIR",
+        default=os.environ.get("DINOCTL_RUNS"),
+        help="the folder of runs, or s3://BUCKET/PREFIX",
+    )
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

@@ -5,14 +5,10 @@ A `git pull` or an upgrade never changes a run under way; going on with other co
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import model.contract
 from model import storage
-
-_LEFT_OUT = {"__pycache__"}
 
 
 class CodeError(RuntimeError):
@@ -24,23 +20,8 @@ def installed() -> Path:
     return Path(model.contract.__file__).parent
 
 
-def files(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Relative POSIX path and content of each file that belongs to the package, in the order of the paths."""
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    named = {path.relative_to(folder).as_posix(): path for path in paths}
-    for name in sorted(named):
-        parts = name.split("/")
-        if _LEFT_OUT.isdisjoint(parts) and not parts[-1].startswith("."):
-            yield name, named[name].read_bytes()
-
-
-def digest(folder: Path) -> str:
-    """sha256 over names and contents: the same code anywhere has the same digest, whatever its times and modes."""
-    total = hashlib.sha256()
-    for name, data in files(folder):
-        total.update(f"{name}\0{len(data)}\0".encode())
-        total.update(data)
-    return total.hexdigest()
+def digest(folder: Path | str) -> str:
+    return storage.digest(storage.contents(str(folder)))
 
 
 def code_dir(run_dir: str, code_digest: str) -> str:
@@ -54,12 +35,13 @@ def pin(run_dir: str, folder: Path | None = None) -> str:
     A copy that was broken off is completed by the next call. Files are read-only; folders are not, so that the run can
     be removed and Python can keep its bytecode there.
     """
-    source = folder or installed()
-    code_digest = digest(source)
-    target = f"{code_dir(run_dir, code_digest)}/model"
-    for name, data in files(source):
-        storage.publish(f"{target}/{name}", data)
-        storage.local(f"{target}/{name}").chmod(0o444)
+    files = storage.contents(str(folder or installed()))
+    code_digest = storage.digest(files)
+    copies = {f"{code_dir(run_dir, code_digest)}/model/{name}": data for name, data in files.items()}
+    storage.publish_many(copies)
+    if not storage.is_uri(run_dir):
+        for copy in copies:
+            Path(copy).chmod(0o444)
     verify(run_dir, code_digest)
     return code_digest
 
@@ -67,7 +49,7 @@ def pin(run_dir: str, folder: Path | None = None) -> str:
 def verify(run_dir: str, code_digest: str) -> str:
     """The run's copy, checked file by file against the digest. Raises CodeError."""
     folder = code_dir(run_dir, code_digest)
-    found = digest(storage.local(folder) / "model")
+    found = digest(f"{folder}/model")
     if found != code_digest:
         raise CodeError(
             f"{folder}/model is not the code that this run began with (sha256 {found[:16]}..., not "

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from model import contract, storage
+from orchestrator import logs as attempt_logs
 from orchestrator import status as statuses
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from orchestrator.spec import Job
 
 DEFAULT_RUNS = "runs"
-FOLLOW_SECONDS = 0.5
+FOLLOW_SECONDS, BUCKET_FOLLOW_SECONDS = 0.5, 3.0
 
 Options = argparse.Namespace
 
@@ -36,6 +37,15 @@ _WHAT = {
     "resumed": "goes on",
     "amended": "is amended, and goes on",
 }
+
+
+ASK_SECONDS = 15.0
+
+
+def be_patient(command: str) -> None:
+    """A person waits for an answer, and who watches asks again by himself; a tick is the last act of an agent."""
+    if command != "tick":
+        storage.be_patient(ASK_SECONDS)
 
 
 # --- on a job file ----------------------------------------------------------------------------------------------------
@@ -88,6 +98,8 @@ def submit(options: Options) -> int:
     if problems:
         raise SpecError(problems)
     resolved = spec.resolved(job)
+    if wrong := spec.runs_problems(_runs(options, job.runs), resolved["tracking"]):
+        raise SpecError(wrong)
     if wrong := weights_command.problems(resolved):
         raise SpecError(wrong)
     request = control.Request(name, resolved, cluster.model_dump(mode="json"), spec.reread)
@@ -202,7 +214,7 @@ def status(options: Options) -> int:
     now = contract.now()
     if options.run is None:
         folder = _runs(options)
-        if options.runs and not storage.local(folder).is_dir():
+        if options.runs and not storage.is_uri(folder) and not os.path.isdir(folder):
             raise statuses.RunNotFoundError(f"no such folder of runs: {folder} (--runs or DINOCTL_RUNS names it)")
         summaries = statuses.summaries(folder, now)
         if options.json:
@@ -237,25 +249,23 @@ def logs(options: Options) -> int:
         )
     file = contract.agent_log(attempt) if options.rank is None else contract.rank_log(attempt, options.rank)
     path = f"{run_dir}/{file}"
-    if not storage.exists(path) and (not options.follow or _is_over(run_dir, attempt)):
+    if not attempt_logs.exists(path) and (not options.follow or _is_over(run_dir, attempt)):
         there = ", ".join(storage.names(f"{run_dir}/{contract.log_dir(attempt)}")) or "none"
         raise statuses.RunNotFoundError(f"no such log: {path}; there are: {there}")
-    _print_log(run_dir, path, attempt, follow=options.follow)
+    _print_log(run_dir, attempt_logs.Reader(path), attempt, follow=options.follow)
     return 0
 
 
-def _print_log(run_dir: str, path: str, attempt: int, *, follow: bool) -> None:
-    """Print the file and, to follow it, what is added until the attempt ends."""
-    offset, decoder = 0, codecs.getincrementaldecoder("utf-8")("replace")
+def _print_log(run_dir: str, log: attempt_logs.Reader, attempt: int, *, follow: bool) -> None:
+    """Print the log and, to follow it, what is added until the attempt ends."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     while True:
         ended = _is_over(run_dir, attempt) if follow else True  # before the read: what it wrote last is not missed
-        data = storage.read(path, offset) if storage.exists(path) else b""
-        offset += len(data)
-        sys.stdout.write(decoder.decode(data, final=ended))
+        sys.stdout.write(decoder.decode(log.new(), final=ended))
         sys.stdout.flush()
         if ended:
             return
-        time.sleep(FOLLOW_SECONDS)
+        time.sleep(BUCKET_FOLLOW_SECONDS if storage.is_uri(run_dir) else FOLLOW_SECONDS)
 
 
 def _is_over(run_dir: str, attempt: int) -> bool:
@@ -282,10 +292,7 @@ def _model(module: str, *words: str) -> int:
 
 
 def _runs(options: Options, otherwise: str = DEFAULT_RUNS) -> str:
-    runs = str(options.runs or otherwise)
-    if storage.is_uri(runs):
-        raise statuses.RunNotFoundError(f"{runs}: runs on a bucket are not there yet; name a folder: --runs DIR")
-    return runs
+    return str(options.runs or otherwise).rstrip("/")
 
 
 def _find(options: Options) -> str:

@@ -8,6 +8,7 @@
     LogError           2   a log that cannot be read, a store that is not fit for one
     IllegalEvent       2   a log whose events contradict each other
     CodeError          2   the run's copy of the code is not what it was
+    NoAccessError      2   a bucket that is not there, or not for these credentials
     DiskFullError      3   no space left
     StoreError         1   a file system that does not do what it is asked
     LaunchError        1   the launcher refused
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.contract import ContractError
-from model.storage import DiskFullError, StoreError
+from model.storage import DiskFullError, NoAccessError, StoreError
 from orchestrator.code import CodeError
 from orchestrator.handoff import HandoffError
 from orchestrator.launchers.base import LaunchError
@@ -40,11 +41,12 @@ EXIT_CODES: dict[type[Exception], int] = {
     LogError: 2,
     IllegalEvent: 2,
     CodeError: 2,
+    NoAccessError: 2,
     DiskFullError: 3,
     StoreError: 1,
     LaunchError: 1,
 }
-"""The first that fits counts: a full disk is a StoreError too."""
+"""The first that fits counts: no access and a full disk are StoreErrors too."""
 
 
 @dataclass(frozen=True)

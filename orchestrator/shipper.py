@@ -11,8 +11,10 @@ import hashlib
 import io
 import json
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -259,10 +261,10 @@ def _report(shipment: Shipment) -> None:
     digest = hashlib.sha256(data).hexdigest()
     if digest == ledger.report_digest:
         return
-    folder = storage.local(f"{facts.run_dir}/{contract.REPORT_DIR}")
-    shipment.client.log_artifacts(ledger.parent, str(folder), contract.REPORT_DIR)
+    for name in ("report.json", *(picture.removeprefix(f"{contract.REPORT_DIR}/") for picture in table.pictures)):
+        _artifact(shipment, name)
     shipment.client.log_text(ledger.parent, _as_text(table), f"{contract.REPORT_DIR}/report.txt")
-    at = int((folder / "report.json").stat().st_mtime * 1000)
+    at = int(storage.modified(f"{facts.run_dir}/{contract.REPORT_FILE}") * 1000)
     points = [
         Metric(f"{_REFUSED.sub('-', row.score)}/{name}", value, at, 0)
         for row in table.rows
@@ -271,6 +273,15 @@ def _report(shipment: Shipment) -> None:
     shipment.client.log_batch(ledger.parent, metrics=points, synchronous=True)
     ledger.report_digest = digest
     shipment.save(ledger)
+
+
+def _artifact(shipment: Shipment, name: str) -> None:
+    """A file of the report's folder; MLflow takes it from this machine's disk."""
+    data = storage.read(f"{shipment.facts.run_dir}/{contract.REPORT_DIR}/{name}")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, name)
+        file.write_bytes(data)
+        shipment.client.log_artifact(shipment.ledger.parent, str(file), contract.REPORT_DIR)
 
 
 def _as_text(table: report.Report) -> str:

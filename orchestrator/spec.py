@@ -142,8 +142,6 @@ def not_there_yet(job: Job, cluster: ClusterProfile) -> list[Problem]:
             asked.setdefault(feature, []).append(("phases", name, *path))
     if job.evaluate is not None and storage.is_uri(job.evaluate.data.shown):
         asked.setdefault(_ON_A_BUCKET, []).append(("evaluate", "data", "path"))
-    if storage.is_uri(job.runs):
-        asked["runs on a bucket"] = [("runs",)]
     return [
         Problem(f"not there yet: {feature}", paths[0], found=listed([dotted(path) for path in paths]))
         for feature, paths in asked.items()
@@ -179,7 +177,7 @@ def _unknown_keys(values: Mapping[str, Any]) -> list[Problem]:
 def _draft(merged: dict[str, Any]) -> tuple[Draft, list[Problem]]:
     """The job with its cluster, as far as both could be read, and the problems of the rest."""
     draft, problems = _sections(merged)
-    problems += _tracking(merged)
+    problems += runs_problems(merged.get("runs"), merged.get("tracking") or {})
     return replace(draft, cluster=_cluster(merged.get("cluster", "local"), problems)), problems
 
 
@@ -200,11 +198,12 @@ def _head(merged: Mapping[str, Any]) -> list[Problem]:
     return [problem for problem in problems if problem.at[0] not in apart]
 
 
-def _tracking(merged: Mapping[str, Any]) -> list[Problem]:
-    """SQLite cannot lie in a bucket, so runs there need a server, or no tracking."""
-    runs, tracking = merged.get("runs"), merged.get("tracking") or {}
+def runs_problems(runs: Any, tracking: Any) -> list[Problem]:
+    """What is wrong with a URI of runs. SQLite cannot lie in a bucket, so runs there need a server, or no tracking."""
     if not (isinstance(runs, str) and storage.is_uri(runs) and isinstance(tracking, dict)):
         return []
+    if not re.match("s3a?://[^/]+", runs):
+        return [Problem("no place for runs", ("runs",), found=runs, allowed="a folder, or s3://BUCKET/PREFIX")]
     if tracking.get("uri") is not None or tracking.get("enabled") is False:
         return []
     return [Problem("missing", ("tracking", "uri"), allowed="the URI of an MLflow server, as runs are on a bucket",

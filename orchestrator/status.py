@@ -7,17 +7,21 @@ imports nothing heavy.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 import msgspec
 
 from model import contract, storage
 from model.contract import Cause, Outcome
-from orchestrator import failures, progress, report, state, store
+from orchestrator import failures, logs, progress, report, state, store
 from orchestrator.report import Report
 from orchestrator.state import AttemptState, Stage, State
 
 TAIL_LINES = 30
+RUNS_AT_ONCE = 16
+"""In a bucket."""
 
 
 class RunNotFoundError(LookupError):
@@ -98,17 +102,26 @@ class Detail(msgspec.Struct, frozen=True, kw_only=True):
 
 def names(runs: str) -> list[str]:
     """The runs in a folder."""
-    return [name for name in storage.names(runs) if store.has_events(f"{runs}/{name}")]
+    there = storage.names(runs)
+    if not storage.is_uri(runs):
+        return [name for name in there if store.has_events(f"{runs}/{name}")]
+    with ThreadPoolExecutor(RUNS_AT_ONCE) as readers:
+        are_runs = readers.map(store.has_events, [f"{runs}/{name}" for name in there])
+        return [name for name, is_run in zip(there, are_runs, strict=True) if is_run]
 
 
 def find(run: str, runs: str) -> str:
     """The directory of a run, given by name or by path, absolute. Raises RunNotFoundError saying which runs exist."""
-    for path in (f"{runs}/{run}", run):
-        if not storage.is_uri(path) and store.has_events(path):
-            return str(Path(path).absolute())
+    for path in (run,) if storage.is_uri(run) else (f"{runs}/{run}", run):
+        if store.has_events(path):
+            return absolute(path)
     known = names(runs)
     there = f"runs in {runs}: {', '.join(known)}" if known else f"there are no runs in {runs}"
     raise RunNotFoundError(f"no run {run!r}; {there} (another folder: --runs or DINOCTL_RUNS)")
+
+
+def absolute(path: str) -> str:
+    return path.rstrip("/") if storage.is_uri(path) else str(Path(path).absolute())
 
 
 def load(run_dir: str, pauses: Sequence[float] | None = None) -> State:
@@ -123,7 +136,11 @@ def load(run_dir: str, pauses: Sequence[float] | None = None) -> State:
 
 def summaries(runs: str, now: float) -> list[Summary]:
     """All runs in a folder. One that is damaged does not hide the others, nor keep them waiting for it."""
-    return [_summary_or_why_not(str(Path(f"{runs}/{name}").absolute()), now) for name in names(runs)]
+    paths = [absolute(f"{runs}/{name}") for name in names(runs)]
+    if not storage.is_uri(runs):
+        return [_summary_or_why_not(path, now) for path in paths]
+    with ThreadPoolExecutor(RUNS_AT_ONCE) as readers:  # each waits for a bucket most of the time
+        return list(readers.map(_summary_or_why_not, paths, repeat(now)))
 
 
 def _summary_or_why_not(run_dir: str, now: float) -> Summary:
@@ -289,6 +306,6 @@ def _tail(run_dir: str, failed: AttemptState) -> list[str]:
 
 def _log_lines(run_dir: str, attempt: int) -> list[str]:
     try:
-        return storage.read(f"{run_dir}/{contract.agent_log(attempt)}").decode(errors="replace").splitlines()
+        return logs.read(f"{run_dir}/{contract.agent_log(attempt)}").decode(errors="replace").splitlines()
     except FileNotFoundError:
         return []

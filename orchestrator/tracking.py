@@ -44,18 +44,14 @@ class Target:
     artifacts: str | None
 
 
-def folder(run_dir: str) -> Path:
-    return storage.local(f"{run_dir}/tracking")
-
-
 def log_file(run_dir: str) -> Path:
-    return folder(run_dir) / "shipper.log"
+    return storage.local(f"{run_dir}/tracking/shipper.log")
 
 
 def target(run_dir: str, spec: dict[str, Any]) -> Target:
-    """What the spec names, or a SQLite file beside the runs."""
+    """What the spec names, or a SQLite file beside the runs; of a run in a bucket it always names something."""
     tracking = spec["tracking"]
-    runs = storage.local(run_dir).absolute().parent
+    runs = Path(run_dir).absolute().parent
     uri = tracking["uri"] or f"sqlite:///{runs}/mlflow.db"
     artifacts = None if uri.startswith(("http://", "https://")) else f"{runs}/mlflow-artifacts"
     return Target(uri, tracking["experiment"], artifacts)
@@ -67,8 +63,7 @@ def target(run_dir: str, spec: dict[str, Any]) -> Target:
 def start(run_dir: str) -> subprocess.Popen[bytes]:
     """Start the shipper in a session of its own, so that a Ctrl-C for dinoctl is none for it. A second one on the same
     run ends at once."""
-    folder(run_dir).mkdir(parents=True, exist_ok=True)
-    with log_file(run_dir).open("ab") as out:
+    with storage.local_file(f"{run_dir}/tracking/shipper.log").open("ab") as out:
         command = [sys.executable, "-P", "-m", "orchestrator.tracking", run_dir]
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, env=environment()
@@ -134,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     os.environ.update(environment())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    run_dir = str(storage.local(options.run_dir).absolute())
+    run_dir = options.run_dir if storage.is_uri(options.run_dir) else os.path.abspath(options.run_dir)
     with _alone(run_dir) as alone:
         if not alone:
             log.info("another shipper is at work on this run")
@@ -144,9 +139,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 @contextmanager
 def _alone(run_dir: str) -> Iterator[bool]:
-    """Whether this is the only shipper of the run; the kernel drops the lock with the process."""
-    folder(run_dir).mkdir(parents=True, exist_ok=True)
-    with (folder(run_dir) / "lock").open("w") as file:
+    """Whether this is the only shipper of the run on this machine; the kernel drops the lock with the process."""
+    with storage.local_file(f"{run_dir}/tracking/lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -22,7 +22,7 @@ from orchestrator.control import Controller
 from orchestrator.screen import Follower, Screen, screen
 from orchestrator.state import State
 
-TICK_SECONDS = 1.0
+TICK_SECONDS, BUCKET_TICK_SECONDS = 1.0, 3.0
 OUT_OF_REACH_SECONDS = 600.0  # a store that does not answer for this long ends the watch, not the run
 DISK_FULL_SECONDS = 30.0
 SHIPPER_SECONDS = 20.0  # how long a finished run waits for MLflow before it says where it stands
@@ -58,7 +58,8 @@ def stay(run_dir: str, console: Console, command: str) -> State:
     The first SIGINT or SIGTERM asks for a stop with a sealed checkpoint, the second for one at once, the third leaves.
     Raises storage.StoreError if the run directory stays out of reach, KeyboardInterrupt on the third signal.
     """
-    this = control.controller(run_dir, launchers.launcher_for, command=command, every=TICK_SECONDS)
+    every = BUCKET_TICK_SECONDS if storage.is_uri(run_dir) else TICK_SECONDS
+    this = control.controller(run_dir, launchers.launcher_for, command=command, every=every)
     run = control.load(run_dir)
     follower = Follower(run_dir)
     follower.begin(run)
@@ -82,14 +83,14 @@ def _loop(this: Controller, follower: Follower, shown: Screen, signals: Signals)
         except storage.StoreError as error:
             failing_since = failing_since or time.monotonic()
             said = _out_of_reach(error, failing_since, shown, said)
-            signals.asked.wait(2 * TICK_SECONDS)
+            signals.asked.wait(2 * this.me.every)
             continue
         failing_since, said = None, ""
         if follower.view is not None:
             shown.show(follower.view, time.monotonic())
         if result.state.status != "running":
             return result.state
-        signals.asked.wait(min(result.pause, TICK_SECONDS))
+        signals.asked.wait(min(result.pause, this.me.every))
 
 
 def _out_of_reach(error: storage.StoreError, since: float, shown: Screen, said: str) -> str:
@@ -170,12 +171,12 @@ def _say(console: Console, text: str) -> None:
 
 
 def log_file(run_dir: str) -> str:
-    return f"{run_dir}/watch.log"
+    return str(storage.local(f"{run_dir}/watch.log"))
 
 
 def detach(run_dir: str) -> int:
     """Start `dinoctl watch` on the run in a session of its own; its pid."""
-    with storage.local(log_file(run_dir)).open("ab") as out:
+    with storage.local_file(f"{run_dir}/watch.log").open("ab") as out:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "orchestrator.cli", "watch", run_dir],
             stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,

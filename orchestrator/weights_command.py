@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -31,11 +30,14 @@ def run(options: argparse.Namespace, runs: str) -> int:
 
 
 def place(text: str, runs: str) -> str:
-    """Where the weights lie that `text` names: RUN#<phase>@<step>, RUN for its last SSL phase's end, or itself.
+    """Where the weights lie that `text` names: RUN#<phase>@<step>, RUN for its last SSL phase's end, or itself, as a URI
+    always does.
 
     Raises HandoffError for a checkpoint that is not there.
     """
-    if "#" in text and not storage.is_uri(text):
+    if storage.is_uri(text):
+        return text
+    if "#" in text:
         return attempts.find(handoff.parse(text), _beside(runs)).path
     try:
         run_dir = status.find(text, runs)
@@ -46,7 +48,7 @@ def place(text: str, runs: str) -> str:
 
 def _beside(runs: str) -> str:
     """A path in the folder of runs, next to which names are looked up."""
-    return os.path.join(os.path.abspath(runs), "-")
+    return f"{status.absolute(runs)}/-"
 
 
 def _end(run_dir: str) -> Reference:

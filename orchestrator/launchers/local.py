@@ -43,17 +43,16 @@ class LocalLauncher:
     """Implements `orchestrator.launchers.base.Launcher`."""
 
     def render(self, attempt: Attempt, digest: str) -> str:
-        log = f"{attempt.run_dir}/{contract.agent_log(attempt.attempt)}"
+        log = str(storage.local(f"{attempt.run_dir}/{contract.agent_log(attempt.attempt)}"))
         command = shlex.join(_command(attempt))
         return f"{LABEL}={_label(attempt.run_id, digest)} {command} < /dev/null >> {shlex.quote(log)} 2>&1"
 
     def submit(self, attempt: Attempt, digest: str) -> dict[str, Any]:
         """Start the agent. What an earlier attempt of this run left behind without its agent is ended first."""
         end_orphans(attempt.run_dir)
-        log = storage.local(f"{attempt.run_dir}/{contract.agent_log(attempt.attempt)}")
         command = _command(attempt)
         try:
-            log.parent.mkdir(parents=True, exist_ok=True)
+            log = storage.local_file(f"{attempt.run_dir}/{contract.agent_log(attempt.attempt)}")
             pid = os.posix_spawn(
                 command[0],
                 command,

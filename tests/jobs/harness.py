@@ -19,7 +19,8 @@ import psutil
 import yaml
 from PIL import Image, ImageDraw
 
-from model import contract
+from model import contract, storage
+from orchestrator import logs
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "jobs" / "tiny.yaml"
@@ -68,13 +69,14 @@ def part_of_tiny(file: Path, phases: Sequence[str], **settings: Any) -> Path:
 
 @dataclass(frozen=True)
 class Job:
-    """`dinoctl` on the spec `file`, called in `folder`, as run `name` in `folder`/runs."""
+    """`dinoctl` on the spec `file`, called in `folder`, as run `name` in `folder`/runs, or in `bucket` (s3://...)."""
 
     folder: Path
     images: Path | str  # a folder, or tar shards
     file: Path = TINY
     name: str = "tiny"
     environment: Mapping[str, str] = field(default_factory=dict)
+    bucket: str = ""
 
     @property
     def runs(self) -> Path:
@@ -83,6 +85,11 @@ class Job:
     @property
     def run_dir(self) -> Path:
         return self.runs / self.name
+
+    @property
+    def where(self) -> str:
+        """The run's directory, wherever it is."""
+        return f"{self.bucket}/{self.name}" if self.bucket else str(self.run_dir)
 
     # dinoctl
 
@@ -109,7 +116,7 @@ class Job:
         )  # fmt: skip
 
     def _command(self, words: list[str]) -> list[str]:
-        return [sys.executable, "-P", "-m", "orchestrator.cli", *words, "--runs", str(self.runs)]
+        return [sys.executable, "-P", "-m", "orchestrator.cli", *words, "--runs", self.bucket or str(self.runs)]
 
     def _environment(self) -> dict[str, str]:
         return {**os.environ, **self.environment}
@@ -127,40 +134,46 @@ class Job:
 
     def events(self, kind: str = "") -> list[dict[str, Any]]:
         """The log, or those of its events that are of one kind."""
-        files = sorted((self.run_dir / contract.EVENTS_DIR).glob("[0-9]*.json"))
-        return [event for event in (json.loads(file.read_bytes()) for file in files) if kind in ("", event["event"])]
+        folder = f"{self.where}/{contract.EVENTS_DIR}"
+        files = storage.read_many([f"{folder}/{name}" for name in storage.names(folder) if name[0].isdigit()])
+        return [event for event in map(json.loads, files) if kind in ("", event["event"])]
 
     def attempts(self, phase: str) -> list[int]:
         return [e["attempt"] for e in self.events("AttemptIntended") if e["phase"] == phase]
 
     def attempt(self, number: int) -> contract.Attempt:
-        path = self.run_dir / contract.attempt_yaml(number)
-        return contract.read_attempt(path.read_bytes(), str(path))
+        path = f"{self.where}/{contract.attempt_yaml(number)}"
+        return contract.read_attempt(storage.read(path), path)
 
     def end(self, number: int) -> dict[str, Any]:
         return next(e for e in self.events("AttemptEnded") if e["attempt"] == number)
 
     def records(self, attempt: int) -> list[contract.Step]:
         """What an attempt's progress says, in the order in which it was trained."""
-        chunks = sorted((self.run_dir / contract.progress_dir(attempt)).glob("[0-9]*.jsonl"))
-        return [contract.decode(line, contract.Step, str(c)) for c in chunks for line in c.read_text().splitlines()]
+        folder = f"{self.where}/{contract.progress_dir(attempt)}"
+        chunks = storage.read_many([f"{folder}/{name}" for name in storage.names(folder)])
+        return [contract.decode(line, contract.Step, folder) for chunk in chunks for line in chunk.splitlines()]
 
     def steps(self, attempt: int) -> list[int]:
         return [record.step for record in self.records(attempt)]
 
     def log(self, attempt: int, rank: int = 0) -> str:
-        return (self.run_dir / contract.rank_log(attempt, rank)).read_text()
+        return logs.read(f"{self.where}/{contract.rank_log(attempt, rank)}").decode()
 
     def sealed(self, phase: str) -> list[tuple[int, int]]:
         """(step, attempt) of every sealed checkpoint of a phase, ascending."""
-        manifests = (self.run_dir / "checkpoints" / phase).glob("*/*/manifest.json")
-        return sorted((int(m.parts[-2]), int(m.parts[-3])) for m in manifests)
+        folder = f"{self.where}/checkpoints/{phase}"
+        steps = [(int(step), int(by)) for by in storage.names(folder) for step in storage.names(f"{folder}/{by}")]
+        return sorted((step, by) for step, by in steps if storage.exists(f"{folder}/{by}/{step}/manifest.json"))
+
+    def manifest(self, phase: str, attempt: int, step: int) -> contract.Manifest:
+        path = f"{self.where}/{contract.manifest_file(phase, attempt, step)}"
+        return contract.decode(storage.read(path), contract.Manifest, path)
 
     def final(self, phase: str) -> tuple[dict[str, Any], dict[str, list[str]]]:
         """The last checkpoint of a phase: its loop, and the checksums of all its parts. Equal means bit for bit."""
         step, attempt = self.sealed(phase)[-1]
-        path = self.run_dir / contract.manifest_file(phase, attempt, step)
-        manifest = contract.decode(path.read_bytes(), contract.Manifest, str(path))
+        manifest = self.manifest(phase, attempt, step)
         return manifest.loop, {part: [file.sha256 for file in files] for part, files in manifest.parts.items()}
 
     # its processes
@@ -170,7 +183,11 @@ class Job:
         found = []
         for process in psutil.process_iter(["cmdline", "status"]):
             words = " ".join(process.info["cmdline"] or [])
-            ours = str(self.runs) in words and "orchestrator.tracking" not in words and process.pid != os.getpid()
+            ours = (
+                (self.bucket or str(self.runs)) in words
+                and "orchestrator.tracking" not in words
+                and process.pid != os.getpid()
+            )
             if ours and process.info["status"] != psutil.STATUS_ZOMBIE:
                 found.append(process)
         return found
@@ -242,8 +259,7 @@ def hold(job: Job, phase: str, step: int = EVERY, *, between: bool = True, ranks
         wait_until(lambda: all(psutil.Process(p).status() == psutil.STATUS_STOPPED for p in pids), "the ranks to halt")
         sealed, attempt = job.sealed(phase)[-1]
         moment = Moment(phase, intent["attempt"], sealed, name, pids)
-        manifest = job.run_dir / contract.manifest_file(phase, attempt, sealed)
-        if not between or contract.pulse_file(name, 0).stat().st_mtime_ns > manifest.stat().st_mtime_ns:
+        if not between or contract.pulse_file(name, 0).stat().st_mtime > job.manifest(phase, attempt, sealed).sealed_at:
             return moment
         moment.let_go()
         time.sleep(0.005)

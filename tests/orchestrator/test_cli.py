@@ -136,10 +136,23 @@ def test_a_name_that_a_run_cannot_have(name: str, tmp_path: Path, capsys: pytest
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("runs", ["s3://bucket/runs", "images/a.png", "/proc/nowhere"])
+@pytest.mark.parametrize("runs", ["images/a.png", "/proc/nowhere"])
 def test_a_folder_of_runs_that_cannot_be(runs: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(job("submit", "--runs", runs)) == 2
     assert "--runs DIR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ("gs://bucket/runs", "allowed: a folder, or s3://BUCKET/PREFIX"),
+        ("s3:///runs", "runs: no place for runs"),
+        ("s3://bucket/runs", "tracking.uri: missing"),
+    ],
+)
+def test_a_uri_of_runs_that_cannot_be(runs: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(job("submit", "--runs", runs, "tracking.enabled=true")) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_plan(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.rank import die_with
+from model.tied import die_with
 
 if TYPE_CHECKING:
     from s3fs import S3FileSystem  # takes a second to import, and most sessions of tests start no store
