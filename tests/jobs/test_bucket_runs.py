@@ -1,4 +1,4 @@
-"""Whole runs in a bucket of a real S3 store that is killed, rude or silent; taken up elsewhere with nothing but the URI.
+"""Whole runs in a bucket of a real S3 store, killed, rude or silent; taken up elsewhere with nothing but the URI.
 
 They end with the weights of a run on a disk that nobody disturbed.
 """
