@@ -144,14 +144,7 @@ def _discard(attempt: Attempt, step: int) -> None:
 
 
 FAILURES: dict[str, type[Exception]] = {
-    kind.__name__: kind
-    for kind in (
-        storage.StoreError,
-        storage.AlreadyPublished,
-        storage.DiskFullError,
-        storage.NoAccessError,
-        ClosedError,
-    )
+    kind.__name__: kind for kind in (storage.StoreError, storage.AlreadyPublished, storage.DiskFullError, ClosedError)
 }
 
 

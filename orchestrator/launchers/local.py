@@ -26,6 +26,9 @@ LABEL = "DINOCTL_ATTEMPT"
 START_SECONDS = 5.0
 """How long the kernel may take to begin a new process."""
 
+SILENT_SECONDS = 300.0
+"""An agent on another machine that has not been heard of for so long is gone, and its machine most likely too."""
+
 KILL_SECONDS = 10.0
 """How long killed processes may take to be gone."""
 
@@ -79,6 +82,8 @@ class LocalLauncher:
         attempt runs on another machine or its processes do not die."""
         host = _host(query)
         if host not in (None, contract.hostname()):
+            if hard and _silent_for(query) > SILENT_SECONDS:
+                return
             raise LaunchError(f"{query.launch_name} runs on {host}: cancel it there")
         rows = [row for row in _table() if row.yaml == _yaml(query.run_dir, query.attempt)]
         if hard:
@@ -131,6 +136,9 @@ def _observe(query: Query, agents: Sequence[Row]) -> Observation:
     """The answer to one query; `agents` are the processes here that are its agent."""
     host = _host(query)
     if host not in (None, contract.hostname()):
+        if (silent := _silent_for(query)) > SILENT_SECONDS:
+            detail = f"on {host}, and its agent has not reached the bucket for {silent:.0f} s"
+            return Observation(LaunchState.ENDED, query.handle, detail)
         return Observation(LaunchState.UNKNOWN, query.handle, f"on {host}, which cannot be seen from here")
     for agent in agents:
         with suppress(psutil.NoSuchProcess):
@@ -173,6 +181,19 @@ def _host(query: Query) -> str | None:
     except FileNotFoundError:
         return None
     return claim.host if claim.launch_name == query.launch_name else None
+
+
+def _silent_for(query: Query) -> float:
+    """Seconds since the agent of an attempt on another machine last renewed its claim, which it does in a bucket alone.
+
+    One that cannot ends by itself sooner (`model.link`); one that lives in spite of that is told by `closed.json`.
+    """
+    if not storage.is_uri(query.run_dir):
+        return 0.0
+    try:
+        return contract.now() - storage.modified(f"{query.run_dir}/{contract.claim_file(query.attempt)}")
+    except FileNotFoundError:  # it has not begun
+        return 0.0
 
 
 def _table() -> list[Row]:

@@ -242,7 +242,7 @@ def hold(job: Job, phase: str, step: int = EVERY, *, between: bool = True, ranks
     """Wait until the phase's newest attempt has sealed `step` or a later one, then stop its ranks in their tracks.
 
     between: only once steps were trained since the last seal, so that a strike has something to destroy. Not by
-    counting steps, which a busy machine gets wrong: the pulse of a step is younger than the last manifest.
+    counting steps, which a busy machine gets wrong: the pulse of a step is younger than the last seal.
     """
 
     def sealed_by_the_newest() -> dict[str, Any] | None:
@@ -259,7 +259,9 @@ def hold(job: Job, phase: str, step: int = EVERY, *, between: bool = True, ranks
         wait_until(lambda: all(psutil.Process(p).status() == psutil.STATUS_STOPPED for p in pids), "the ranks to halt")
         sealed, attempt = job.sealed(phase)[-1]
         moment = Moment(phase, intent["attempt"], sealed, name, pids)
-        if not between or contract.pulse_file(name, 0).stat().st_mtime > job.manifest(phase, attempt, sealed).sealed_at:
+        trained = contract.pulse_file(name, 0).stat().st_mtime > job.manifest(phase, attempt, sealed).sealed_at
+        following = f"{job.where}/{contract.checkpoint_dir(phase, attempt, sealed + EVERY)}"
+        if not between or (trained and not storage.names(following)):
             return moment
         moment.let_go()
         time.sleep(0.005)

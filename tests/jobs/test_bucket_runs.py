@@ -1,4 +1,4 @@
-"""Whole runs in a bucket of a real S3 store that is killed, rude or silent; taken up elsewhere with nothing but the URI.
+"""Whole runs in a bucket of a real S3 store, killed, rude or silent; taken up elsewhere with nothing but the URI.
 
 They end with the weights of a run on a disk that nobody disturbed.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from model import contract, storage
@@ -64,7 +65,10 @@ def test_killed_and_taken_up_elsewhere_by_its_uri(job: Job, undisturbed: Job, tm
     moment = hold(job, "pretrain")
     kill_everything(job, dinoctl)
     there = elsewhere(job, tmp_path / "elsewhere")
-    assert there.start(["resume", job.where]).wait(PATIENCE) == 0, there.output()
+    resumed = there.start(["resume", job.where])
+    wait_until(lambda: job.events("AttemptEnded"), "the first attempt to be closed")
+    a_zombie_seals(job)
+    assert resumed.wait(PATIENCE) == 0, there.output()
     assert there.dinoctl(["status", job.where]).stdout.startswith(f"{job.name}: done")
     assert "2 ranks" in there.dinoctl(["logs", job.where]).stdout
     assert "sealed 12" in there.dinoctl(["logs", job.where, "--rank", "0"]).stdout
@@ -72,6 +76,12 @@ def test_killed_and_taken_up_elsewhere_by_its_uri(job: Job, undisturbed: Job, tm
     each_phase_ran_once(job, PHASES)
     same_weights(job, undisturbed, PHASES)
     nowhere_is_a_secret(job, there, s3_store)
+
+
+def a_zombie_seals(job: Job) -> None:
+    """The ended attempt publishes, beside its successor, what would be the phase's last checkpoint."""
+    late = msgspec.structs.replace(job.manifest("pretrain", 1, 6), step=20)
+    storage.publish(f"{job.where}/{contract.manifest_file('pretrain', 1, 20)}", contract.encode(late))
 
 
 def nowhere_is_a_secret(job: Job, there: Job, store: Store) -> None:

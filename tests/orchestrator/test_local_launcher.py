@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from model import contract
+from model import contract, storage
 from model.contract import Attempt, Claim
 from orchestrator.launchers.base import LaunchError, LaunchState, Query
 from orchestrator.launchers.local import LocalLauncher, end_orphans
@@ -107,3 +107,25 @@ def test_what_cannot_be_started_is_refused(tmp_path: Path) -> None:
     (tmp_path / contract.log_dir(1)).write_text("a file where the folder should be")
     with pytest.raises(LaunchError, match="could not be started here"):
         launcher.submit(case.attempt, case.digest)
+
+
+@pytest.mark.jobs
+@pytest.mark.requires("s3")
+def test_in_a_bucket_another_machines_attempt_is_over_once_its_claim_is_no_longer_renewed(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query = Query(f"{s3}/run", "id", 1, "run-id-pretrain-1", "digest", None)
+    assert launcher.observe([query])[0].state is LaunchState.ABSENT
+    claim = Claim(launch_name=query.launch_name, host="far-away", boot_id="another", pid=1, started=0.0, nonce="1")
+    storage.publish(f"{query.run_dir}/{contract.claim_file(1)}", contract.encode(claim))
+    assert launcher.observe([query])[0].state is LaunchState.UNKNOWN
+    with pytest.raises(LaunchError, match="cancel it there"):
+        launcher.cancel(query, hard=True)
+    later = contract.now() + 301
+    monkeypatch.setattr(contract, "now", lambda: later)
+    over = launcher.observe([query])[0]
+    assert over.state is LaunchState.ENDED
+    assert "on far-away, and its agent has not reached the bucket for 30" in over.detail
+    launcher.cancel(query, hard=True)
+    with pytest.raises(LaunchError, match="cancel it there"):
+        launcher.cancel(query, hard=False)

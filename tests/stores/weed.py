@@ -2,6 +2,7 @@
 
     with running(folder) as store: ...      ready for requests; killed at the end
 
+`python -P -m tests.stores.weed FOLDER` runs one until Ctrl-C and prints what a shell needs to reach it.
 It takes some nine seconds to start: one for a whole session of tests (tests/conftest.py), a prefix for each test.
 """
 
@@ -11,12 +12,13 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -151,3 +153,14 @@ def _free_ports(count: int) -> list[int]:
             if port not in found:
                 found.append(port)
     return found
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1]).absolute()
+    place.mkdir(parents=True, exist_ok=True)
+    with running(place) as serving:
+        for variable, value in serving.environment().items():
+            print(f"export {variable}={value}")
+        print(f"# dinoctl submit jobs/ci.yaml --runs s3://{BUCKET}/runs", flush=True)
+        with suppress(KeyboardInterrupt):
+            signal.pause()
