@@ -30,9 +30,9 @@ def run(options: argparse.Namespace, runs: str) -> int:
 
 
 def place(text: str, runs: str) -> str:
-    """Where the weights lie that `text` names: RUN#<phase>@<step>, RUN for its last SSL phase's end, or itself. A URI is itself.
+    """Where the weights lie that `text` names: RUN#<phase>@<step>, RUN for its last SSL phase's end, or itself.
 
-    Raises HandoffError for a checkpoint that is not there.
+    A URI is itself. Raises HandoffError for a checkpoint that is not there.
     """
     if storage.is_uri(text):
         return text
