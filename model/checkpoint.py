@@ -1,11 +1,14 @@
 """Sealed checkpoints: parts as safetensors files, then the manifest that alone makes them a checkpoint.
 
-The ranks write the parts, each file whole, exclusive and on disk before its size and sha256 are gathered; rank 0
-publishes `manifest.json` last. Whatever dies before that leaves a folder without a manifest, which is no checkpoint.
+The ranks write the parts, each file whole, exclusive and on disk before its size and sha256 are told; rank 0 publishes
+`manifest.json` last. Whatever dies before that leaves a folder without a manifest, which is no checkpoint.
 No pickle: tensors are safetensors, all else is JSON in the manifest.
 
 A part that is cut over processes (`model.sharding`) is as many files as there are shards. Each says which rows of which
 tensors it holds, so that any other number of processes can read just what it needs.
+
+How a save ends is one key in the rendezvous store, its verdict, which whoever is first sets once for all: a rank that
+failed, the ranks that give the save up (`give_up`), or rank 0, for which every file is there, and which then publishes.
 """
 
 from __future__ import annotations
@@ -14,25 +17,78 @@ import hashlib
 import json
 import logging
 import platform
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
 import numpy
-import safetensors.torch
 import torch
-from torch import Tensor
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import Store
 
-from model import contract, parallel, sealed, sharding, storage
+from model import agreement, contract, parallel, sharding, storage
 from model.contract import Attempt, File, Manifest
+from model.staging import Staged, StagedFile, State, stage
 
 log = logging.getLogger(__name__)
 
-State = dict[str, Tensor]
 Parts = Mapping[str, State]
+Piece = bytes | memoryview
+
+PIECE = 8 << 20
+"""Bytes that are hashed and written at once; also how often a writing rank looks whether the save is over."""
+
+SLOWEST_LOOK = 0.25
+"""Seconds: a throttled rank looks at least this often."""
+
+SEALING = "sealing"
+"""The verdict while rank 0 publishes the manifest: too late to give the save up."""
+
+LEAVING_SECONDS = 10.0
+"""How long rank 0 waits, of a save that failed, for the ranks that still write, before it removes what is there."""
 
 
 class ClosedError(Exception):
     """The controller ended this attempt: nothing that it seals from now on counts."""
+
+
+class GivenUpError(Exception):
+    """The ranks gave this save up, in favour of a later one or as the attempt ends."""
+
+
+@dataclass
+class Save:
+    """One save, as this rank sees it. `written` grows while it is under way."""
+
+    attempt: Attempt
+    step: int
+    staged: Staged
+    stored: Mapping[str, list[File]]  # parts whose files are in the run already (frozen networks)
+    loop: Mapping[str, Any]  # everything that is not a tensor
+    model: Mapping[str, Any]  # what an evaluation needs to know of the networks
+    store: Store  # where the ranks tell each other; a name space of the savers' own
+    number: int  # of this attempt's saves, the same on every rank
+    limit: float | None = None  # bytes that this rank writes in a second, at most
+    began: float = field(default_factory=time.monotonic)
+    written: int = 0  # bytes of files, by this rank
+
+    @property
+    def verdict(self) -> str:
+        return f"{self.number}/verdict"
+
+    def answer(self, rank: int) -> str:
+        return f"{self.number}/{rank}"
+
+    @property
+    def outcome(self) -> str:
+        return f"{self.number}/outcome"
+
+    def is_over(self) -> bool:
+        """Whether there is a verdict."""
+        return bool(self.store.check([self.verdict]))
 
 
 # --- sealing ----------------------------------------------------------------------------------------------------------
@@ -45,79 +101,167 @@ def seal(
     stored: Mapping[str, list[File]],
     loop: Mapping[str, Any],
     model: Mapping[str, Any],
+    store: Store | None = None,
 ) -> Manifest:
-    """Seal the state after `step` updates. Every rank calls it, with the same arguments, and gets the manifest.
+    """Seal the state after `step` updates and wait for it: `own_files`, `stage` and `write` in one.
 
-    `parts`: tensors to write. What is whole on every rank is written by one, part i by rank i % world; of what is cut
-    every rank writes its rows. `stored`: parts whose
-    files are in the run already (frozen networks), which the manifest refers to. `loop`: everything that is not a
-    tensor. `model`: what an evaluation needs to know of the networks.
+    `parts`: tensors to write; the rest is as in `Save`. `store`: the ranks' rendezvous store; a process that is alone
+    needs none.
+    """
+    if store is None and parallel.world() > 1:
+        raise ValueError("several ranks need the store that they share: what `parallel.join` returned")
+    staged = stage(own_files(parts))
+    return write(Save(attempt, step, staged, stored, loop, model, store or HashStore(), number=step))
+
+
+def own_files(parts: Parts) -> Iterator[tuple[str, str, State]]:
+    """What this rank writes: part, file name, and the tensors in it. What is whole on every rank is written by one,
+    part i by rank i % world; of what is cut every rank writes its rows."""
+    for index, part in enumerate(sorted(parts)):
+        tensors = parts[part]
+        cut = {name: tensor for name, tensor in tensors.items() if sharding.is_cut(tensor)}
+        if cut:
+            shard, shards = sharding.shard_of(next(iter(cut.values())))
+            own = {name: tensor for name, tensor in cut.items() if sharding.rows(tensor)}
+            if shard == 0:
+                own = {**own, **{name: tensor for name, tensor in tensors.items() if name not in cut}}
+            if shard >= 0 and own:
+                yield part, f"{part}-{shard:05d}-of-{shards:05d}.safetensors", own
+        elif tensors and index % parallel.world() == parallel.rank():
+            yield part, f"{part}.safetensors", tensors
+
+
+def write(save: Save) -> Manifest:
+    """Write what is staged; every rank calls it, with the same arguments but for `staged`, and gets the manifest.
 
     All ranks return, or all raise: ClosedError if the attempt was closed, DiskFullError or another StoreError if any
-    rank could not write. What was half written is then removed; earlier checkpoints are not touched.
-    Raises AlreadyPublished, and touches nothing, if that step is sealed.
+    rank could not write, GivenUpError after `give_up`. What was half written is then removed; earlier checkpoints are
+    not touched. Raises AlreadyPublished, and touches nothing, if that step is sealed.
     """
-    if storage.exists(_manifest_path(attempt, step)):
-        raise storage.AlreadyPublished(f"{_manifest_path(attempt, step)} is sealed already")
+    files: dict[str, list[File]] = {}
     try:
-        written = _together(lambda: _write_parts(attempt, step, parts))
-        manifest = _manifest(attempt, step, {**written, **stored}, loop, model)
-        _together(lambda: _publish_manifest(attempt, manifest))
-    except (storage.StoreError, ClosedError):
+        save.staged.arrived()
         if parallel.rank() == 0:
-            _discard(attempt, step)
-        raise
-    return manifest
+            _refuse_if_sealed(save)
+            _refuse_if_closed(save.attempt)
+        files = _write_files(save)
+    except Exception as error:  # whatever it is, the others must hear of it
+        agreement.first(save.store, save.verdict, _failure(error))
+    save.store.set(save.answer(parallel.rank()), msgspec.json.encode(files).decode())
+    if parallel.rank() == 0:
+        save.store.set(save.outcome, _concluded(save))
+    agreement.wait_for(save.store, [save.outcome])
+    outcome = json.loads(save.store.get(save.outcome))
+    if "manifest" not in outcome:
+        raise FAILURES.get(outcome["kind"], RuntimeError)(outcome["says"])
+    return contract.decode(outcome["manifest"], Manifest, f"step {save.step}")
 
 
-def _write_parts(attempt: Attempt, step: int, parts: Parts) -> dict[str, list[File]]:
-    _refuse_if_closed(attempt)
-    folder = contract.checkpoint_dir(attempt.phase, attempt.attempt, step)
+FAILURES: dict[str, type[Exception]] = {
+    kind.__name__: kind
+    for kind in (storage.StoreError, storage.AlreadyPublished, storage.DiskFullError, ClosedError, GivenUpError)
+}
+
+
+def _failure(error: Exception) -> str:
+    if type(error).__name__ in FAILURES:
+        return json.dumps({"kind": type(error).__name__, "says": str(error)})
+    log.error("a save failed", exc_info=error)
+    return json.dumps({"kind": "", "says": f"rank {parallel.rank()} failed to save: {type(error).__name__}: {error}"})
+
+
+def give_up(save: Save) -> None:
+    """Have the ranks leave a save that is under way, unless its manifest is being published. May be called in any
+    thread and on any rank; `write` then raises GivenUpError on all of them, as soon as they notice."""
+    error = GivenUpError(f"the save of step {save.step} was given up")
+    agreement.first(save.store, save.verdict, _failure(error))
+
+
+# --- this rank's files ------------------------------------------------------------------------------------------------
+
+
+def _write_files(save: Save) -> dict[str, list[File]]:
+    folder = contract.checkpoint_dir(save.attempt.phase, save.attempt.attempt, save.step)
     written: dict[str, list[File]] = {}
-    for index, part in enumerate(sorted(parts)):
-        for name, tensors in _own_files(part, parts[part], index):
-            data = _serialise(tensors)
-            path = f"{folder}/{name}"
-            storage.publish(f"{attempt.run_dir}/{path}", data)
-            written.setdefault(part, []).append(
-                File(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-            )
+    with ThreadPoolExecutor(1, "hash") as hasher:
+        for file in save.staged.files:
+            path, digest = f"{folder}/{file.name}", hashlib.sha256()
+            storage.publish_pieces(f"{save.attempt.run_dir}/{path}", _pieces(save, file, hasher, digest))
+            written.setdefault(file.part, []).append(File(path=path, bytes=file.size, sha256=digest.hexdigest()))
     return written
 
 
-def _own_files(part: str, tensors: State, index: int) -> Iterator[tuple[str, State]]:
-    """What this rank writes of a part: file names, and the tensors in each."""
-    cut = {name: tensor for name, tensor in tensors.items() if sharding.is_cut(tensor)}
-    if cut:
-        shard, shards = sharding.shard_of(next(iter(cut.values())))
-        own = {name: tensor for name, tensor in cut.items() if sharding.rows(tensor)}
-        if shard == 0:
-            own = {**own, **{name: tensor for name, tensor in tensors.items() if name not in cut}}
-        if shard >= 0 and own:
-            yield f"{part}-{shard:05d}-of-{shards:05d}.safetensors", own
-    elif tensors and index % parallel.world() == parallel.rank():
-        yield f"{part}.safetensors", tensors
+def _pieces(save: Save, file: StagedFile, hasher: ThreadPoolExecutor, digest: hashlib._Hash) -> Iterator[Piece]:
+    """The file in pieces, each hashed while it is being written, no faster than the save's limit.
+
+    Raises GivenUpError as soon as the save is over, which it is early where another rank failed.
+    """
+    size = PIECE if save.limit is None else min(PIECE, max(1, int(save.limit * SLOWEST_LOOK)))
+    for piece in file.pieces(size):
+        if save.is_over():
+            raise GivenUpError(f"the save of step {save.step} is over")
+        hashing = hasher.submit(digest.update, piece)
+        yield piece
+        hashing.result()
+        save.written += len(piece)
+        if save.limit is not None:
+            time.sleep(max(0.0, save.began + save.written / save.limit - time.monotonic()))
 
 
-def _publish_manifest(attempt: Attempt, manifest: Manifest) -> dict[str, list[File]]:
-    if parallel.rank() == 0:
-        _refuse_if_closed(attempt)
-        storage.publish(_manifest_path(attempt, manifest.step), contract.encode(manifest))
-    return {}
+# --- rank 0 -----------------------------------------------------------------------------------------------------------
 
 
-def _manifest(
-    attempt: Attempt, step: int, files: dict[str, list[File]], loop: Mapping[str, Any], model: Mapping[str, Any]
-) -> Manifest:
+def _concluded(save: Save) -> str:
+    """The outcome, once no rank writes any more: the manifest, which is published now, or the failure."""
+    answers = [save.answer(rank) for rank in range(parallel.world())]
+    if not agreement.wait_for(save.store, answers, enough=save.is_over):
+        last = time.monotonic() + LEAVING_SECONDS
+        agreement.wait_for(save.store, answers, enough=lambda: time.monotonic() > last)
+    outcome = agreement.first(save.store, save.verdict, SEALING)
+    if outcome == SEALING:
+        outcome = _publish(save, _join(save, answers))
+    if json.loads(outcome).get("kind", storage.AlreadyPublished.__name__) != storage.AlreadyPublished.__name__:
+        _discard(save.attempt, save.step)
+    _forget(save, answers)
+    return outcome
+
+
+def _join(save: Save, answers: list[str]) -> dict[str, list[File]]:
+    joined: dict[str, list[File]] = {}
+    for answer in answers:
+        for part, files in msgspec.json.decode(save.store.get(answer), type=dict[str, list[File]]).items():
+            joined.setdefault(part, []).extend(files)
+    return joined
+
+
+def _publish(save: Save, written: dict[str, list[File]]) -> str:
+    manifest = _manifest(save, {**written, **save.stored})
+    try:
+        _refuse_if_closed(save.attempt)
+        storage.publish(_manifest_path(save.attempt, save.step), contract.encode(manifest))
+    except Exception as error:
+        return _failure(error)
+    return json.dumps({"manifest": contract.encode(manifest).decode()})
+
+
+def _forget(save: Save, answers: list[str]) -> None:
+    """Nobody needs them any more: all that every rank has answered, and what came of the save before this one."""
+    before = replace(save, number=save.number - 1)
+    for key in (*answers, before.verdict, before.outcome):
+        save.store.delete_key(key)
+
+
+def _manifest(save: Save, files: dict[str, list[File]]) -> Manifest:
+    attempt = save.attempt
     return Manifest(
         format=contract.FORMAT,
         run_id=attempt.run_id,
         phase=attempt.phase,
         attempt=attempt.attempt,
-        step=step,
+        step=save.step,
         parts=files,
-        loop=dict(loop),
-        model=dict(model),
+        loop=dict(save.loop),
+        model=dict(save.model),
         world={"nodes": attempt.nodes, "processes": parallel.world()},
         spec_digest=attempt.spec_digest,
         code_digest=attempt.code_digest,
@@ -125,6 +269,12 @@ def _manifest(
         sealed_at=contract.now(),
         nonce=contract.new_nonce(),
     )
+
+
+def _refuse_if_sealed(save: Save) -> None:
+    path = _manifest_path(save.attempt, save.step)
+    if storage.exists(path):
+        raise storage.AlreadyPublished(f"{path} is sealed already")
 
 
 def _refuse_if_closed(attempt: Attempt) -> None:
@@ -141,38 +291,6 @@ def _discard(attempt: Attempt, step: int) -> None:
         storage.remove_tree(f"{attempt.run_dir}/{folder}")
     except storage.StoreError as error:
         log.warning("left a half-written checkpoint behind: %s", error)
-
-
-FAILURES: dict[str, type[Exception]] = {
-    kind.__name__: kind for kind in (storage.StoreError, storage.AlreadyPublished, storage.DiskFullError, ClosedError)
-}
-
-
-def _together(work: Callable[[], dict[str, list[File]]]) -> dict[str, list[File]]:
-    """Do it on every rank and join the answers; if it failed on any rank, every rank raises the first failure."""
-    answer: dict[str, Any]
-    try:
-        answer = {"files": {part: [contract.encode(f).decode() for f in files] for part, files in work().items()}}
-    except (storage.StoreError, ClosedError) as error:
-        answer = {"failure": {"kind": type(error).__name__, "says": str(error)}}
-    answers = [json.loads(text) for text in parallel.gather_text(json.dumps(answer))]
-    for failure in (answer["failure"] for answer in answers if "failure" in answer):
-        raise FAILURES[failure["kind"]](failure["says"])
-    joined: dict[str, list[File]] = {}
-    for answer in answers:
-        for part, files in answer["files"].items():
-            joined.setdefault(part, []).extend(contract.decode(file, File, part) for file in files)
-    return joined
-
-
-def _serialise(tensors: State) -> bytes:
-    cut = {
-        name: [rows.start, tensor.shape[0]]
-        for name, tensor in tensors.items()
-        if len(rows := sharding.rows(tensor)) < (tensor.shape[0] if tensor.ndim else 1)
-    }
-    own = {name: sharding.local(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
-    return safetensors.torch.save(own, {sealed.ROWS: json.dumps(cut)} if cut else None)
 
 
 def _manifest_path(attempt: Attempt, step: int) -> str:

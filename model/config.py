@@ -222,9 +222,26 @@ class Resources(Section):
 
 
 class Checkpoints(Section):
-    every: PositiveInt = Field(description="steps between two sealed checkpoints")
+    every: PositiveInt | Literal["auto"] = Field(
+        description="steps between two sealed checkpoints; auto: what loses the least time (docs/checkpoints.md)"
+    )
     keep_last: PositiveInt = 2
     keep_every: PositiveInt | None = Field(None, description="keep each checkpoint at a multiple of this")
+    node_mtbf_hours: Positive | None = Field(
+        None, description="auto: hours that one node runs from failure to failure, on average"
+    )
+    upload_limit_mb_s: Positive | None = Field(
+        None, description="MB (10^6 bytes) a second that each process writes of a checkpoint at most; null: no limit"
+    )
+
+    @model_validator(mode="after")
+    def _auto(self) -> Checkpoints:
+        if self.every == "auto" and self.node_mtbf_hours is None:
+            raise ValueError(
+                "every: auto needs node_mtbf_hours, how often a node fails: Llama 3's 16,384 H100 had 419 unexpected "
+                "interruptions in 54 days (arXiv 2407.21783), which is 6,300 h for a node of 8"
+            )
+        return self
 
 
 class Health(Section):

@@ -27,6 +27,7 @@ from model.networks.init import Make, create
 from model.objectives.base import Moment, Objective
 from model.objectives.build import build
 from model.progress import Progress
+from model.saver import Saver
 from model.sealed import CheckpointError
 from model.stopping import Stop
 from model.weights import networks, start, stem
@@ -45,6 +46,7 @@ class Loop:
     position: int  # images consumed since the origin
     non_finite: int = 0  # steps in a row, up to now, that changed nothing
     jumps: tuple[tuple[int, int], ...] = ()  # (clock, steps) of data that was, or will be, jumped over since the origin
+    every: int | None = None  # steps between saves that `checkpoints.every: auto` has settled on in this phase
 
     @classmethod
     def of(cls, manifest: Manifest) -> Loop:
@@ -116,6 +118,7 @@ class Job:
     objective: Objective[Any, Any]
     optimizer: torch.optim.Optimizer
     loader: Loader
+    saver: Saver
     loop: Loop
     stored: dict[str, list[File]] = field(default_factory=dict)  # files of frozen parts, once they are in the run
     sealed: dict[int, Manifest] = field(default_factory=dict)  # by this attempt, and not yet removed
@@ -242,7 +245,8 @@ def _make(
     clocks = range(loop.clock, loop.clock + settings.steps - loop.step)
     stream = Stream(attempt.seed, loop.origin, clocks, parallel.rank(), parallel.world(), loop.jumps)
     loader = Loader(settings, stream, index, attempt.run_dir, objective.views)
-    return Job(attempt, settings, device, stop, progress, objective, optimizer, loader, loop)
+    saver = Saver(attempt, settings.checkpoints, stop.store, progress, loop.every)
+    return Job(attempt, settings, device, stop, progress, objective, optimizer, loader, saver, loop)
 
 
 def _resume(make: partial[Job], ref: CheckpointRef) -> Job:
@@ -285,7 +289,7 @@ def _hand_over(make: partial[Job], attempt: Attempt) -> Job:
     manifests = {name: sealed.read_manifest(ref) for name, ref in attempt.inputs.items()}
     loop = Loop(step=0, origin=attempt.phase, clock=0, position=0)
     if "init" in manifests:
-        loop = replace(Loop.of(manifests["init"]), step=0, non_finite=0)
+        loop = replace(Loop.of(manifests["init"]), step=0, non_finite=0, every=None)
     job = make(loop)
     for name, manifest in manifests.items():
         stored = partial(sealed.open_part, attempt.inputs[name], manifest)

@@ -27,19 +27,21 @@ class Progress:
         self._writes = parallel.rank() == 0
         self._pending: list[Step] = []
         self._notes: list[str] = []
+        self._beside: dict[str, float] = {}
         self._chunk = 0
         self._published = time.monotonic()
         # A bucket may be slow, and a step does not wait for it; a disk is not, and needs no thread.
         self._sender = ThreadPoolExecutor(1, "progress") if storage.is_uri(attempt.run_dir) else None
         self._sent: Future[None] | None = None
 
-    def note(self, text: str) -> None:
-        """Something for a person to read, said with the next step."""
+    def note(self, text: str, metrics: Mapping[str, float] | None = None) -> None:
+        """Something for a person to read, and metrics that go with it, said with the next step."""
         log.info(text)
         if self._writes:
             self._notes.append(text)
+            self._beside.update(metrics or {})
 
-    def step(self, step: int, images_per_second: float, metrics: Mapping[str, float]) -> None:
+    def step(self, step: int, images_per_second: float, metrics: dict[str, float]) -> None:
         """Record that `step` updates are done. Metrics that are not finite are left out: JSON has no word for them.
 
         Publishes a chunk if one is due; to a bucket, begins to, once the one before has arrived. Raises
@@ -52,10 +54,11 @@ class Progress:
             steps=self._steps,
             time=contract.now(),
             images_per_second=images_per_second,
-            metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
+            metrics={name: value for name, value in (metrics | self._beside).items() if math.isfinite(value)},
             note="; ".join(self._notes),
         )
         self._notes.clear()
+        self._beside.clear()
         self._pending.append(record)
         if time.monotonic() - self._published >= self._attempt.watch_seconds and (
             self._sent is None or self._sent.done()

@@ -8,10 +8,13 @@ that does not, whatever the reason, must not seal on its own.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch.distributed.distributed_c10d import Store
+
+from model import contract
 
 AHEAD = 2
 KEY = "stop-at-step"
@@ -37,6 +40,13 @@ class Stop:
         if agreed is not None and step > agreed:
             raise TooLateError(f"at step {step}, and the ranks agreed to stop at step {agreed}")
         return agreed == step
+
+    def left(self, notice: float) -> float:
+        """Seconds until the agent kills, which comes `notice` seconds after the request; infinite without one."""
+        try:
+            return self.file.stat().st_mtime + notice - contract.now()
+        except FileNotFoundError:
+            return math.inf
 
     def _agreed(self, step: int, steps: int) -> int | None:
         if self.store.check([KEY]):

@@ -13,17 +13,20 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from model import checkpoint, contract, health, optim, parallel, recording, retention, sharding, storage, worker
-from model.contract import Attempt, Cause, CheckpointRef, RankEnd
+from model import contract, health, optim, parallel, recording, retention, sharding, storage, worker
+from model.checkpoint import GivenUpError
+from model.contract import Attempt, Cause, CheckpointRef, Manifest, RankEnd
 from model.data.batch import Batch
 from model.job import Begun, Job, begin
 from model.objectives.base import Moment
 from model.objectives.pure import Slices
+from model.saver import Saved
 from model.stopping import Stop
 from model.worker import DivergedError
 
@@ -67,13 +70,15 @@ def train(job: Job) -> Cause:
         if job.loop.step % settings.health.every == 0 or job.loop.step == settings.steps:
             known |= health.measure(objective, targets, terms.get("loss/dino_global"))
         known |= _tell_skipped(job)
+        take_in(job, job.saver.ended())
         rate = settings.optim.batch_size / (time.monotonic() - began)
         job.begun = Begun.of(moment, batch, tuple(terms), values, known, rate)
         pulse.touch()
         stopping = job.stop.at(job.loop.step, settings.steps)
-        if stopping or job.loop.step == settings.steps or job.loop.step % settings.checkpoints.every == 0:
+        last = stopping or job.loop.step == settings.steps
+        if last or job.saver.due(job.loop.step):
             _settle(job)
-            seal(job)
+            seal(job, last)
         if stopping and job.loop.step < settings.steps:
             return Cause.STOPPED
         began = time.monotonic()
@@ -131,21 +136,40 @@ def _tell_skipped(job: Job) -> dict[str, float]:
     return {"data/replaced": float(skipped.replaced)} if skipped.replaced else {}
 
 
-def seal(job: Job) -> None:
-    """Seal the state as it is, and remove the checkpoints that retention does not keep."""
+def seal(job: Job, last: bool) -> None:
+    """Save the state as it is, and remove the checkpoints that retention does not keep. Training waits for the copy
+    only; the last save is waited for."""
     job.progress.flush()
+    if last:
+        job.saver.make_way(job.loop.step, job.stop.left(job.settings.health.notice_seconds))
+    take_in(job, job.saver.ended(wait=True))
     frozen = job.objective.frozen_parts()
     stored = {part: files for part, files in job.stored.items() if part in frozen}
     parts = {**job.objective.state(), "optimizer": optim.state(job.optimizer)}
     written = {part: tensors for part, tensors in parts.items() if part not in stored}
     described = {"networks": job.attempt.model, "phase": job.attempt.settings, "tokenizer": job.loader.tokenizer}
-    manifest = checkpoint.seal(job.attempt, job.loop.step, written, stored, asdict(job.loop), described)
-    job.stored = {part: manifest.parts[part] for part in frozen}
-    job.last_sealed = CheckpointRef(job.attempt.run_dir, job.attempt.phase, job.attempt.attempt, job.loop.step)
-    job.progress.note(f"sealed {job.loop.step}")
-    if parallel.rank() == 0:
-        job.sealed[job.loop.step] = manifest
-        job.sealed = retention.prune(job.attempt, job.settings.checkpoints, job.sealed)
+    loop = asdict(replace(job.loop, every=job.saver.chosen))
+    job.saver.start(job.loop.step, written, stored, loop, described, partial(_prune, job))
+    if last:
+        take_in(job, job.saver.ended(wait=True))
+        if job.last_sealed is None or job.last_sealed.step != job.loop.step:
+            raise GivenUpError(f"the last save, of step {job.loop.step}, was given up by another rank")
+
+
+def take_in(job: Job, saved: Saved | None) -> None:
+    """Note that a save is over, if one is."""
+    if saved is None:
+        return
+    manifest = saved.manifest
+    job.stored = {part: manifest.parts[part] for part in job.objective.frozen_parts()}
+    job.last_sealed = CheckpointRef(job.attempt.run_dir, job.attempt.phase, job.attempt.attempt, manifest.step)
+    job.progress.note(str(saved), saved.metrics)
+
+
+def _prune(job: Job, manifest: Manifest) -> None:
+    """In the thread of rank 0's saves, which alone looks at `job.sealed`."""
+    job.sealed[manifest.step] = manifest
+    job.sealed = retention.prune(job.attempt, job.settings.checkpoints, job.sealed)
 
 
 # --- the process ------------------------------------------------------------------------------------------------------
@@ -167,6 +191,7 @@ def run(attempt: Attempt) -> RankEnd:
         return _failed(error, job)
     finally:
         if job is not None:
+            job.saver.close(job.settings.health.notice_seconds)
             job.loader.close()
     said = "every step is trained" if cause is Cause.DONE else "stopped as asked"
     return RankEnd(cause=cause, message=f"{said}, {job.loop.step} is sealed", step=job.loop.step)

@@ -185,6 +185,7 @@ def job(run_dir: Path, own: Any, last: CheckpointRef | None = None) -> Job:
         objective=own,
         optimizer=nothing,
         loader=nothing,
+        saver=nothing,
         loop=Loop(step=3, origin="pretrain", clock=13, position=104),
         last_sealed=last,
     )
