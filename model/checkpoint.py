@@ -14,7 +14,6 @@ failed, the ranks that give the save up (`give_up`), or rank 0, for which every 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import platform
 import time
@@ -47,7 +46,7 @@ SLOWEST_LOOK = 0.25
 SEALING = "sealing"
 """The verdict while rank 0 publishes the manifest: too late to give the save up."""
 
-LEAVING_SECONDS = 10.0
+LEAVING_SECONDS = 3.0
 """How long rank 0 waits, of a save that failed, for the ranks that still write, before it removes what is there."""
 
 
@@ -151,23 +150,37 @@ def write(save: Save) -> Manifest:
     if parallel.rank() == 0:
         save.store.set(save.outcome, _concluded(save))
     agreement.wait_for(save.store, [save.outcome])
-    outcome = json.loads(save.store.get(save.outcome))
-    if "manifest" not in outcome:
-        raise FAILURES.get(outcome["kind"], RuntimeError)(outcome["says"])
-    return contract.decode(outcome["manifest"], Manifest, f"step {save.step}")
+    return _decoded(save.store.get(save.outcome)).sealed()
 
 
-FAILURES: dict[str, type[Exception]] = {
-    kind.__name__: kind
-    for kind in (storage.StoreError, storage.AlreadyPublished, storage.DiskFullError, ClosedError, GivenUpError)
-}
+FAILURES = (storage.AlreadyPublished, storage.DiskFullError, storage.StoreError, ClosedError, GivenUpError)
+"""What the ranks tell each other as what it is, the narrower kinds first; anything else is a RuntimeError to them."""
+
+
+class Verdict(contract.Record, frozen=True):
+    """What comes of a save: the manifest, or a failure."""
+
+    manifest: Manifest | None = None
+    kind: str = ""  # of the failure: a name of FAILURES, or empty for anything else
+    says: str = ""
+
+    def sealed(self) -> Manifest:
+        if self.manifest is not None:
+            return self.manifest
+        kind: type[Exception] = next((kind for kind in FAILURES if kind.__name__ == self.kind), RuntimeError)
+        raise kind(self.says)
+
+
+def _decoded(text: bytes | str) -> Verdict:
+    return contract.decode(text, Verdict, "what a rank said of a save")
 
 
 def _failure(error: Exception) -> str:
-    if type(error).__name__ in FAILURES:
-        return json.dumps({"kind": type(error).__name__, "says": str(error)})
-    log.error("a save failed", exc_info=error)
-    return json.dumps({"kind": "", "says": f"rank {parallel.rank()} failed to save: {type(error).__name__}: {error}"})
+    kind = next((kind.__name__ for kind in FAILURES if isinstance(error, kind)), "")
+    if not kind:
+        log.error("a save failed", exc_info=error)
+    says = str(error) if kind else f"rank {parallel.rank()} could not save: {type(error).__name__}: {error}"
+    return contract.encode(Verdict(kind=kind, says=says)).decode()
 
 
 def give_up(save: Save) -> None:
@@ -220,7 +233,8 @@ def _concluded(save: Save) -> str:
     outcome = agreement.first(save.store, save.verdict, SEALING)
     if outcome == SEALING:
         outcome = _publish(save, _join(save, answers))
-    if json.loads(outcome).get("kind", storage.AlreadyPublished.__name__) != storage.AlreadyPublished.__name__:
+    verdict = _decoded(outcome)
+    if verdict.manifest is None and verdict.kind != storage.AlreadyPublished.__name__:
         _discard(save.attempt, save.step)
     _forget(save, answers)
     return outcome
@@ -241,7 +255,7 @@ def _publish(save: Save, written: dict[str, list[File]]) -> str:
         storage.publish(_manifest_path(save.attempt, save.step), contract.encode(manifest))
     except Exception as error:
         return _failure(error)
-    return json.dumps({"manifest": contract.encode(manifest).decode()})
+    return contract.encode(Verdict(manifest=manifest)).decode()
 
 
 def _forget(save: Save, answers: list[str]) -> None:

@@ -126,9 +126,9 @@ class Saver:
         save = self._save
         if save is None or not self._thread.is_alive() or math.isinf(left):
             return False
-        if save.written == 0:  # there is nothing to lose
+        if save.written < save.staged.size / 100:  # next to nothing would be lost
             return True
-        pace = (time.monotonic() - save.began) / save.written
+        pace = max((time.monotonic() - save.began) / save.written, 1 / (save.limit or math.inf))  # seconds a byte
         rest = pace * (save.staged.size - save.written)
         return cadence.gives_up(rest, pace * save.staged.size, left)
 

@@ -155,8 +155,11 @@ def _meets(draft: Draft, name: str, at: Path, reference: Reference) -> Iterator[
             f"{reference.phase} ends at step {giver.steps}", at, found=str(reference), hint=f"nearest: {near}"
         )
     else:
+        saved = (
+            "1 and more (checkpoints.every: auto)" if every == "auto" else f"multiples of {every} (checkpoints.every)"
+        )
         yield Problem("no checkpoint is saved at that step", at, found=str(reference),
-                      allowed=f"multiples of {every} (checkpoints.every), and the last step {giver.steps}",
+                      allowed=f"{saved} (checkpoints.every), and the last step {giver.steps}",
                       hint=f"nearest: {near}")  # fmt: skip
 
 

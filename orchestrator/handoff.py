@@ -117,17 +117,19 @@ def step_of(spec: Spec, reference: Reference) -> int:
 
 
 def is_saved(spec: Spec, phase: str, step: int) -> bool:
-    """Whether `phase` seals a checkpoint at `step`: at each multiple of checkpoints.every and at its end."""
+    """Whether `phase` seals a checkpoint at `step`: at each multiple of checkpoints.every and at its end. With `auto`
+    it does wherever a phase refers to a step."""
     settings = spec["phases"][phase]
-    return bool(0 < step <= settings["steps"]) and (
-        step == settings["steps"] or step % settings["checkpoints"]["every"] == 0
-    )
+    every = settings["checkpoints"]["every"]
+    return bool(0 < step <= settings["steps"]) and (every == "auto" or step == settings["steps"] or step % every == 0)
 
 
 def nearest_saved(spec: Spec, phase: str, step: int) -> list[int]:
     """The saved steps on both sides of one that is not."""
     settings = spec["phases"][phase]
     every, last = settings["checkpoints"]["every"], settings["steps"]
+    if every == "auto":
+        return [last]
     below = min(step, last) // every * every
     return [near for near in sorted({below, min(below + every, last)}) if is_saved(spec, phase, near)]
 

@@ -5,7 +5,7 @@ Pure: reads nothing, starts nothing. Numbers come from `model.accounting`; what 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -97,7 +97,7 @@ def make_plan(job: Job, cluster: ClusterProfile) -> Plan:
         phases=tuple(_phase(spec, name, phase, job.model, tflops) for name, phase in job.phases.items()),
         evaluate=_inputs(spec, EVALUATE) if job.evaluate is not None else None,
         tflops=tflops,
-        notes=_notes(tflops),
+        notes=(*_notes(tflops), *_cadences(job)),
     )
 
 
@@ -156,20 +156,38 @@ def _disk(spec: Mapping[str, Any], name: str, phase: AnyPhase, model: Model) -> 
     once = sum(parts[part] for part in accounting.frozen_parts(phase))
     each = sum(parts.values()) - once
     kept, cadence = kept_steps(spec, name), phase.checkpoints
-    newest = list(range(cadence.every, phase.steps, cadence.every))[-cadence.keep_last :]
-    pushed_out = len([step for step in newest if step not in kept])
-    left = len(kept) * each + once
+    if cadence.every == "auto":  # at steps that nobody knows yet
+        pushed_out, left = 1, (len(kept) + cadence.keep_last - 1) * each + once
+    else:
+        newest = list(range(cadence.every, phase.steps, cadence.every))[-cadence.keep_last :]
+        pushed_out = len([step for step in newest if step not in kept])
+        left = len(kept) * each + once
     return Disk(each + once, kept, left + pushed_out * each, left)
 
 
 def kept_steps(spec: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    """The checkpoints of a phase that lie there when it is over: its last, the newest, the multiples, the pinned."""
+    """The checkpoints of a phase that lie there when it is over: its last, the newest, the multiples, the pinned. With
+    `every: auto` the newest but the last are left out: at which steps they are is known when they are made."""
     phase = spec["phases"][name]
     cadence, last = phase["checkpoints"], phase["steps"]
-    sealed = [*range(cadence["every"], last, cadence["every"]), last]
     every = cadence["keep_every"]
+    if cadence["every"] == "auto":
+        return tuple(sorted({*handoff.keep_steps(spec, name), last, *range(every or last, last, every or last)}))
+    sealed = [*range(cadence["every"], last, cadence["every"]), last]
     kept = {*handoff.keep_steps(spec, name), *sealed[-cadence["keep_last"] :]}
     return tuple(sorted(kept | {step for step in sealed if every and step % every == 0}))
+
+
+def _cadences(job: Job) -> Iterator[str]:
+    """How `checkpoints.every: auto` will find out."""
+    for name, phase in job.phases.items():
+        hours, nodes = phase.checkpoints.node_mtbf_hours, phase.resources.nodes
+        if phase.checkpoints.every == "auto" and hours is not None:
+            yield (
+                f"{name} saves at steps 10, 20, 40 and so on until two saves are measured, then as far apart as loses "
+                f"the least time with a failure every {hours / nodes:,.4g} h ({hours:,g} h a node, {nodes} of them); "
+                f"its newest {phase.checkpoints.keep_last} count as {phase.checkpoints.keep_last} checkpoints of disk."
+            )
 
 
 def _notes(tflops: float | None) -> tuple[str, ...]:
