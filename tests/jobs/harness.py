@@ -243,6 +243,7 @@ def hold(job: Job, phase: str, step: int = EVERY, *, between: bool = True, ranks
 
     between: only once steps were trained since the last seal, so that a strike has something to destroy. Not by
     counting steps, which a busy machine gets wrong: the pulse of a step is younger than the last seal.
+    And not while the next save can be seen to be under way beside training.
     """
 
     def sealed_by_the_newest() -> dict[str, Any] | None:
@@ -291,13 +292,14 @@ def cleaned_up(job: Job) -> Iterator[Job]:
 
 
 def went_on_exactly(job: Job, phase: str, since: Moment) -> None:
-    """The attempt after `since` began with the step after the last sealed one, and nobody trained more again."""
+    """The attempt after `since` began with the step after the last sealed one, and nobody trained more again: of the
+    saves that had fallen due at most one was lost, that which was under way."""
     following = job.attempt(next(number for number in job.attempts(phase) if number > since.attempt))
     resumed = following.resume[0].step
     assert resumed == max(job.end(since.attempt)["steps"]) >= since.sealed
     assert job.steps(following.attempt)[0] == resumed + 1
     repeated = [step for step in job.steps(since.attempt) if step > resumed]
-    assert len(repeated) < EVERY
+    assert len(repeated) < 2 * EVERY
 
 
 def each_phase_ran_once(job: Job, stages: Sequence[str] = STAGES) -> None:

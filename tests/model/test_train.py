@@ -276,3 +276,57 @@ def test_a_loss_that_stays_non_finite_ends_the_attempt(tmp_path: Path, images: P
     diverged = train(describe(tmp_path, images, settings=settings), 1)
     assert diverged.end().cause is Cause.DIVERGED, diverged.log()
     assert diverged.end().step == 3
+
+
+# --- saves that take long ---------------------------------------------------------------------------------------------
+
+
+def slowly(alone: Ran, images: Path, seconds: float, **changes: Any) -> dict[str, Any]:
+    """A phase whose saves take so long, as rank 0 may not write faster."""
+    parts = sealed.read_manifest(ref(alone, STEPS)).parts
+    by_rank_0 = sum(parts[part][0].bytes for part in sorted(parts)[::2])
+    limit = {"every": EVERY, "upload_limit_mb_s": by_rank_0 / seconds / 1e6}
+    return phase_settings(images, checkpoints=limit, **changes)
+
+
+def being_saved(attempt: Attempt, step: int) -> bool:
+    folder = Path(attempt.run_dir) / contract.checkpoint_dir(attempt.phase, attempt.attempt, step)
+    return folder.exists() and not (folder / "manifest.json").exists()
+
+
+@pytest.mark.jobs
+def test_a_rank_killed_during_a_save(alone: Ran, tmp_path: Path, images: Path) -> None:
+    attempt = describe(tmp_path, images, settings=slowly(alone, images, 3.0))
+
+    def kill_while_the_last_step_is_saved() -> None:
+        wait_for(lambda: being_saved(attempt, STEPS))
+        kill_rank(attempt, 1)
+
+    killed = train(attempt, meanwhile=kill_while_the_last_step_is_saved)
+    assert killed.ends[1] is None
+    assert killed.sealed() == [4]
+    notes = "; ".join(step.note for step in progress.steps(attempt.run_dir, 1))
+    assert "step 8 is not sealed: the save before it is still being written (1 skipped so far" in notes
+    resumed = train(describe(tmp_path, images, 2, resume=[ref(killed, 4)]))
+    assert resumed.end().cause is Cause.DONE, resumed.log()
+    assert resumed.steps() == list(range(5, STEPS + 1))
+    assert_same_state(ref(alone, STEPS), ref(resumed, STEPS))
+
+
+@pytest.mark.jobs
+@pytest.mark.parametrize(("notice", "waits"), [(7.5, False), (120.0, True)])
+def test_a_stop_during_a_save(alone: Ran, tmp_path: Path, images: Path, notice: float, waits: bool) -> None:
+    """A save takes 4 s. Two fit into two minutes but not into 7.5 s; then it is the later one that counts."""
+    settings = slowly(alone, images, 4.0, steps=10 * STEPS, health={"notice_seconds": notice})
+    attempt = describe(tmp_path, images, settings=settings)
+
+    def stop_while_step_4_is_saved() -> None:
+        wait_for(lambda: being_saved(attempt, EVERY))
+        contract.stop_file(attempt.launch_name).touch()
+
+    stopped = train(attempt, meanwhile=stop_while_step_4_is_saved)
+    assert [end and end.cause for end in stopped.ends] == [Cause.STOPPED, Cause.STOPPED], stopped.log()
+    at = stopped.end().step
+    assert stopped.sealed() == ([EVERY, at] if waits else [at])
+    assert ("is given up for that of step" in stopped.log()) is not waits
+    assert storage.names(f"{tmp_path}/checkpoints/pretrain/1") == [str(step) for step in stopped.sealed()]
