@@ -155,9 +155,7 @@ def _meets(draft: Draft, name: str, at: Path, reference: Reference) -> Iterator[
             f"{reference.phase} ends at step {giver.steps}", at, found=str(reference), hint=f"nearest: {near}"
         )
     else:
-        saved = (
-            "1 and more (checkpoints.every: auto)" if every == "auto" else f"multiples of {every} (checkpoints.every)"
-        )
+        saved = "1 and more" if every == "auto" else f"multiples of {every}"
         yield Problem("no checkpoint is saved at that step", at, found=str(reference),
                       allowed=f"{saved} (checkpoints.every), and the last step {giver.steps}",
                       hint=f"nearest: {near}")  # fmt: skip

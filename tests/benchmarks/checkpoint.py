@@ -5,8 +5,8 @@
 The state of a whole pretraining phase (student, AdamW's moments, teacher) is saved as the trainer does it. Each round
 saves it, then writes the same bytes to the same place as plainly as can be, then makes a training step: a disk's plain
 write is open, write, fsync for each file; a bucket's (`--store`: a real one, SeaweedFS, on this machine) is s3fs's own.
-Printed are medians of the rounds. The save's speed is from the end of the copy, which training waits for, to the published
-manifest, with all hashing in it; memory is by how much the first save raised the process's peak.
+Printed are medians of the rounds. The save's speed is from the end of the copy, which training waits for, to the
+published manifest, with all hashing in it; memory is by how much the first save raised the process's peak.
 """
 
 from __future__ import annotations

@@ -191,6 +191,14 @@ class TestReferences:
         assert hint in problem.hint
         assert problem.file == f"override {override}" or "cycle" in message
 
+    def test_auto_saves_where_it_is_asked_to_and_needs_to_know_how_often_nodes_fail(self) -> None:
+        auto = ("checkpoints.every=auto", "checkpoints.node_mtbf_hours=6000")
+        problem = only(TINY, "phases.gram.gram_teacher=pretrain@0", *auto)
+        assert problem.allowed == "1 and more (checkpoints.every), and the last step 14"
+        problem = only(TINY, auto[0])
+        assert problem.path == "checkpoints"
+        assert "every: auto needs node_mtbf_hours" in problem.message
+
     def test_a_cycle_is_named(self) -> None:
         problem = only(TINY, "phases.pretrain.init=highres@4")
         assert (

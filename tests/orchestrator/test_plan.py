@@ -87,6 +87,8 @@ def spec(steps: int, pinned: list[int], **checkpoints: Any) -> dict[str, Any]:
         (spec(100, [], every=10, keep_every=30), (30, 60, 90, 100)),
         (spec(5, [], every=20), (5,)),
         (spec(100, [], every=20, keep_last=1), (100,)),
+        (spec(100, [], every="auto"), (100,)),
+        (spec(100, [33], every="auto", keep_every=40), (33, 40, 80, 100)),
     ],
 )
 def test_which_checkpoints_stay(job: dict[str, Any], kept: tuple[int, ...]) -> None:
@@ -99,6 +101,16 @@ def test_a_gram_teacher_is_stored_once_unless_it_is_refreshed() -> None:
     assert once.checkpoint == each.checkpoint
     teacher = 4 * plan("tests/jobs/tiny.yaml").backbone_parameters
     assert each.left - once.left == (len(once.kept) - 1) * teacher
+
+
+def test_saves_at_steps_that_nobody_knows_yet() -> None:
+    auto = "phases.pretrain.checkpoints={every: auto, node_mtbf_hours: 6000, keep_last: 3}"
+    tiny = plan("tests/jobs/tiny.yaml", auto, "phases.gram.gram_teacher=pretrain@7")
+    disk = tiny.phases[0].disk
+    assert disk.kept == (7, 20)
+    assert disk.left == 4 * disk.checkpoint
+    assert disk.most == 5 * disk.checkpoint
+    assert "a failure every 6,000 h (6,000 h a node, 1 of them)" in tiny.notes[-1]
 
 
 def test_the_fullest_moment_counts_what_earlier_phases_left() -> None:
