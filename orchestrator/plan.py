@@ -15,6 +15,7 @@ from model.contract import EVALUATE
 from orchestrator import handoff
 from orchestrator.checks import fitting_worlds, world
 from orchestrator.cluster import ClusterProfile
+from orchestrator.overview import size
 from orchestrator.problems import listed
 from orchestrator.spec import Job, resolved
 
@@ -186,13 +187,13 @@ def _notes(tflops: float | None) -> tuple[str, ...]:
 
 def as_text(plan: Plan) -> str:
     """The plan as `dinoctl plan` prints it."""
-    size = f"backbone of {plan.backbone_parameters:,} parameters"
-    head = f"{plan.name} on {plan.cluster} ({plan.launcher}), runs in {plan.runs}; {size}"
+    backbone = f"backbone of {plan.backbone_parameters:,} parameters"
+    head = f"{plan.name} on {plan.cluster} ({plan.launcher}), runs in {plan.runs}; {backbone}"
     stages = [_stage(number, phase) for number, phase in enumerate(plan.phases, 1)]
     if plan.evaluate is not None:
         taken = ", ".join(f"{given.name}: {given.reference}" for given in plan.evaluate)
         stages.append(f"{len(stages) + 1}. evaluate\n   takes      {taken}")
-    disk = f"Checkpoints need {_bytes(plan.disk_most)} at the fullest moment."
+    disk = f"Checkpoints need {size(plan.disk_most)} at the fullest moment."
     return "\n\n".join([head, *stages, "\n".join([disk, *plan.notes])])
 
 
@@ -213,7 +214,7 @@ def _stage(number: int, phase: PhasePlan) -> str:
                    f"would also fit: {listed([w for w in phase.fitting_worlds if w != phase.processes], 12)}"),
         ("trains", f"{phase.trained_parameters:,} parameters{frozen}"),
         ("work", work),
-        ("saves", f"{_bytes(disk.checkpoint)} a checkpoint; at most {_bytes(disk.most)}, {_bytes(disk.left)} stay: "
+        ("saves", f"{size(disk.checkpoint)} a checkpoint; at most {size(disk.most)}, {size(disk.left)} stay: "
                   f"steps {_ends(disk.kept)}"),
     ]  # fmt: skip
     body = "\n".join(f"   {name:<10} {text}" for name, text in lines)
@@ -229,11 +230,3 @@ def _ends(steps: tuple[int, ...]) -> str:
     """All of a few steps, else the first and the last ones."""
     texts = [str(step) for step in steps]
     return ", ".join(texts if len(texts) <= 8 else [*texts[:2], "...", *texts[-3:]])
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

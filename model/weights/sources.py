@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ import msgspec
 
 from model import config, contract, sealed, storage
 from model.config import Backbone
-from model.contract import CheckpointRef, File
+from model.contract import CheckpointRef, File, Manifest
 from model.weights import names, networks, outside, pickled, stream
-from model.weights.entries import Entries, Entry, WeightsError, compare, shapes
+from model.weights.entries import Entries, Entry, WeightsError, compare, joined, shapes
 from model.weights.outside import Prepared
 
 NETWORKS = ("teacher", "student", "gram_teacher")
@@ -107,17 +108,11 @@ def _folder(path: Path, like: Backbone | None, network: str) -> Source:
 
 
 def _checkpoint(path: Path, network: str) -> Source:
-    run, phase, attempt, step = path.absolute().parents[3], *path.absolute().parts[-3:]
-    ref = CheckpointRef(run=str(run), phase=phase, attempt=int(attempt), step=int(step))
-    manifest = sealed.read_manifest(ref)
+    manifest, run = _manifest(path)
     parts = {"teacher": ("teacher_backbone", "teacher_heads")}.get(network, (network,))
-    missing = [part for part in parts if part not in manifest.parts]
-    if missing:
-        raise WeightsError(f"{path} has no {', '.join(missing)}, only {', '.join(sorted(manifest.parts))}")
     tensors: dict[str, Entry] = {}
     for part in parts:
-        for file in manifest.parts[part]:
-            tensors |= stream.open_file(_verified(run / file.path, file))[0]
+        tensors |= _part(path, run, manifest, part)
     data = config.read(config.Data, manifest.model["phase"]["data"])
     return Source(
         where=str(path),
@@ -128,6 +123,35 @@ def _checkpoint(path: Path, network: str) -> Source:
         left=tuple(f"part {part}" for part in sorted(manifest.parts.keys() - set(parts))),
         images=Prepared(data.bits, data.mean, data.std),
     )
+
+
+def open_part(where: str, part: str) -> Entries:
+    """The tensors of one part of a checkpoint of ours, its files verified. Raises WeightsError, CheckpointError."""
+    path = Path(where).absolute()
+    manifest, run = _manifest(path)
+    return _part(path, run, manifest, part)
+
+
+def _manifest(path: Path) -> tuple[Manifest, Path]:
+    """Of the checkpoint in a folder, and the folder of its run, to which it is relative."""
+    run, phase, attempt, step = path.absolute().parents[3], *path.absolute().parts[-3:]
+    return sealed.read_manifest(CheckpointRef(run=str(run), phase=phase, attempt=int(attempt), step=int(step))), run
+
+
+def _part(path: Path, run: Path, manifest: Manifest, part: str) -> Entries:
+    """Those that were cut over processes are put together again from the rows in each file."""
+    if part not in manifest.parts:
+        raise WeightsError(f"{path} has no {part}, only {', '.join(sorted(manifest.parts))}")
+    pieces: dict[str, list[tuple[int, Entry]]] = {}
+    for file in manifest.parts[part]:
+        entries, header = stream.open_file(_verified(run / file.path, file))
+        cut = json.loads(header.get(sealed.ROWS, "{}"))
+        for name, entry in entries.items():
+            pieces.setdefault(name, []).append((cut.get(name, (0,))[0], entry))
+    return {
+        name: found[0][1] if len(found) == 1 else joined([entry for _, entry in sorted(found, key=itemgetter(0))])
+        for name, found in pieces.items()
+    }
 
 
 def _verified(path: Path, file: File) -> Path:
