@@ -11,7 +11,7 @@ from typing import Any
 
 from model import accounting
 from model.config import AnyPhase, Model, SslPhase
-from model.contract import EVALUATE
+from model.contract import EVALUATE, kept
 from orchestrator import handoff
 from orchestrator.checks import fitting_worlds, world
 from orchestrator.cluster import ClusterProfile
@@ -30,11 +30,21 @@ class Input:
 
 
 @dataclass(frozen=True)
+class Keeps:
+    """What a rule of retention leaves of a phase; a checkpoint that several keep is counted at the first of them."""
+
+    rule: str
+    steps: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Disk:
     """Bytes of tensors. `most`: all that retention lets lie there at once, one being written included."""
 
     checkpoint: int  # one sealed checkpoint, its frozen parts included
     kept: tuple[int, ...]  # steps that stay when the phase is over
+    kept_by: tuple[Keeps, ...]
     most: int
     left: int  # when the phase is over
 
@@ -80,9 +90,14 @@ class Plan:
             left += phase.disk.left
         return most
 
+    @property
+    def disk_left(self) -> int:
+        """Bytes when all is over."""
+        return sum(phase.disk.left for phase in self.phases)
+
     def as_mapping(self) -> dict[str, Any]:
         """For `--json`."""
-        return {**asdict(self), "disk_most": self.disk_most}
+        return {**asdict(self), "disk_most": self.disk_most, "disk_left": self.disk_left}
 
 
 def make_plan(job: Job, cluster: ClusterProfile) -> Plan:
@@ -151,26 +166,49 @@ def _views(phase: AnyPhase) -> tuple[str, ...]:
 
 
 def _disk(spec: Mapping[str, Any], name: str, phase: AnyPhase, model: Model) -> Disk:
-    """A frozen part lies there once, everything else in each checkpoint. Before the last checkpoint is sealed, the one
-    that it pushes out of the newest ones is still there."""
+    """A frozen part lies there once, and not again where an earlier phase of the run holds it; everything else in each
+    checkpoint. Before the last checkpoint is sealed, the one that it pushes out of the newest ones is still there."""
     parts = accounting.checkpoint_bytes(model, phase)
-    once = sum(parts[part] for part in accounting.frozen_parts(phase))
-    each = sum(parts.values()) - once
-    kept, cadence = kept_steps(spec, name), phase.checkpoints
+    frozen = sum(parts[part] for part in accounting.frozen_parts(phase))
+    each = sum(parts.values()) - frozen
+    once = 0 if _holds_already(spec, name) else frozen
+    reasons, cadence = _reasons(spec, name), phase.checkpoints
     newest = list(range(cadence.every, phase.steps, cadence.every))[-cadence.keep_last :]
-    pushed_out = len([step for step in newest if step not in kept])
-    left = len(kept) * each + once
-    return Disk(each + once, kept, left + pushed_out * each, left)
+    pushed_out = len([step for step in newest if step not in reasons])
+    left = len(reasons) * each + once
+    by: dict[str, list[int]] = {}
+    for step, rule in reasons.items():
+        by.setdefault(rule, []).append(step)
+    keeps = [Keeps(rule, tuple(steps), len(steps) * each) for rule, steps in by.items()]
+    keeps += [Keeps("a frozen network, once", (), once)] if once else []
+    return Disk(each + frozen, tuple(reasons), tuple(keeps), left + pushed_out * each, left)
+
+
+def _holds_already(spec: Mapping[str, Any], name: str) -> bool:
+    """Whether the frozen network of a phase is a checkpoint of this run."""
+    taken = handoff.references(spec, name)
+    return any(taken[name].run is None for name in ("gram_teacher", "vision_tower") if name in taken)
 
 
 def kept_steps(spec: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    """The checkpoints of a phase that lie there when it is over: its last, the newest, the multiples, the pinned."""
+    """The checkpoints of a phase that lie there when it is over, ascending."""
+    return tuple(_reasons(spec, name))
+
+
+def _reasons(spec: Mapping[str, Any], name: str) -> dict[int, str]:
+    """Those, each with the first rule that keeps it, as if no attempt were ever interrupted."""
     phase = spec["phases"][name]
     cadence, last = phase["checkpoints"], phase["steps"]
-    sealed = [*range(cadence["every"], last, cadence["every"]), last]
-    every = cadence["keep_every"]
-    kept = {*handoff.keep_steps(spec, name), *sealed[-cadence["keep_last"] :]}
-    return tuple(sorted(kept | {step for step in sealed if every and step % every == 0}))
+    every, newest = cadence["keep_every"], cadence["keep_last"]
+    why = kept.why(
+        [(1, step) for step in (*range(cadence["every"], last, cadence["every"]), last)],
+        keep_last=newest,
+        keep_every=every,
+        keep_steps=handoff.keep_steps(spec, name),
+    )
+    rules = {"referred to": "a later phase", f"every {every}": f"keep_every {every}", "newest": f"keep_last {newest}"}
+    first = {step: next(rules[rule] for rule in rules if rule in found) for (_, step), found in why.items()}
+    return {step: "final" if step == last else first[step] for step in sorted(first)}
 
 
 def _notes(tflops: float | None) -> tuple[str, ...]:
@@ -193,8 +231,16 @@ def as_text(plan: Plan) -> str:
     if plan.evaluate is not None:
         taken = ", ".join(f"{given.name}: {given.reference}" for given in plan.evaluate)
         stages.append(f"{len(stages) + 1}. evaluate\n   takes      {taken}")
-    disk = f"Checkpoints need {size(plan.disk_most)} at the fullest moment."
-    return "\n\n".join([head, *stages, "\n".join([disk, *plan.notes])])
+    return "\n\n".join([head, *stages, _disk_text(plan), "\n".join(plan.notes)])
+
+
+def _disk_text(plan: Plan) -> str:
+    lines = [f"Checkpoints need {size(plan.disk_most)} at the fullest moment and {size(plan.disk_left)} at the end:"]
+    for phase in plan.phases:
+        by = [f"{size(one.bytes)} {one.rule}" + (f" ({len(one.steps)})" if len(one.steps) > 1 else "") for one in
+              sorted(phase.disk.kept_by, key=lambda one: -one.bytes)]  # fmt: skip
+        lines.append(f"   {phase.name:<10} {size(phase.disk.left):>7}: {', '.join(by)}")
+    return "\n".join(lines)
 
 
 def _stage(number: int, phase: PhasePlan) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from model import contract, storage
+from model import contract, sealed, storage
 from model.contract import Cause, CheckpointRef
 from orchestrator import attempts, control, handoff, retention
 from orchestrator.handoff import BadCheckpointError, HandoffError
@@ -154,6 +156,36 @@ def test_a_controller_that_removes_by_an_old_log_takes_nothing_from_a_newer_atte
         assert all(storage.exists(f"{ref.path}/manifest.json") for ref in live.resume)
     assert left(bench.dir(), "pretrain") == ["1/2", "3/8", "3/9"]
     assert bench.drive().status == "done"
+
+
+def test_pruning_races_a_load(run: Run) -> None:
+    """By the log as it is and as it was, over and over, while everything that the live attempt was told is read."""
+    states = []
+    for number in range(1, 6):
+        attempt(run, number, number)
+        states.append(load(run))
+    told = retention.resume_points(run.path, states[-1], "pretrain")
+    run.launch(6, "pretrain")
+    run.told(6, "pretrain", resume=told)
+    states.append(load(run))
+    over = threading.Event()
+
+    def remove() -> None:
+        while not over.is_set():
+            for state in states:
+                retention.prune(run.path, state, "pretrain")
+
+    with ThreadPoolExecutor(2) as pool:
+        removing = [pool.submit(remove) for _ in range(2)]
+        try:
+            for ref in told * 10:
+                assert sealed.load(ref, "optimizer").keys() == sealed.load(ref, "student").keys() == {"w"}
+        finally:
+            over.set()
+        for one in removing:
+            one.result()
+    assert [ref.step for ref in told] == [5, 4]
+    assert left(run.path, "pretrain") == ["4/4", "5/5"]
 
 
 # --- bad checkpoints --------------------------------------------------------------------------------------------------
