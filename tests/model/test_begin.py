@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -43,14 +44,20 @@ def seal(job: Job, step: int, **stored: Any) -> Manifest:
     return checkpoint.seal(job.attempt, step, written, stored, loop, described)
 
 
-@pytest.fixture
-def first(tmp_path: Path, images: Path) -> Attempt:
-    """An attempt of pretrain that sealed steps 4 and 8."""
-    attempt = describe(tmp_path / "run", images)
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    attempt = describe(tmp_path_factory.mktemp("once") / "run", images)
     with begun(attempt) as job:
         for step in (4, 8):
             seal(job, step)
-    return attempt
+    return Path(attempt.run_dir)
+
+
+@pytest.fixture
+def first(once: Path, tmp_path: Path, images: Path) -> Attempt:
+    """An attempt of pretrain that sealed steps 4 and 8, in a run of the test's own."""
+    shutil.copytree(once, tmp_path / "run")
+    return describe(tmp_path / "run", images)
 
 
 def following(first: Attempt, images: Path, *steps: int, **changes: Any) -> Attempt:
