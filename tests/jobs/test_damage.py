@@ -59,8 +59,9 @@ def test_a_torn_shard_and_a_lost_manifest_are_passed_over(reference: Job, job: J
     assert job.steps(2)[0] == first + 1
     same_weights(job, reference, ONE)
     assert marked(job) == [f"pretrain-1-{second}.json", f"pretrain-1-{third}.json"]
-    # What was trained again has its own place, and the bad ones go with the next pruning.
-    assert [(step, attempt) for step, attempt in job.sealed("pretrain")] == [(12, 2), (18, 2), (20, 2)]
+    # What is left of attempt 1: the bad one stays until three whole ones, as keep_last says, are newer.
+    assert [(step, attempt) for step, attempt in job.sealed("pretrain") if attempt == 2] == [(12, 2), (18, 2), (20, 2)]
+    assert [file.name for file in (job.run_dir / "checkpoints/pretrain/1").iterdir()] == [str(third)]
 
 
 def marked(job: Job) -> list[str]:
