@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from model import checkpoint, contract, optim, sealed, storage
 from model.contract import Attempt, CheckpointRef, Manifest
@@ -25,10 +26,14 @@ from tests.model.test_train import describe, images, phase_settings, ref_of
 __all__ = ["images"]
 
 
+def alone(attempt: Attempt) -> Job:
+    """The job, in this process alone."""
+    return begin(attempt, Stop(HashStore(), contract.stop_file(attempt.launch_name)), torch.device("cpu"))
+
+
 @contextmanager
 def begun(attempt: Attempt) -> Iterator[Job]:
-    """The job in this process, which never asks whether to stop."""
-    job = begin(attempt, cast(Stop, None), torch.device("cpu"))
+    job = alone(attempt)
     try:
         yield job
     finally:
@@ -177,7 +182,7 @@ def test_nothing_left_to_go_on_from(first: Attempt, images: Path) -> None:
     for step in (4, 8):
         damage(Path(ref_of(first, step).path, "optimizer.safetensors"), "flipped")
     with pytest.raises(CheckpointError, match=r"pretrain@8 .*optimizer.*altered.*pretrain@4 .*optimizer.*altered"):
-        begin(following(first, images, 8, 4), cast(Stop, None), torch.device("cpu"))
+        alone(following(first, images, 8, 4))
     assert marked(first.run_dir) == ["pretrain-1-4.json", "pretrain-1-8.json"]
 
 
@@ -187,7 +192,7 @@ def test_a_damaged_input_is_named_and_marked(first: Attempt, images: Path, how: 
     flip_a_name(file) if how == "renamed" else damage(file, how)
     attempt = describe(Path(first.run_dir), images, 2, phase="next", inputs={"weights": ref_of(first, 8)})
     with pytest.raises(CheckpointError, match=r"teacher_backbone\.safetensors"):
-        begin(attempt, cast(Stop, None), torch.device("cpu"))
+        alone(attempt)
     assert marked(first.run_dir) == ["pretrain-1-8.json"]
 
 
@@ -204,7 +209,7 @@ def test_a_store_that_fails_is_no_damage(first: Attempt, images: Path, monkeypat
         assert job.loop.step == 4
     attempt = describe(Path(first.run_dir), images, 2, phase="next", inputs={"init": newest})
     with pytest.raises(storage.StoreError, match="503"):
-        begin(attempt, cast(Stop, None), torch.device("cpu"))
+        alone(attempt)
     assert marked(first.run_dir) == []
 
 
