@@ -41,6 +41,7 @@ def mark(ref: CheckpointRef, why: str = "student.safetensors is torn") -> None:
 
 
 def left(run_dir: str, phase: str) -> list[str]:
-    """`<attempt>/<step>` of every folder."""
+    """`<attempt>/<step>` of every folder in which something lies."""
     folder = f"{run_dir}/checkpoints/{phase}"
-    return [f"{number}/{step}" for number in storage.names(folder) for step in storage.names(f"{folder}/{number}")]
+    found = [f"{number}/{step}" for number in storage.names(folder) for step in storage.names(f"{folder}/{number}")]
+    return [one for one in found if storage.names(f"{folder}/{one}")]
