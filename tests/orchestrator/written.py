@@ -39,7 +39,7 @@ class Run:
     """`created` is when its first event says that it began."""
 
     def __init__(
-        self, folder: Path, created: float = 1000.0, checkpoints: dict[str, int] | None = None, **tracking: Any
+        self, folder: Path | str, created: float = 1000.0, checkpoints: dict[str, int] | None = None, **tracking: Any
     ) -> None:
         self.path = str(folder)
         self.count = 0
@@ -48,7 +48,7 @@ class Run:
         if checkpoints:
             spec["phases"] = {name: {**phase, "checkpoints": checkpoints} for name, phase in SPEC["phases"].items()}
         self.add(
-            events.RunCreated, format=contract.FORMAT, run=folder.name, run_id="ab" * 16, spec=spec,
+            events.RunCreated, format=contract.FORMAT, run=str(folder).rsplit("/", 1)[-1], run_id="ab" * 16, spec=spec,
             cluster={"launcher": "local"}, spec_digest="d" * 64, code_digest="c" * 64, version="0",
         )  # fmt: skip
 
