@@ -18,7 +18,8 @@ A run's directory, every path relative to it:
     attempts/<n>/log/                   agent.log and rank-<rank>.log; in a bucket each a folder of numbered chunks
     checkpoints/<phase>/<n>/<step>/     shards, then manifest.json: no manifest, no checkpoint
     data/                               the index of the images
-    pins/<phase>-<n>-<step>-<id>.json   another run takes that checkpoint: it is never pruned
+    pins/<phase>-<n>-<step>-<by>.json   another run takes that checkpoint, or a person wants it: it is never pruned
+    bad/<phase>-<n>-<step>.json         that checkpoint cannot be read: nobody takes it
     watchers/<id>.json                  who keeps this run going, and when they last looked
     report/, tracking/, watch.log       table and pictures; how far the MLflow shipper got; what a watcher said
 """
@@ -34,6 +35,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+
+from model import kept as kept  # a part of this module
 
 FORMAT = 1  # of everything below; a run directory of a higher format was written by a newer dinoctl and is refused
 
@@ -189,19 +192,12 @@ class RankEnd(Record, frozen=True):
     detail: str = ""
 
 
-class Closed(Record, frozen=True):
-    """The controller ended this attempt. `steps` are its sealed checkpoints that count; later ones do not."""
+class Bad(Record, frozen=True):
+    """The mark of a checkpoint that cannot be read: nobody takes it. All marks of a run lie in one folder to list."""
 
-    steps: list[int]
-    nonce: str
-
-
-class Pin(Record, frozen=True):
-    """Another run takes parts of the checkpoint that the pin's name says."""
-
-    run: str  # the taker's directory
-    run_id: str
-    parts: tuple[str, ...]
+    why: str  # names the file
+    by: str  # who found out: a run and its attempt, or a person
+    at: float
 
 
 class Step(Record, frozen=True):
@@ -316,8 +312,12 @@ def checkpoint_dir(phase: str, attempt: int, step: int) -> str:
 
 
 def pin_file(phase: str, attempt: int, step: int, by: str) -> str:
-    """Published in the run that holds the checkpoint by the run that takes it; `by` is the taker's run id."""
+    """Published in the run that holds the checkpoint; `by`: the taker's run id and the input, or `user`."""
     return f"{PINS_DIR}/{phase}-{attempt}-{step}-{by}.json"
+
+
+def bad_file(phase: str, attempt: int, step: int) -> str:
+    return f"{BAD_DIR}/{phase}-{attempt}-{step}.json"
 
 
 def manifest_file(phase: str, attempt: int, step: int) -> str:
@@ -357,7 +357,7 @@ def end_file(launch_name: str, rank: int) -> Path:
     return scratch_dir(launch_name) / f"end-{rank}.json"
 
 
-EVENTS_DIR, ATTEMPTS_DIR, PINS_DIR, WATCHERS_DIR = "events", "attempts", "pins", "watchers"
+EVENTS_DIR, ATTEMPTS_DIR, PINS_DIR, BAD_DIR, WATCHERS_DIR = "events", "attempts", "pins", "bad", "watchers"
 REPORT_DIR = "report"
 REPORT_FILE = "report/report.json"
 EVALUATE = "evaluate"

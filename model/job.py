@@ -6,7 +6,7 @@ begin(attempt, ...) -> Job      from a checkpoint of its own, or at step 0 with 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -163,23 +163,32 @@ def begin(attempt: Attempt, stop: Stop, device: torch.device) -> Job:
     make = partial(_make, attempt, settings, index, device, stop, progress)
     failures = []
     for ref in attempt.resume:
-        job, failure = _on_every_rank(partial(_resume, make, ref))
-        if job is not None:
-            progress.note(f"goes on from {ref}{_jumps(job.loop)}")
-            return job
-        progress.note(f"cannot resume from {ref}: {failure}")
-        failures.append(f"{ref}: {failure}")
+        begun = _on_every_rank(attempt, partial(_resume, make, ref))
+        if isinstance(begun, Job):
+            progress.note(f"goes on from {ref}{_jumps(begun.loop)}")
+            return begun
+        progress.note(f"cannot resume from {ref}: {begun.says}")
+        failures.append(f"{ref}: {begun.says}")
     if failures:
         raise CheckpointError(f"none of the checkpoints to resume from could be read: {'; '.join(failures)}")
-    return _hand_over(make, attempt)
+    begun = _on_every_rank(attempt, partial(_hand_over, make, attempt))
+    if isinstance(begun, Job):
+        return begun
+    raise (storage.StoreError if begun.store else CheckpointError)(begun.says)
 
 
 @contextmanager
-def _user_errors() -> Iterator[None]:
-    """Around what refuses, with a ValueError (pydantic's is one), settings or checkpoints that do not fit together."""
+def _user_errors(opened: Iterable[Mapping[str, sealed.Stored]] = ()) -> Iterator[None]:
+    """Around what refuses, with a ValueError (pydantic's is one), settings or checkpoints that do not fit together.
+
+    opened: what is read of a checkpoint. Names and shapes are read unverified: one flipped bit there makes other
+    tensors of them, and is no mistake of the user's. Raises DamagedError then.
+    """
     try:
         yield
     except ValueError as error:
+        for tensor in (tensor for part in opened for tensor in part.values()):
+            tensor.verify()
         raise UserError(str(error)) from error
 
 
@@ -252,24 +261,47 @@ def _make(
 def _resume(make: partial[Job], ref: CheckpointRef) -> Job:
     manifest = sealed.read_manifest(ref)
     job = make(Loop.of(manifest))
-    with _user_errors():
+    parts = [*job.objective.state(), "optimizer"]
+    opened = {part: sealed.open_part(ref, manifest, part) for part in parts}
+    with _user_errors(opened.values()):
         for part in job.objective.state():
-            job.objective.load(part, sealed.open_part(ref, manifest, part))
-        optim.load(job.optimizer, sealed.open_part(ref, manifest, "optimizer"))
-    job.stored = {part: manifest.parts[part] for part in job.objective.frozen_parts()}
+            job.objective.load(part, opened[part])
+        optim.load(job.optimizer, opened["optimizer"])
+    if ref.run == job.attempt.run_dir:  # a manifest names files of its own run alone
+        job.stored = {part: manifest.parts[part] for part in job.objective.frozen_parts()}
     job.last_sealed = ref
     return job
 
 
-def _on_every_rank(attempt_it: partial[Job]) -> tuple[Job | None, str]:
-    """The job if every rank has it, else none and why the first rank that failed did."""
-    job, failure = None, ""
+class _Failure(contract.Record, frozen=True):
+    """Why a rank could not begin from a checkpoint."""
+
+    says: str
+    damaged: CheckpointRef | None = None
+    store: bool = False  # the store failed, and the checkpoint may be whole
+
+
+def _on_every_rank(attempt: Attempt, begin_it: Callable[[], Job]) -> Job | _Failure:
+    """The job if every rank has it, else why the first rank that failed has not. Damaged checkpoints are marked."""
+    job, failure = None, None
     try:
-        job = attempt_it()
-    except (CheckpointError, storage.StoreError) as error:
-        failure = str(error)
-    first = next((text for text in parallel.gather_text(failure) if text), "")
-    return (None, first) if first else (job, "")
+        job = begin_it()
+    except sealed.DamagedError as error:
+        failure = _Failure(says=str(error), damaged=error.ref)
+    except CheckpointError as error:
+        failure = _Failure(says=str(error))
+    except storage.StoreError as error:
+        failure = _Failure(says=str(error), store=True)
+    texts = parallel.gather_text(contract.encode(failure).decode() if failure else "")
+    failures = [contract.decode(text, _Failure, "a rank's answer") for text in texts if text]
+    if parallel.rank() == 0:
+        for failure in failures:
+            if failure.damaged is not None:
+                sealed.mark(failure.damaged, failure.says, attempt)
+    if failures:
+        return failures[0]
+    assert job is not None
+    return job
 
 
 def _take_file(job: Job, name: str, where: str) -> None:
@@ -292,8 +324,9 @@ def _hand_over(make: partial[Job], attempt: Attempt) -> Job:
         loop = replace(Loop.of(manifests["init"]), step=0, non_finite=0, every=None)
     job = make(loop)
     for name, manifest in manifests.items():
-        stored = partial(sealed.open_part, attempt.inputs[name], manifest)
-        with _user_errors():
+        opened: dict[str, dict[str, sealed.Stored]] = {}
+        stored = partial(_open, opened, attempt.inputs[name], manifest)
+        with _user_errors(opened.values()):
             read, told = stem.handed_over(name, stored, manifest.model["networks"], attempt.model)
             job.objective.take(name, read)
             if name == "init":
@@ -304,6 +337,14 @@ def _hand_over(make: partial[Job], attempt: Attempt) -> Job:
             _take_file(job, name, where)
     job.stored = _stored_already(job, manifests)
     return job
+
+
+def _open(
+    opened: dict[str, dict[str, sealed.Stored]], ref: CheckpointRef, manifest: Manifest, part: str
+) -> dict[str, sealed.Stored]:
+    """A part of a checkpoint, noted in `opened`."""
+    opened[part] = sealed.open_part(ref, manifest, part)
+    return opened[part]
 
 
 def _stored_already(job: Job, manifests: dict[str, Manifest]) -> dict[str, list[File]]:

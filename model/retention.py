@@ -1,56 +1,60 @@
-"""Which of its own checkpoints an attempt keeps, and the removal of the others."""
+"""The removal, by a worker, of those of its own attempt's checkpoints that retention does not keep.
+
+Checkpoints of attempts that have ended are the controller's to remove (`orchestrator.retention`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Mapping
+from functools import partial
 
 from model import contract, storage
 from model.config import Checkpoints
-from model.contract import Attempt, Manifest
+from model.contract import Attempt, Manifest, kept
 
 
 def prune(attempt: Attempt, settings: Checkpoints, sealed: Mapping[int, Manifest]) -> dict[int, Manifest]:
-    """Remove what retention does not keep of `sealed`, all that this attempt sealed; rank 0 alone calls it.
+    """Remove what retention does not keep (`model.kept`) of `sealed`, all that this attempt sealed; rank 0 alone calls
+    it, once the newest of them is sealed.
 
-    Kept are the newest `keep_last`, the multiples of `keep_every`, the attempt's `keep_steps` and what the folder
-    `pins/` names. A manifest goes before its files, and a file that a kept manifest refers to stays. Returns what is
-    still to be looked at next time: kept checkpoints, and removed ones of which such a file is left.
+    A manifest goes before its files, and a file that a kept manifest refers to stays. Returns what is still to be
+    looked at next time: kept checkpoints, and removed ones of which such a file is left.
+
+    A worker whose attempt is closed removes nothing: its successor may be reading. If it is closed just after we
+    looked, no harm is done: what is removed here has newer ones, sealed before we looked, and the controller counts
+    what is sealed only after it has closed the attempt, so it has found those.
     """
-    kept = _kept(attempt, settings, sealed)
-    needed = {path for step in kept for path in _paths(sealed[step])}
+    if storage.exists(f"{attempt.run_dir}/{contract.closed_file(attempt.attempt)}"):
+        return dict(sealed)
+    stay = _stay(attempt, settings, sealed)
+    needed = {
+        f"{attempt.run_dir}/{file.path}" for step in stay for files in sealed[step].parts.values() for file in files
+    }
     left = dict(sealed)
-    for step in sorted(sealed.keys() - kept):
-        folder = contract.checkpoint_dir(attempt.phase, attempt.attempt, step)
-        storage.remove(f"{attempt.run_dir}/{contract.manifest_file(attempt.phase, attempt.attempt, step)}")
-        own = {
-            file.path for files in sealed[step].parts.values() for file in files if file.path.startswith(f"{folder}/")
-        }
-        for path in sorted(own - needed):
-            storage.remove(f"{attempt.run_dir}/{path}")
-        if not own & needed:
-            storage.remove_tree(f"{attempt.run_dir}/{folder}")
+    for step in sorted(sealed.keys() - stay):
+        manifest = f"{attempt.run_dir}/{contract.manifest_file(attempt.phase, attempt.attempt, step)}"
+        but = {path for path in needed if os.path.dirname(path) == os.path.dirname(manifest)}
+        gone = storage.remove_folder_of(manifest, but, partial(_is_pinned, attempt, step))
+        if gone and not but:
             del left[step]
     return left
 
 
-def _paths(manifest: Manifest) -> set[str]:
-    return {file.path for files in manifest.parts.values() for file in files}
+def _stay(attempt: Attempt, settings: Checkpoints, sealed: Mapping[int, Manifest]) -> set[int]:
+    reasons = kept.why(
+        [(attempt.attempt, step) for step in sealed],
+        keep_last=settings.keep_last,
+        keep_every=settings.keep_every,
+        keep_steps=attempt.keep_steps,
+        pinned=_pins(attempt),
+    )
+    return {step for _, step in reasons}
 
 
-def _kept(attempt: Attempt, settings: Checkpoints, sealed: Collection[int]) -> set[int]:
-    pins = storage.names(f"{attempt.run_dir}/{contract.PINS_DIR}")
-    newest = sorted(sealed)[-settings.keep_last :]
-    return {
-        step
-        for step in sealed
-        if step in newest
-        or step in attempt.keep_steps
-        or (settings.keep_every is not None and step % settings.keep_every == 0)
-        or any(_pins(attempt, step, pin) for pin in pins)
-    }
+def _is_pinned(attempt: Attempt, step: int) -> bool:
+    return (attempt.attempt, step) in _pins(attempt)
 
 
-def _pins(attempt: Attempt, step: int, pin: str) -> bool:
-    """Whether the file `<phase>-<attempt>-<step>[-nonce].json` pins that step of this attempt."""
-    stem = f"{attempt.phase}-{attempt.attempt}-{step}"
-    return pin == f"{stem}.json" or (pin.startswith(f"{stem}-") and pin.endswith(".json"))
+def _pins(attempt: Attempt) -> set[kept.Sealed]:
+    return kept.named(storage.names(f"{attempt.run_dir}/{contract.PINS_DIR}"), attempt.phase)

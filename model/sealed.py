@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
+import msgspec
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from model import contract, storage
-from model.contract import CheckpointRef, File, Manifest
+from model.contract import Attempt, Bad, CheckpointRef, File, Manifest
+
+log = logging.getLogger(__name__)
 
 State = dict[str, Tensor]
 
@@ -30,19 +35,41 @@ HEADER_BYTES = 8
 
 
 class CheckpointError(Exception):
-    """A checkpoint is not there, or a file of it is not what its manifest says; the message names the file."""
+    """A checkpoint cannot be used: it is damaged, of another version, or has no such part; the message says which."""
+
+
+class DamagedError(CheckpointError):
+    """A file of the checkpoint `ref` is missing, torn or altered: nobody else will be able to read it either."""
+
+    def __init__(self, ref: CheckpointRef, message: str) -> None:
+        super().__init__(message)
+        self.ref = ref
+
+
+def mark(ref: CheckpointRef, why: str, attempt: Attempt) -> None:
+    """Say of a damaged checkpoint that it is, so that nobody takes it again; whoever was first may have said so."""
+    bad = Bad(why=why, by=f"{attempt.run_dir}, attempt {attempt.attempt}", at=contract.now())
+    try:
+        with suppress(storage.AlreadyPublished):
+            where = contract.bad_file(ref.phase, ref.attempt, ref.step)
+            storage.publish(f"{ref.run}/{where}", contract.encode(bad))
+    except storage.StoreError as error:  # it may be another run's, which we may only read
+        log.warning("%s is damaged and could not be marked: %s", ref, error)
 
 
 def read_manifest(ref: CheckpointRef) -> Manifest:
-    """The manifest of a checkpoint. Raises CheckpointError if there is none, or none that this version can read."""
+    """The manifest of a checkpoint. Raises DamagedError if there is none or a torn one, CheckpointError for one that
+    this version cannot read."""
     where = f"{ref.run}/{contract.manifest_file(ref.phase, ref.attempt, ref.step)}"
     try:
         data = storage.read(where)
         manifest = contract.decode(data, Manifest, where)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{ref} was never sealed, or was pruned: {where} is not there") from error
+        raise DamagedError(ref, f"{ref} was never sealed, or was pruned: {where} is not there") from error
     except contract.ContractError as error:
-        raise CheckpointError(str(error)) from error
+        if isinstance(error.__cause__, msgspec.ValidationError):  # JSON, but not as this version writes it
+            raise CheckpointError(str(error)) from error
+        raise DamagedError(ref, str(error)) from error
     if manifest.format > contract.FORMAT:
         raise CheckpointError(f"{where}: written by a newer dinoctl (format {manifest.format} > {contract.FORMAT})")
     if (manifest.phase, manifest.attempt, manifest.step) != (ref.phase, ref.attempt, ref.step):
@@ -53,7 +80,8 @@ def read_manifest(ref: CheckpointRef) -> Manifest:
 def load(ref: CheckpointRef, part: str) -> State:
     """The tensors of one part, on the CPU, size and sha256 of every file verified.
 
-    Raises CheckpointError that names the file that is missing, torn or altered, or the parts that there are.
+    Raises DamagedError that names the file that is missing, torn or altered, CheckpointError with the parts that there
+    are.
     """
     return load_files(ref, read_manifest(ref), part)
 
@@ -66,21 +94,22 @@ def load_files(ref: CheckpointRef, manifest: Manifest, part: str) -> State:
 def open_part(ref: CheckpointRef, manifest: Manifest, part: str) -> dict[str, Stored]:
     """The tensors of one part, of which only names, shapes and places are read yet.
 
-    Raises CheckpointError if the part, or a file of it, is not there, or the files do not hold all rows.
+    Raises CheckpointError if there is no such part, DamagedError if a file of it is not there or no safetensors file,
+    or the files do not hold all rows.
     """
     if part not in manifest.parts:
         raise CheckpointError(f"{ref} has no part {part!r}, only {', '.join(sorted(manifest.parts))}")
     pieces: dict[str, list[_Piece]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for file in manifest.parts[part]:
-        content = _Content(f"{ref.run}/{file.path}", file)
+        content = _Content(ref, file)
         for name, shape, first, total in content.entries():
             pieces.setdefault(name, []).append(_Piece(content, first, shape[0] if shape else 1))
             shapes[name] = (total, *shape[1:]) if shape else ()
     stored = {name: Stored(name, shapes[name], tuple(found)) for name, found in pieces.items()}
     for one in stored.values():
         if sum(piece.rows for piece in one.pieces) != one.rows:
-            raise CheckpointError(f"{ref}: the files of {part} do not hold all rows of {one.name}")
+            raise DamagedError(ref, f"{ref}: the files of {part} do not hold all rows of {one.name}")
     return stored
 
 
@@ -97,11 +126,11 @@ class Stored:
         return self.shape[0] if self.shape else 1
 
     def verify(self) -> None:
-        """Read it all. Raises CheckpointError as `read` does."""
+        """Read it all. Raises DamagedError as `read` does."""
         self.read(range(self.rows))
 
     def read(self, rows: range) -> Tensor:
-        """These rows, on the CPU. Raises CheckpointError that names the file that is missing, torn or altered."""
+        """These rows, on the CPU. Raises DamagedError that names the file that is missing, torn or altered."""
         parts = []
         for piece in sorted(self.pieces, key=lambda piece: piece.first):
             start, stop = max(rows.start, piece.first), min(rows.stop, piece.first + piece.rows)
@@ -124,9 +153,13 @@ class _Piece:
 class _Content:
     """A file of a part; what was read of it is kept as long as the part is being read."""
 
-    where: str
+    ref: CheckpointRef
     file: File
     kept: State | None = None
+
+    @property
+    def where(self) -> str:
+        return f"{self.ref.run}/{self.file.path}"
 
     def entries(self) -> Iterator[tuple[str, list[int], int, int]]:
         """Name and shape of each tensor in it, its first row in the whole one, and how many rows that has."""
@@ -139,31 +172,34 @@ class _Content:
                 shape = entry["shape"]
                 yield name, shape, *cut.get(name, (0, shape[0] if shape else 1))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{self.where}: not a safetensors file: {error}") from error
+            raise self._damaged(f"{self.where}: not a safetensors file: {error}") from error
 
     def tensors(self) -> State:
         """All of them, size and sha256 of the file verified."""
         if self.kept is None:
             try:
-                self.kept = safetensors.torch.load(_verified(self.where, self.file))
+                self.kept = safetensors.torch.load(self._verified())
             except SafetensorError as error:
-                raise CheckpointError(f"{self.where}: not a safetensors file: {error}") from error
+                raise self._damaged(f"{self.where}: not a safetensors file: {error}") from error
         return self.kept
 
-    def _read(self, start: int, length: int) -> bytes:
+    def _read(self, start: int, length: int | None) -> bytes:
         try:
             return storage.read(self.where, start, length)
         except FileNotFoundError as error:
-            raise CheckpointError(f"{self.where} is not there, though the manifest names it") from error
+            raise self._damaged(f"{self.where} is not there, though the manifest names it") from error
 
+    def _verified(self) -> bytes:
+        data = self._read(0, None)
+        if len(data) != self.file.bytes:
+            raise self._damaged(
+                f"{self.where}: {len(data)} bytes, and the manifest says {self.file.bytes}: the file is torn"
+            )
+        if (digest := hashlib.sha256(data).hexdigest()) != self.file.sha256:
+            raise self._damaged(
+                f"{self.where}: sha256 {digest}, and the manifest says {self.file.sha256}: the file was altered"
+            )
+        return data
 
-def _verified(where: str, file: File) -> bytes:
-    try:
-        data = storage.read(where)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{where} is not there, though the manifest names it") from error
-    if len(data) != file.bytes:
-        raise CheckpointError(f"{where}: {len(data)} bytes, and the manifest says {file.bytes}: the file is torn")
-    if (digest := hashlib.sha256(data).hexdigest()) != file.sha256:
-        raise CheckpointError(f"{where}: sha256 {digest}, and the manifest says {file.sha256}: the file was altered")
-    return data
+    def _damaged(self, message: str) -> DamagedError:
+        return DamagedError(self.ref, message)

@@ -11,7 +11,7 @@ import filecmp
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,7 +24,7 @@ __all__ = [
     "NO_SPACE", "S3_OPTIONS", "AlreadyPublished", "DiskFullError", "NoAccessError", "StoreError",
     "be_patient", "contents", "digest", "exists", "fetch", "foreign", "is_uri", "local", "local_file", "matching",
     "modified", "names", "own_scratch", "publish", "publish_many", "publish_pieces", "put", "read", "read_many",
-    "read_range", "reading", "remove", "remove_tree", "replace", "size", "sync_dir",
+    "read_range", "reading", "remove", "remove_folder_of", "remove_tree", "replace", "size", "sync_dir",
 ]  # fmt: skip
 
 
@@ -222,6 +222,30 @@ def remove_tree(path: str) -> None:
         while target.exists():
             with suppress(FileNotFoundError):  # the other one was first with a file: there is less to do
                 shutil.rmtree(target)
+
+
+def remove_folder_of(first: str, but: Collection[str] = (), unless: Callable[[], bool] = lambda: False) -> bool:
+    """Remove the folder that the file `first` lies in, that file before all others, so that whatever dies halfway
+    leaves nothing that looks whole. `but`: paths of files in it that stay. Returns whether `first` is gone.
+
+    unless: asked once `first` is gone; if it says so, `first` is put back and nothing is removed. Whoever lays claim to
+    the folder and then still finds `first` in it is thus sure to keep it.
+    """
+    folder = os.path.dirname(first)
+    try:
+        was = read(first)
+    except FileNotFoundError:  # somebody got this far and died
+        was = None
+    remove(first)
+    if was is not None and unless():
+        publish(first, was)
+        return False
+    for path in (f"{folder}/{name}" for name in names(folder)):
+        if path not in but:
+            remove(path)
+    if not but:
+        remove_tree(folder)
+    return True
 
 
 # --- whole folders ----------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -17,15 +17,15 @@ from model.contract import (
     PARTS,
     Attempt,
     CheckpointRef,
-    Pin,
     checkpoint_dir,
     closed_file,
     encode,
     manifest_file,
     pin_file,
 )
-from orchestrator import code, handoff, store
+from orchestrator import code, handoff, retention, store
 from orchestrator.handoff import HandoffError, Reference
+from orchestrator.retention import Pin, is_bad
 from orchestrator.state import State, fold
 
 WATCH_SECONDS, BUCKET_WATCH_SECONDS = 1.0, 5.0
@@ -39,7 +39,8 @@ def build(state: State, run_dir: str, number: int, phase: str, *, dry: bool = Fa
     """Attempt `number` of `phase`. The same state gives the same attempt, byte for byte, on one machine.
 
     dry: only to be shown: nothing is pinned, and the run's copy of the code need not be there.
-    Raises HandoffError for an input that is not there, CodeError if the run's copy of the code is not what it was.
+    Raises HandoffError for an input that is not there, BadCheckpointError where all that could be read is marked as
+    damaged, CodeError if the run's copy of the code is not what it was.
     """
     settings = state.told(phase)
     resources = settings["resources"]
@@ -56,7 +57,7 @@ def build(state: State, run_dir: str, number: int, phase: str, *, dry: bool = Fa
         model=state.spec["model"],
         settings=settings,
         inputs=resolve_inputs(state, run_dir, phase, dry=dry),
-        resume=[] if evaluation else state.resume_points(phase, run_dir),
+        resume=[] if evaluation else retention.resume_points(run_dir, state, phase),
         keep_steps=[] if evaluation else handoff.keep_steps(state.spec, phase),
         nodes=1 if evaluation else int(resources["nodes"]),
         processes_per_node=1 if evaluation else int(resources["processes_per_node"]),
@@ -108,6 +109,7 @@ def resolve_inputs(state: State, run_dir: str, phase: str, *, dry: bool = False)
             find(reference, run_dir) if dry else take(state.created.run_id, run_dir, reference, names[reference])
         ),
         refer=lambda reference: inherit(state, reference),
+        is_bad=is_bad,
     )
 
 
@@ -140,10 +142,14 @@ def must_be_there(reference: Reference, found: CheckpointRef) -> None:
         raise HandoffError(f"{reference}: that checkpoint is no longer there: {found.path}")
 
 
-def find(reference: Reference, beside: str) -> CheckpointRef:
+def find(reference: Reference, beside: str, is_bad: Callable[[CheckpointRef], bool] = is_bad) -> CheckpointRef:
     """The checkpoint that a reference to another run means. beside: our run directory, next to which names are looked
-    up. Raises HandoffError."""
+    up. is_bad: which checkpoints to pass over. Raises HandoffError."""
     run_dir = locate(reference.run or beside, beside)
+    if reference.attempt is not None and reference.step is not None:
+        found = handoff.newest_whole(reference, run_dir, [reference.attempt], reference.step, is_bad)
+        must_be_there(reference, found)
+        return found
     other = fold(store.read(run_dir))
     if other is None:
         raise HandoffError(f"{reference}: there is no run at {run_dir}")
@@ -152,16 +158,15 @@ def find(reference: Reference, beside: str) -> CheckpointRef:
     step = handoff.step_of(other.spec, reference)
     inherited = inherit(other, replace(reference, run=None, step=step))
     if inherited.run is not None:
-        return find(inherited, run_dir)
+        return find(inherited, run_dir, is_bad)
     sealed = other.accepted().get(reference.phase, [])
     live = other.live
     if live and live.phase == reference.phase and not storage.exists(f"{run_dir}/{closed_file(live.number)}"):
         sealed = [*sealed, *((live.number, at) for at in sealed_steps(run_dir, live.phase, live.number))]
-    attempts = [attempt for attempt, at in sealed if at == step]
-    if not attempts:
+    if step not in {at for _, at in sealed}:
         steps = ", ".join(str(at) for at in sorted({at for _, at in sealed})) or "none"
         raise HandoffError(f"{reference}: no such checkpoint; {run_dir} has sealed steps of {reference.phase}: {steps}")
-    found = CheckpointRef(run=run_dir, phase=reference.phase, attempt=max(attempts), step=step)
+    found = handoff.newest_whole(reference, run_dir, [attempt for attempt, at in sealed if at == step], step, is_bad)
     must_be_there(reference, found)
     return found
 

@@ -94,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_job_commands(commands)
     _add_run_commands(commands)
     _add_step_commands(commands)
+    _add_ckpt(commands)
     _add_weights(commands)
     _add_data(commands)
     return parser
@@ -173,6 +174,45 @@ def _add_run(commands: Commands, name: str, help_: str) -> argparse.ArgumentPars
     parser = _add(commands, name, help_)
     parser.add_argument("run", metavar="RUN")
     _add_runs(parser)
+    return parser
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def _add_ckpt(commands: Commands) -> None:
+    ckpt = _add(commands, "ckpt", "a run's checkpoints: look, verify, keep, remove, take out (docs/checkpoints.md)")
+    actions = ckpt.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    ls = _add_run(actions, "ls", "all that are sealed: size, age, parts, and why each stays")
+    prune = _add_run(actions, "prune", "remove what is not kept, of ended attempts; dinoctl does so at each end")
+    prune.add_argument("--dry-run", action="store_true", help="say what would be removed; removes nothing")
+
+    inspect = _add_checkpoint(actions, "inspect", "one in full: files, checksums, names and shapes of all tensors")
+    verify = _add(actions, "verify", "read every byte and compare checksums; exits 1 if a checkpoint is not whole")
+    verify.add_argument("what", metavar="RUN[#PHASE@STEP]", help="a run, or one checkpoint of it")
+    verify.add_argument("--mark", action="store_true", help="mark bad ones, which nothing then takes; lift other marks")
+    for action in (ls, inspect, verify):
+        _add_json(action)
+
+    pin = _add_checkpoint(actions, "pin", "keep one, whatever retention says")
+    pin.add_argument("--why", default="", metavar="TEXT", help="for whoever asks later")
+    unpin = _add_checkpoint(actions, "unpin", "leave it to retention again")
+    unpin.add_argument("--force", action="store_true", help="remove the pins of other runs too")
+
+    export = _add_checkpoint(actions, "export", "one part as one safetensors file")
+    export.add_argument("file", metavar="FILE")
+    export.add_argument("--part", default="teacher_backbone", metavar="PART", help="teacher_backbone if absent")
+    copy = _add_checkpoint(actions, "copy", "copy one, whole or not at all, to a folder or URI that a phase can take")
+    copy.add_argument("target", metavar="TARGET")
+    copy.add_argument("--parts", nargs="+", metavar="PART", help="these parts only; all if absent")
+    for action in (inspect, verify, pin, unpin, export, copy):
+        _add_runs(action)
+
+
+def _add_checkpoint(actions: Commands, name: str, help_: str) -> argparse.ArgumentParser:
+    parser = _add(actions, name, help_)
+    parser.add_argument("checkpoint", metavar="RUN#PHASE@STEP", help="or the folder of a checkpoint")
     return parser
 
 

@@ -149,6 +149,12 @@ def weights(options: Options) -> int:
     return weights_command.run(options, _runs(options))
 
 
+def ckpt(options: Options) -> int:
+    from orchestrator import ckpt_command
+
+    return ckpt_command.run(options, _runs(options))
+
+
 # --- keeping a run going ----------------------------------------------------------------------------------------------
 
 

@@ -11,12 +11,13 @@ from contextlib import suppress
 from typing import Any
 
 from model import storage
-from model.contract import EVALUATE, Cause, Closed, attempt_yaml, closed_file, decode, encode, new_nonce
-from orchestrator import attempts, store
+from model.contract import EVALUATE, Cause, Record, attempt_yaml, closed_file, encode, new_nonce
+from orchestrator import attempts, retention, store
 from orchestrator.code import CodeError
 from orchestrator.decide import Action, Adopt, AskToStop, Close, Fail, Launch, Rest, Wait, end_of
 from orchestrator.events import AttemptIntended, AttemptLaunched, AttemptStopping, Event, RunFailed
-from orchestrator.handoff import HandoffError
+from orchestrator.failures import verdict
+from orchestrator.handoff import BadCheckpointError, HandoffError
 from orchestrator.launchers.base import Launcher, LaunchError, Query
 from orchestrator.state import AttemptState, IllegalEvent, State, apply, fold
 
@@ -89,6 +90,9 @@ def _launch(run_dir: str, owner: str, state: State, launcher: Launcher, action: 
     begun = time.monotonic()
     try:
         attempt = attempts.build(state, run_dir, action.number, action.phase)
+    except BadCheckpointError as error:
+        message = verdict(Cause.BAD_CHECKPOINT, 1, str(error))
+        return perform(run_dir, owner, state, launcher, Fail(Cause.BAD_CHECKPOINT, message), clock)
     except (HandoffError, CodeError) as error:
         return perform(run_dir, owner, state, launcher, Fail(Cause.USER_ERROR, str(error)), clock)
     data, digest = attempts.to_yaml(attempt)
@@ -140,14 +144,25 @@ def _close(run_dir: str, state: State, launcher: Launcher, action: Close, clock:
     return close(run_dir, state, action, clock)
 
 
+class Closed(Record, frozen=True):
+    """The controller ended this attempt: nothing that it seals or removes from now on counts."""
+
+    nonce: str
+
+
 def close(run_dir: str, state: State, action: Close, clock: float) -> State:
-    """End the attempt, which said so itself or of which nothing is left, with exactly those checkpoints that were
-    sealed when it was closed. Raises Conflict."""
+    """End the attempt, which said so itself or of which nothing is left, with the checkpoints that are sealed once it
+    is closed; then remove what is not kept. Raises Conflict.
+
+    First closed, then looked: a worker that is still there removes a checkpoint only with newer ones sealed and its
+    attempt not closed (`model.retention`), so that those are found here. What it seals between the two is as whole as
+    any, and whoever is first with the event decides whether it counts.
+    """
     attempt = state.live
     assert attempt is not None
-    path = f"{run_dir}/{closed_file(attempt.number)}"
+    with suppress(storage.AlreadyPublished):
+        storage.publish(f"{run_dir}/{closed_file(attempt.number)}", encode(Closed(nonce=new_nonce())))
     sealed = [] if attempt.phase == EVALUATE else attempts.sealed_steps(run_dir, attempt.phase, attempt.number)
-    with suppress(storage.AlreadyPublished):  # whoever closed it first decided what counts
-        storage.publish(path, encode(Closed(steps=sealed, nonce=new_nonce())))
-    steps = decode(storage.read(path), Closed, path).steps
-    return append(run_dir, state, end_of(state, action, steps, clock, new_nonce()))
+    after = append(run_dir, state, end_of(state, action, sealed, clock, new_nonce()))
+    retention.prune_ended(run_dir, after, attempt.phase)
+    return after

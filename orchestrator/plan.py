@@ -11,10 +11,11 @@ from typing import Any
 
 from model import accounting
 from model.config import AnyPhase, Model, SslPhase
-from model.contract import EVALUATE
+from model.contract import EVALUATE, kept
 from orchestrator import handoff
 from orchestrator.checks import fitting_worlds, world
 from orchestrator.cluster import ClusterProfile
+from orchestrator.overview import size
 from orchestrator.problems import listed
 from orchestrator.spec import Job, resolved
 
@@ -29,11 +30,21 @@ class Input:
 
 
 @dataclass(frozen=True)
+class Keeps:
+    """What a rule of retention leaves of a phase; a checkpoint that several keep is counted at the first of them."""
+
+    rule: str
+    steps: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Disk:
     """Bytes of tensors. `most`: all that retention lets lie there at once, one being written included."""
 
     checkpoint: int  # one sealed checkpoint, its frozen parts included
     kept: tuple[int, ...]  # steps that stay when the phase is over
+    kept_by: tuple[Keeps, ...]
     most: int
     left: int  # when the phase is over
 
@@ -79,9 +90,14 @@ class Plan:
             left += phase.disk.left
         return most
 
+    @property
+    def disk_left(self) -> int:
+        """Bytes when all is over."""
+        return sum(phase.disk.left for phase in self.phases)
+
     def as_mapping(self) -> dict[str, Any]:
         """For `--json`."""
-        return {**asdict(self), "disk_most": self.disk_most}
+        return {**asdict(self), "disk_most": self.disk_most, "disk_left": self.disk_left}
 
 
 def make_plan(job: Job, cluster: ClusterProfile) -> Plan:
@@ -150,32 +166,58 @@ def _views(phase: AnyPhase) -> tuple[str, ...]:
 
 
 def _disk(spec: Mapping[str, Any], name: str, phase: AnyPhase, model: Model) -> Disk:
-    """A frozen part lies there once, everything else in each checkpoint. Before the last checkpoint is sealed, the one
-    that it pushes out of the newest ones is still there."""
+    """A frozen part lies there once, and not again where an earlier phase of the run holds it; everything else in each
+    checkpoint. Before the last checkpoint is sealed, the one that it pushes out of the newest ones is still there."""
     parts = accounting.checkpoint_bytes(model, phase)
-    once = sum(parts[part] for part in accounting.frozen_parts(phase))
-    each = sum(parts.values()) - once
-    kept, cadence = kept_steps(spec, name), phase.checkpoints
-    if cadence.every == "auto":  # at steps that nobody knows yet
-        pushed_out, left = 1, (len(kept) + cadence.keep_last - 1) * each + once
-    else:
-        newest = list(range(cadence.every, phase.steps, cadence.every))[-cadence.keep_last :]
-        pushed_out = len([step for step in newest if step not in kept])
-        left = len(kept) * each + once
-    return Disk(each + once, kept, left + pushed_out * each, left)
+    frozen = sum(parts[part] for part in accounting.frozen_parts(phase))
+    each = sum(parts.values()) - frozen
+    once = 0 if _holds_already(spec, name) else frozen
+    reasons, cadence = _reasons(spec, name), phase.checkpoints
+    left = len(reasons) * each + once
+    by: dict[str, list[int]] = {}
+    for step, rule in reasons.items():
+        by.setdefault(rule, []).append(step)
+    keeps = [Keeps(rule, tuple(steps), len(steps) * each) for rule, steps in by.items()]
+    keeps += [Keeps("a frozen network, once", (), once)] if once else []
+    if cadence.every == "auto":  # the newest but the last are at steps that nobody knows yet
+        others = (cadence.keep_last - 1) * each
+        keeps += [Keeps(f"keep_last {cadence.keep_last}", (), others)] if others else []
+        return Disk(each + frozen, tuple(reasons), tuple(keeps), left + others + each, left + others)
+    newest = list(range(cadence.every, phase.steps, cadence.every))[-cadence.keep_last :]
+    pushed_out = len([step for step in newest if step not in reasons])
+    return Disk(each + frozen, tuple(reasons), tuple(keeps), left + pushed_out * each, left)
+
+
+def _holds_already(spec: Mapping[str, Any], name: str) -> bool:
+    """Whether the frozen network of a phase is a checkpoint of this run."""
+    taken = handoff.references(spec, name)
+    return any(taken[name].run is None for name in ("gram_teacher", "vision_tower") if name in taken)
 
 
 def kept_steps(spec: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    """The checkpoints of a phase that lie there when it is over: its last, the newest, the multiples, the pinned. With
-    `every: auto` the newest but the last are left out: at which steps they are is known when they are made."""
+    """The checkpoints of a phase that lie there when it is over, ascending. With `every: auto` the newest but the last
+    are left out: at which steps they are is known when they are made."""
+    return tuple(_reasons(spec, name))
+
+
+def _reasons(spec: Mapping[str, Any], name: str) -> dict[int, str]:
+    """Those, each with the first rule that keeps it, as if no attempt were ever interrupted."""
     phase = spec["phases"][name]
     cadence, last = phase["checkpoints"], phase["steps"]
-    every = cadence["keep_every"]
+    every, newest = cadence["keep_every"], cadence["keep_last"]
     if cadence["every"] == "auto":
-        return tuple(sorted({*handoff.keep_steps(spec, name), last, *range(every or last, last, every or last)}))
-    sealed = [*range(cadence["every"], last, cadence["every"]), last]
-    kept = {*handoff.keep_steps(spec, name), *sealed[-cadence["keep_last"] :]}
-    return tuple(sorted(kept | {step for step in sealed if every and step % every == 0}))
+        sealed, newest = sorted({*handoff.keep_steps(spec, name), *range(every or last, last, every or last), last}), 1
+    else:
+        sealed = [*range(cadence["every"], last, cadence["every"]), last]
+    why = kept.why(
+        [(1, step) for step in sealed],
+        keep_last=newest,
+        keep_every=every,
+        keep_steps=handoff.keep_steps(spec, name),
+    )
+    rules = {"referred to": "a later phase", f"every {every}": f"keep_every {every}", "newest": f"keep_last {newest}"}
+    first = {step: next(rules[rule] for rule in rules if rule in found) for (_, step), found in why.items()}
+    return {step: "final" if step == last else first[step] for step in sorted(first)}
 
 
 def _cadences(job: Job) -> Iterator[str]:
@@ -204,14 +246,22 @@ def _notes(tflops: float | None) -> tuple[str, ...]:
 
 def as_text(plan: Plan) -> str:
     """The plan as `dinoctl plan` prints it."""
-    size = f"backbone of {plan.backbone_parameters:,} parameters"
-    head = f"{plan.name} on {plan.cluster} ({plan.launcher}), runs in {plan.runs}; {size}"
+    backbone = f"backbone of {plan.backbone_parameters:,} parameters"
+    head = f"{plan.name} on {plan.cluster} ({plan.launcher}), runs in {plan.runs}; {backbone}"
     stages = [_stage(number, phase) for number, phase in enumerate(plan.phases, 1)]
     if plan.evaluate is not None:
         taken = ", ".join(f"{given.name}: {given.reference}" for given in plan.evaluate)
         stages.append(f"{len(stages) + 1}. evaluate\n   takes      {taken}")
-    disk = f"Checkpoints need {_bytes(plan.disk_most)} at the fullest moment."
-    return "\n\n".join([head, *stages, "\n".join([disk, *plan.notes])])
+    return "\n\n".join([head, *stages, _disk_text(plan), "\n".join(plan.notes)])
+
+
+def _disk_text(plan: Plan) -> str:
+    lines = [f"Checkpoints need {size(plan.disk_most)} at the fullest moment and {size(plan.disk_left)} at the end:"]
+    for phase in plan.phases:
+        by = [f"{size(one.bytes)} {one.rule}" + (f" ({len(one.steps)})" if len(one.steps) > 1 else "") for one in
+              sorted(phase.disk.kept_by, key=lambda one: -one.bytes)]  # fmt: skip
+        lines.append(f"   {phase.name:<10} {size(phase.disk.left):>7}: {', '.join(by)}")
+    return "\n".join(lines)
 
 
 def _stage(number: int, phase: PhasePlan) -> str:
@@ -231,7 +281,7 @@ def _stage(number: int, phase: PhasePlan) -> str:
                    f"would also fit: {listed([w for w in phase.fitting_worlds if w != phase.processes], 12)}"),
         ("trains", f"{phase.trained_parameters:,} parameters{frozen}"),
         ("work", work),
-        ("saves", f"{_bytes(disk.checkpoint)} a checkpoint; at most {_bytes(disk.most)}, {_bytes(disk.left)} stay: "
+        ("saves", f"{size(disk.checkpoint)} a checkpoint; at most {size(disk.most)}, {size(disk.left)} stay: "
                   f"steps {_ends(disk.kept)}"),
     ]  # fmt: skip
     body = "\n".join(f"   {name:<10} {text}" for name, text in lines)
@@ -247,11 +297,3 @@ def _ends(steps: tuple[int, ...]) -> str:
     """All of a few steps, else the first and the last ones."""
     texts = [str(step) for step in steps]
     return ", ".join(texts if len(texts) <= 8 else [*texts[:2], "...", *texts[-3:]])
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

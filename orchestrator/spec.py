@@ -271,9 +271,11 @@ def _cluster(name: Any, problems: list[Problem]) -> ClusterProfile | None:
 def _make_absolute(merged: dict[str, Any]) -> None:
     """A path is relative to where dinoctl was called; attempts may start elsewhere, and `resume` too."""
     for phase in merged["phases"].values():
-        for name in handoff.FILE_INPUTS:
+        for name in handoff.PARTS_TAKEN:
             text = phase.get(name)
-            if isinstance(text, str) and handoff.is_file(name, text) and not storage.is_uri(text):
+            if not isinstance(text, str) or storage.is_uri(text):
+                continue
+            if handoff.is_file(name, text) or handoff.is_folder(text):
                 phase[name] = _from_the_root(text)
     for section in (*merged["phases"].values(), merged.get("evaluate") or {}):
         if data := section.get("data"):

@@ -28,9 +28,6 @@ from orchestrator.events import (
     StopRequested,
 )
 
-FALLBACKS = 3
-"""Checkpoints that an attempt is given to go on from: the newest, and older ones in case it cannot be read."""
-
 
 class IllegalEvent(ValueError):  # noqa: N818 - the event is what is illegal
     """The event cannot follow the log so far; the message says why."""
@@ -166,11 +163,11 @@ class State(msgspec.Struct, frozen=True):
         return found
 
     def resume_points(self, phase: str, run_dir: str) -> list[CheckpointRef]:
-        """What an attempt of `phase` goes on from: accepted checkpoints, newest first; none means step 0."""
+        """What an attempt of `phase` may go on from: accepted checkpoints, newest first; none means step 0."""
         own = [CheckpointRef(run=run_dir, phase=phase, attempt=a, step=s) for a, s in self.accepted().get(phase, [])]
         fork = self.created.forked_from
         known = [fork, *own] if fork is not None and fork.phase == phase else own
-        return sorted(known, key=lambda ref: (ref.step, ref in own, ref.attempt), reverse=True)[:FALLBACKS]
+        return sorted(known, key=lambda ref: (ref.step, ref in own, ref.attempt), reverse=True)
 
     def settings(self, phase: str) -> dict[str, Any]:
         section: dict[str, Any] = self.spec["evaluate"] if phase == EVALUATE else self.spec["phases"][phase]

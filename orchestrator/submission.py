@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from model.contract import EVALUATE, FORMAT, CheckpointRef, new_nonce, now
-from orchestrator import amend, attempts, code, handoff, store
+from orchestrator import amend, attempts, code, handoff, retention, store
 from orchestrator.events import RunCreated, SpecAmended
 from orchestrator.handoff import HandoffError
 from orchestrator.perform import ControlError, append, load
@@ -156,4 +156,5 @@ def _check_references(state: State, run_dir: str) -> None:
             if reference.run is not None and stage.name != EVALUATE:
                 attempts.take(state.created.run_id, run_dir, reference, [name])
             elif reference.phase in over and reference.run is None:
-                handoff.own(state.spec, reference, state.accepted(), run_dir)
+                own = handoff.own(state.spec, reference, state.accepted(), run_dir, retention.is_bad)
+                attempts.must_be_there(reference, own)

@@ -31,5 +31,5 @@ def test_the_readme_names_every_exit_code_and_command() -> None:
     readme = (ROOT / "README.md").read_text()
     for code in (cli.DONE, cli.FAILED, cli.WRONG_INPUT, cli.DISK_FULL, cli.INTERRUPTED):
         assert f"| {code} |" in readme
-    for command in ("validate", "plan", "submit", "status", "logs", "cancel", "resume", "schema"):
+    for command in ("validate", "plan", "submit", "status", "logs", "cancel", "resume", "schema", "ckpt"):
         assert f"| `{command}" in readme

@@ -153,6 +153,8 @@ def run(attempt: Attempt) -> RankEnd:
     except StopError:
         return RankEnd(cause=Cause.STOPPED, message="stopped as asked; it will begin again", step=work.done)
     except Exception as error:
+        if isinstance(error, sealed.DamagedError):
+            sealed.mark(error.ref, str(error), attempt)
         return worker.failed(error, work.done)
     return RankEnd(cause=Cause.DONE, message=f"the report is in {REPORT_FILE}", step=work.done)
 

@@ -2,6 +2,7 @@
 
 python -P -m model.weights info ARCH_OR_FILE [--json]
 python -P -m model.weights convert SRC DST --to ours|official|huggingface|timm [--arch ARCH] [--network teacher]
+python -P -m model.weights part CHECKPOINT FILE PART   one part of a checkpoint of ours as one file
 python -P -m model.weights check FILE MODEL      whether FILE fits MODEL, the `model` section of a job as JSON
 """
 
@@ -20,7 +21,7 @@ from model.config import Backbone
 from model.sealed import CheckpointError
 from model.storage import StoreError
 from model.weights import networks, start
-from model.weights.convert import FORMS, Converted, convert
+from model.weights.convert import FORMS, Converted, convert, export
 from model.weights.entries import WeightsError
 from model.weights.sources import NETWORKS, open_source
 
@@ -44,6 +45,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     converted.add_argument("source")
     converted.add_argument("target")
     converted.add_argument("--to", choices=list(FORMS), required=True)
+    part = commands.add_parser("part")
+    for word in ("source", "target", "part"):
+        part.add_argument(word)
     check = commands.add_parser("check")
     check.add_argument("source")
     check.add_argument("model")
@@ -126,13 +130,18 @@ def _text(done: Converted) -> str:
     return "\n".join(lines)
 
 
+def part(options: argparse.Namespace) -> int:
+    print(f"{options.target}: {export(options.source, options.target, options.part):,} bytes")
+    return 0
+
+
 def check(options: argparse.Namespace) -> int:
     """Silent if it fits."""
     start.open_fitting(options.source, config.read(config.Model, json.loads(options.model)))
     return 0
 
 
-COMMANDS = {"info": info, "convert": converted, "check": check}
+COMMANDS = {"info": info, "convert": converted, "part": part, "check": check}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -23,7 +23,7 @@ from model.contract import new_nonce
 from model.weights import names, networks, outside, stream
 from model.weights.entries import Entries, WeightsError
 from model.weights.outside import Prepared
-from model.weights.sources import IMAGES_KEY, OURS_KEY, Source
+from model.weights.sources import IMAGES_KEY, OURS_KEY, Source, open_part
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,17 @@ def convert(source: Source, target: str, to: str) -> Converted:
     size = _write_folder(path, out) if out.beside else _write_file(path, out)
     made = (*source.made, *out.made)
     return Converted(target, len(out.entries), size, (*source.left, *out.dropped), made, out.notes)
+
+
+def export(where: str, target: str, part: str) -> int:
+    """Write one part of a checkpoint of ours to one safetensors file, under its own names, whole or not at all.
+
+    Returns its bytes. Raises WeightsError, also if `target` is there already, CheckpointError.
+    """
+    path = Path(target).expanduser()
+    if path.exists():
+        raise WeightsError(f"{target} is there already; name another, or remove it")
+    return _write_file(path, _Out(open_part(where, part), _TORCH, {}))
 
 
 def _write_file(path: Path, out: _Out) -> int:

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,9 @@ import msgspec
 
 from model import config, contract, sealed, storage
 from model.config import Backbone
-from model.contract import CheckpointRef, File
+from model.contract import CheckpointRef, File, Manifest
 from model.weights import names, networks, outside, pickled, stream
-from model.weights.entries import Entries, Entry, WeightsError, compare, shapes
+from model.weights.entries import Entries, Entry, WeightsError, compare, joined, shapes
 from model.weights.outside import Prepared
 
 NETWORKS = ("teacher", "student", "gram_teacher")
@@ -56,10 +58,11 @@ def open_source(where: str, like: Backbone | None = None, network: str = "teache
     like: the backbone that it is to be, channels apart, where the source itself does not tell. Raises WeightsError,
     CheckpointError, StoreError.
     """
-    path = local_copy(where)
-    if not path.exists():
+    if storage.is_uri(where) and _CHECKPOINT.fullmatch(where):
+        source = _checkpoint(where, network)
+    elif not (path := local_copy(where)).exists():
         raise WeightsError(f"no such file or folder: {where}")
-    if path.is_dir():
+    elif path.is_dir():
         source = _folder(path, like, network)
     else:
         tensors, header = _file(path)
@@ -88,7 +91,7 @@ def local_copy(where: str) -> Path:
 
 def _folder(path: Path, like: Backbone | None, network: str) -> Source:
     if (path / "manifest.json").exists():
-        return _checkpoint(path, network)
+        return _checkpoint(str(path.absolute()), network)
     if (path / pickled.INDEX).exists():
         return _tell(str(path), pickled.open_folder(path), {}, like, network)
     files = sorted(path.glob("*.safetensors"))
@@ -106,21 +109,19 @@ def _folder(path: Path, like: Backbone | None, network: str) -> Source:
     return replace(source, images=outside.prepared(path / "preprocessor_config.json", described))
 
 
-def _checkpoint(path: Path, network: str) -> Source:
-    run, phase, attempt, step = path.absolute().parents[3], *path.absolute().parts[-3:]
-    ref = CheckpointRef(run=str(run), phase=phase, attempt=int(attempt), step=int(step))
-    manifest = sealed.read_manifest(ref)
+_CHECKPOINT = re.compile(r"(?P<run>.+)/checkpoints/(?P<phase>[^/]+)/(?P<attempt>\d+)/(?P<step>\d+)/?")
+"""The folder of a checkpoint, and of its run."""
+
+
+def _checkpoint(where: str, network: str) -> Source:
     parts = {"teacher": ("teacher_backbone", "teacher_heads")}.get(network, (network,))
-    missing = [part for part in parts if part not in manifest.parts]
-    if missing:
-        raise WeightsError(f"{path} has no {', '.join(missing)}, only {', '.join(sorted(manifest.parts))}")
+    manifest, run = _manifest(where)
     tensors: dict[str, Entry] = {}
     for part in parts:
-        for file in manifest.parts[part]:
-            tensors |= stream.open_file(_verified(run / file.path, file))[0]
+        tensors |= _part(where, run, manifest, part)
     data = config.read(config.Data, manifest.model["phase"]["data"])
     return Source(
-        where=str(path),
+        where=where,
         format="ours",
         backbone=config.read(config.Model, manifest.model["networks"]).backbone,
         own={name.removeprefix("backbone."): value for name, value in tensors.items()},
@@ -130,15 +131,50 @@ def _checkpoint(path: Path, network: str) -> Source:
     )
 
 
-def _verified(path: Path, file: File) -> Path:
-    """The same path, once size and checksum are those of the manifest; read in pieces."""
+def open_part(where: str, part: str) -> Entries:
+    """The tensors of one part of a checkpoint of ours, its files verified. Raises WeightsError, CheckpointError."""
+    absolute = where if storage.is_uri(where) else str(Path(where).absolute())
+    manifest, run = _manifest(absolute)
+    return _part(where, run, manifest, part)
+
+
+def _manifest(where: str) -> tuple[Manifest, str]:
+    """Of the checkpoint in a folder, and its run."""
+    found = _CHECKPOINT.fullmatch(where)
+    if found is None:
+        raise WeightsError(f"{where} is no checkpoint: one lies in RUN/checkpoints/<phase>/<attempt>/<step>")
+    ref = CheckpointRef(found["run"], found["phase"], int(found["attempt"]), int(found["step"]))
+    return sealed.read_manifest(ref), ref.run
+
+
+def _part(where: str, run: str, manifest: Manifest, part: str) -> Entries:
+    """Those that were cut over processes are put together again from the rows in each file."""
+    if part not in manifest.parts:
+        raise WeightsError(f"{where} has no {part}, only {', '.join(sorted(manifest.parts))}")
+    pieces: dict[str, list[tuple[int, Entry]]] = {}
+    for file in manifest.parts[part]:
+        entries, header = stream.open_file(_verified(f"{run}/{file.path}", file))
+        cut = json.loads(header.get(sealed.ROWS, "{}"))
+        for name, entry in entries.items():
+            pieces.setdefault(name, []).append((cut.get(name, (0,))[0], entry))
+    return {
+        name: found[0][1] if len(found) == 1 else joined([entry for _, entry in sorted(found, key=itemgetter(0))])
+        for name, found in pieces.items()
+    }
+
+
+def _verified(where: str, file: File) -> Path:
+    """The file, of a URI a copy in the cache, once size and checksum are those of the manifest; read in pieces."""
+    path = local_copy(where)
     try:
         with path.open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
     except FileNotFoundError as error:
-        raise WeightsError(f"{path} is not there, though the manifest names it") from error
+        raise WeightsError(f"{where} is not there, though the manifest names it") from error
     if (path.stat().st_size, digest) != (file.bytes, file.sha256):
-        raise WeightsError(f"{path} is not what its manifest says: torn or altered")
+        if storage.is_uri(where):
+            path.unlink()  # it may be repaired there, and is then fetched again
+        raise WeightsError(f"{where} is not what its manifest says: torn or altered")
     return path
 
 

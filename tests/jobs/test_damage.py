@@ -58,6 +58,39 @@ def test_a_torn_shard_and_a_lost_manifest_are_passed_over(reference: Job, job: J
     assert f"goes on from pretrain@{first} " in said
     assert job.steps(2)[0] == first + 1
     same_weights(job, reference, ONE)
+    assert marked(job) == [f"pretrain-1-{second}.json", f"pretrain-1-{third}.json"]
+    # What is left of attempt 1: the bad one stays until three whole ones, as keep_last says, are newer.
+    assert [(step, attempt) for step, attempt in job.sealed("pretrain") if attempt == 2] == [(12, 2), (18, 2), (20, 2)]
+    assert [file.name for file in (job.run_dir / "checkpoints/pretrain/1").iterdir()] == [str(third)]
+
+
+def marked(job: Job) -> list[str]:
+    return sorted(file.name for file in (job.run_dir / contract.BAD_DIR).iterdir())
+
+
+def test_a_bad_checkpoint_is_found_by_hand_and_never_picked_again(reference: Job, job: Job) -> None:
+    """`ckpt verify` names the file whose bit is flipped; the trainer then does not even try it."""
+    first, second, third = stopped_at_its_third_checkpoint(job)
+    whole = job.dinoctl(["ckpt", "verify", job.name])
+    assert (whole.returncode, whole.stdout.count(": whole, ")) == (0, 3), whole.stdout
+    shard = job.run_dir / contract.checkpoint_dir("pretrain", 1, third) / "optimizer.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    found = job.dinoctl(["ckpt", "verify", f"{job.name}#pretrain@{third}", "--mark"])
+    assert found.returncode == 1, found.stdout
+    assert f"{shard}: sha256 " in found.stdout
+    # An input that names it is refused, with what to do.
+    refused = job.dinoctl([*job.submit("--fork", f"{job.name}#pretrain@{third}")[:2], "--run", "other", "--fork",
+                           f"{job.name}#pretrain@{third}", f"data.path={job.images}"])  # fmt: skip
+    assert refused.returncode == 2, refused.stdout
+    assert "that checkpoint is damaged" in refused.stdout
+    assert "dinoctl ckpt verify" in refused.stdout
+
+    assert job.start(job.on_the_run("resume")).wait(PATIENCE) == 0, job.output()
+    assert [ref.step for ref in job.attempt(2).resume] == [second, first]
+    assert "cannot resume from" not in job.output()
+    same_weights(job, reference, ONE)
 
 
 def test_no_checkpoint_left_to_go_on_from_is_not_a_silent_restart(job: Job) -> None:
@@ -67,6 +100,13 @@ def test_no_checkpoint_left_to_go_on_from_is_not_a_silent_restart(job: Job) -> N
     summary = job.status()["summary"]
     assert (summary["status"], summary["cause"]) == ("failed", "bad-checkpoint")
     assert job.steps(2) == []
+    assert len(marked(job)) == 3
+    # Asked again it does not even launch an attempt, and says why.
+    assert job.start(job.on_the_run("resume")).wait(PATIENCE) == 1, job.output()
+    summary = job.status()["summary"]
+    assert (summary["status"], summary["cause"]) == ("failed", "bad-checkpoint")
+    assert "no checkpoint of pretrain to go on from is whole" in summary["message"]
+    assert job.attempts("pretrain") == [1, 2]
 
 
 # --- full disks -------------------------------------------------------------------------------------------------------

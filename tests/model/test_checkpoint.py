@@ -192,6 +192,35 @@ def test_retention(tmp_path: Path) -> None:
     assert storage.names(f"{tmp_path}/checkpoints/pretrain/1") == ["2", "3", "4", "7", "8"]
 
 
+def test_a_worker_whose_attempt_is_closed_removes_nothing(tmp_path: Path) -> None:
+    """Its successor may be reading; what it sealed and nobody counted is the controller's to remove."""
+    attempt = make_attempt(tmp_path)
+    sealed_ones = {step: seal(attempt, step) for step in (1, 2, 3)}
+    storage.publish(f"{tmp_path}/{contract.closed_file(1)}", b"{}")
+    left = retention.prune(attempt, Checkpoints(every=1, keep_last=1), sealed_ones)
+    assert left == sealed_ones
+    for step in sealed_ones:
+        assert sealed.load(ref(attempt, step), "student")
+
+
+def test_a_pin_that_comes_while_the_worker_removes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt = make_attempt(tmp_path)
+    sealed_ones = {step: seal(attempt, step) for step in (1, 2)}
+    real = storage.remove
+
+    def pinned_first(path: str) -> None:
+        if path.endswith("/1/manifest.json"):
+            storage.publish(f"{tmp_path}/{contract.pin_file('pretrain', 1, 1, 'c0ffee-init')}", b"{}")
+        real(path)
+
+    monkeypatch.setattr(storage, "remove", pinned_first)
+    settings = Checkpoints(every=1, keep_last=1)
+    left = retention.prune(attempt, settings, sealed_ones)
+    assert sorted(left) == [1, 2]
+    assert sealed.load(ref(attempt, 1), "optimizer")
+    assert sorted(retention.prune(attempt, settings, left)) == [1, 2]
+
+
 def test_a_file_that_a_kept_manifest_needs_outlives_its_own_checkpoint(tmp_path: Path) -> None:
     attempt = make_attempt(tmp_path)
     settings = Checkpoints(every=1, keep_last=1)

@@ -125,7 +125,10 @@ def describe(run_dir: Path, images: Path, number: int = 1, **changes: Any) -> At
 
 
 def ref(ran: Ran, step: int) -> CheckpointRef:
-    attempt = ran.attempt
+    return ref_of(ran.attempt, step)
+
+
+def ref_of(attempt: Attempt, step: int) -> CheckpointRef:
     return CheckpointRef(run=attempt.run_dir, phase=attempt.phase, attempt=attempt.attempt, step=step)
 
 
@@ -224,6 +227,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(alone: Ran, t
     second = train(describe(tmp_path, images, 2, resume=[ref(first, 12), ref(first, 8)]))
     assert second.end().cause is Cause.DONE, second.log()
     assert "optimizer.safetensors" in progress.steps(str(tmp_path), 2)[0].note
+    assert storage.names(f"{tmp_path}/{contract.BAD_DIR}") == ["pretrain-1-12.json"]
     assert second.steps() == [9, 10, 11, 12]
     assert_same_state(ref(alone, STEPS), ref(second, STEPS))
     third = train(describe(tmp_path, images, 3, resume=[ref(first, 12)]))

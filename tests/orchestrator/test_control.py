@@ -286,15 +286,21 @@ def test_a_number_whose_yaml_is_of_an_older_spec_is_skipped(bench: Bench, monkey
     assert bench.launcher.job.attempt.settings["health"]["stall_seconds"] == 5.0
 
 
-def test_a_close_whose_controller_died_decides_what_counts(bench: Bench) -> None:
+def test_what_is_sealed_once_the_attempt_is_closed_is_looked_for_after_that(bench: Bench) -> None:
+    """The controller that closed it died before the event. A worker that looked just before goes on: it seals a last
+    time and removes what that makes old. Had the close said what counts, it would name what is gone."""
     bench.submit()
     bench.tick()
-    bench.launcher.job.train(2)
-    storage.publish(f"{bench.dir()}/{closed_file(1)}", b'{"steps":[2],"nonce":"x"}')
-    bench.launcher.job.seal(4)
+    job = bench.launcher.job
+    job.train(2)
+    storage.publish(f"{bench.dir()}/{closed_file(1)}", b"{}")
+    job.seal(4)
+    storage.remove_tree(f"{bench.dir()}/checkpoints/pretrain/1/2")
     state = bench.tick().state
-    assert state.accepted() == {"pretrain": [(1, 2)]}
+    assert state.accepted() == {"pretrain": [(1, 4)]}
     assert not bench.launcher.jobs[0].running
+    job.seal(3)  # after the event nothing counts
+    assert control.load(bench.dir()).accepted() == {"pretrain": [(1, 4)]}
 
 
 DRIVER = """

@@ -95,12 +95,26 @@ def test_which_checkpoints_stay(job: dict[str, Any], kept: tuple[int, ...]) -> N
     assert kept_steps(job, "first") == kept
 
 
+def test_what_keeps_the_7bs_checkpoints(v3_7b: Plan) -> None:
+    assert v3_7b.disk_most / 1e12 == pytest.approx(3.34, abs=0.01)
+    assert v3_7b.disk_left / 1e12 == pytest.approx(3.26, abs=0.01)
+    by = [{keeps.rule: len(keeps.steps) for keeps in phase.disk.kept_by} for phase in v3_7b.phases]
+    assert by == [
+        {"keep_every 50000": 18, "a later phase": 1, "keep_last 3": 2, "final": 1},
+        {"keep_last 3": 2, "final": 1},
+        {"keep_last 3": 2, "final": 1},
+        {"keep_last 3": 2, "final": 1},
+    ]
+    for phase in v3_7b.phases:
+        assert sum(keeps.bytes for keeps in phase.disk.kept_by) == phase.disk.left
+
+
 def test_a_gram_teacher_is_stored_once_unless_it_is_refreshed() -> None:
     once = plan("tests/jobs/tiny.yaml", "phases.gram.losses.gram.refresh_every=0").phases[1].disk
     each = plan("tests/jobs/tiny.yaml").phases[1].disk
     assert once.checkpoint == each.checkpoint
     teacher = 4 * plan("tests/jobs/tiny.yaml").backbone_parameters
-    assert each.left - once.left == (len(once.kept) - 1) * teacher
+    assert each.left - once.left == len(once.kept) * teacher  # pretrain's own checkpoint holds it
 
 
 def test_saves_at_steps_that_nobody_knows_yet() -> None:
@@ -121,7 +135,9 @@ def test_the_fullest_moment_counts_what_earlier_phases_left() -> None:
 
 def test_as_text_and_as_json(v3_7b: Plan) -> None:
     text = as_text(v3_7b)
-    for said in ("1. pretrain", "gram_teacher: pretrain@200000 (teacher_backbone)", "32 nodes, 256 processes", "TB"):
+    kept = "2.47 TB: 2.02 TB keep_every 50000 (18), 225 GB keep_last 3 (2), 112 GB a later phase, 112 GB final"
+    teacher = "gram_teacher: pretrain@200000 (teacher_backbone)"
+    for said in ("1. pretrain", teacher, "32 nodes, 256 processes", kept):
         assert said in text
     assert max(len(line) for line in text.splitlines()) <= 120
     assert json.loads(json.dumps(v3_7b.as_mapping()))["phases"][1]["steps"] == 40_000

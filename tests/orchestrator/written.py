@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from model import contract, storage
-from model.contract import Cause, Outcome, Step, Watcher
+from model.contract import Attempt, Cause, CheckpointRef, Outcome, Step, Watcher
 from orchestrator import events, store
 
 SPEC: dict[str, Any] = {
@@ -38,13 +38,17 @@ def row(score: str = "linear probe accuracy", **changes: Any) -> dict[str, Any]:
 class Run:
     """`created` is when its first event says that it began."""
 
-    def __init__(self, folder: Path, created: float = 1000.0, **tracking: Any) -> None:
+    def __init__(
+        self, folder: Path | str, created: float = 1000.0, checkpoints: dict[str, int] | None = None, **tracking: Any
+    ) -> None:
         self.path = str(folder)
         self.count = 0
         self.at = created
         spec = {**SPEC, "tracking": {**SPEC["tracking"], **tracking}}
+        if checkpoints:
+            spec["phases"] = {name: {**phase, "checkpoints": checkpoints} for name, phase in SPEC["phases"].items()}
         self.add(
-            events.RunCreated, format=contract.FORMAT, run=folder.name, run_id="ab" * 16, spec=spec,
+            events.RunCreated, format=contract.FORMAT, run=str(folder).rsplit("/", 1)[-1], run_id="ab" * 16, spec=spec,
             cluster={"launcher": "local"}, spec_digest="d" * 64, code_digest="c" * 64, version="0",
         )  # fmt: skip
 
@@ -56,6 +60,15 @@ class Run:
         intent = {"attempt": attempt, "phase": phase, "launch_name": "n", "digest": "", "owner": "me", "lease_until": 0}
         self.add(events.AttemptIntended, **intent)
         self.add(events.AttemptLaunched, attempt=attempt, handle={"pid": 1})
+
+    def told(self, attempt: int, phase: str, resume: list[CheckpointRef]) -> None:
+        """The attempt's YAML."""
+        told = Attempt(
+            format=contract.FORMAT, run="tiny", run_id="ab" * 16, run_dir=self.path, attempt=attempt, phase=phase,
+            launch_name="n", seed=0, model={}, settings={}, inputs={}, resume=resume, keep_steps=[], nodes=1,
+            processes_per_node=1, threads=1, code_dir="", on_end=[], spec_digest="", code_digest="",
+        )  # fmt: skip
+        storage.publish(f"{self.path}/{contract.attempt_yaml(attempt)}", msgspec.yaml.encode(told))
 
     def end(self, attempt: int, cause: Cause, steps: list[int], message: str = "", detail: str = "") -> None:
         outcome = Outcome(cause=cause, message=message, step=None, detail=detail)
