@@ -1,5 +1,8 @@
 """An agent's link to the store of its run, a thread of its own: a store that is slow or away never keeps the agent from
-its signals and its ranks. It asks whether the attempt was closed, and brings the logs to a bucket. No torch."""
+its signals and its ranks. No torch.
+
+It asks whether the attempt was closed and, in a bucket, renews the claim and brings the logs.
+"""
 
 from __future__ import annotations
 
@@ -96,6 +99,7 @@ class Link:
         while not self.over.wait(self.attempt.watch_seconds):
             try:
                 self.closed = self.closed or closed(self.attempt)
+                self._renew_claim()
                 self.logs.ship()
                 self.reached = time.monotonic()
                 self.said = ""
@@ -103,6 +107,13 @@ class Link:
                 if str(error) != self.said:
                     say(str(error))
                 self.said = str(error)
+
+    def _renew_claim(self) -> None:
+        """For who looks from another machine into a bucket: its holder was there when the claim was last written. On a
+        disk whoever looks is mostly on the same machine, and sees the process."""
+        if storage.is_uri(self.attempt.run_dir) and not self.closed:
+            claim = f"{self.attempt.run_dir}/{contract.claim_file(self.attempt.attempt)}"
+            storage.replace(claim, storage.read(claim))
 
 
 def closed(attempt: Attempt) -> bool:

@@ -103,6 +103,7 @@ def test_a_store_that_is_killed_in_the_middle_of_an_upload(job: Job, undisturbed
         s3_store.kill()
         time.sleep(3)
         s3_store.start()
+        proxy.latency = 0.0
         assert dinoctl.wait(PATIENCE) == 0, job.output()
     assert [job.attempts(phase) for phase in PHASES] == [[1], [2]]
     same_weights(job, undisturbed, PHASES)

@@ -15,6 +15,7 @@ from model.link import Link, Logs
 from model.progress import Progress
 from model.watch import Watch, why_kill
 from orchestrator import logs, progress
+from tests.jobs.harness import wait_until
 from tests.model.test_checkpoint import make_attempt
 
 
@@ -107,3 +108,18 @@ def test_a_chunk_that_a_bucket_refuses_is_told_at_the_next_step(
     written.step(1, 1.0, {})
     with pytest.raises(storage.NoAccessError, match="progress/000000"):
         written.flush()
+
+
+@pytest.mark.jobs
+@pytest.mark.requires("s3")
+def test_the_claim_is_renewed_and_a_closed_attempt_is_noticed(attempt: Attempt) -> None:
+    claim = f"{attempt.run_dir}/{contract.claim_file(1)}"
+    storage.publish(claim, b"mine")
+    claimed = storage.modified(claim)
+    time.sleep(1.1)  # a bucket's clock shows seconds
+    opened = Link.open(msgspec.structs.replace(attempt, watch_seconds=0.05))
+    wait_until(lambda: storage.modified(claim) > claimed, "the claim to be renewed")
+    assert storage.read(claim) == b"mine"
+    storage.publish(f"{attempt.run_dir}/{contract.closed_file(1)}", b"{}")
+    wait_until(lambda: opened.closed, "the end to be noticed")
+    opened.shut()
