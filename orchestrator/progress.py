@@ -28,6 +28,28 @@ def chunks(run_dir: str, attempt: int) -> list[int]:
     return [int(stem) for stem in stems if stem.isdecimal()]
 
 
+def last_chunk(run_dir: str, attempt: int) -> int:
+    """The number of the newest chunk, -1 if there is none.
+
+    A bucket lists a thousand names at a time, and a week has more than a hundred thousand chunks; as their numbers are
+    consecutive, it is asked for a few of them instead.
+    """
+    if not storage.is_uri(run_dir):
+        return max(chunks(run_dir, attempt), default=-1)
+
+    def is_there(chunk: int) -> bool:
+        return storage.exists(f"{run_dir}/{contract.progress_chunk(attempt, chunk)}")
+
+    there, beyond = -1, 1
+    while is_there(beyond - 1):
+        there, beyond = beyond - 1, 2 * beyond
+    absent = beyond - 1
+    while absent - there > 1:
+        middle = (there + absent) // 2
+        there, absent = (middle, absent) if is_there(middle) else (there, middle)
+    return there
+
+
 def read_chunk(run_dir: str, attempt: int, chunk: int) -> list[Step]:
     """The steps of one chunk. Raises contract.ContractError naming file and line if one is of another shape."""
     path = f"{run_dir}/{contract.progress_chunk(attempt, chunk)}"
@@ -50,8 +72,8 @@ def since(run_dir: str, attempt: int, last: int) -> Iterator[tuple[int, list[Ste
 
 
 def latest(run_dir: str, attempt: int) -> Step | None:
-    """The newest step that an attempt recorded; one listing and one read, however long the attempt has run."""
-    for chunk in reversed(chunks(run_dir, attempt)):
+    """The newest step that an attempt recorded; one chunk is read, however long the attempt has run."""
+    for chunk in range(last_chunk(run_dir, attempt), -1, -1):
         steps = read_chunk(run_dir, attempt, chunk)
         if steps:
             return steps[-1]

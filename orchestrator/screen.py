@@ -56,9 +56,7 @@ class Follower:
     def begin(self, run: State) -> None:
         """Pass over what happened before: a person who comes back wants to see what is new."""
         self.ended = {attempt.number for attempt in run.attempts if attempt.end}
-        self.chunks = {
-            number: max(progress.chunks(self.run_dir, number), default=-1) for number in sorted(self.ended)
-        }  # fmt: skip
+        self.chunks = {number: progress.last_chunk(self.run_dir, number) for number in sorted(self.ended)}
 
     def look(self, run: State) -> list[str]:
         """The notes since the last look; `view` is where the run is now."""

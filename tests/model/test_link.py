@@ -96,6 +96,18 @@ def test_a_slow_bucket_holds_up_no_step(attempt: Attempt, monkeypatch: pytest.Mo
     written.flush()
     assert [one.step for one in progress.steps(attempt.run_dir, 1)] == list(range(1, 51))
     assert progress.chunks(attempt.run_dir, 1) == [0, 1]
+    newest = progress.latest(attempt.run_dir, 1)
+    assert newest is not None
+    assert newest.step == 50
+
+
+@pytest.mark.jobs
+@pytest.mark.requires("s3")
+def test_the_newest_chunk_is_found_without_a_listing(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "names", None)
+    for count in range(10):
+        assert progress.last_chunk(attempt.run_dir, 1) == count - 1
+        storage.publish(f"{attempt.run_dir}/{contract.progress_chunk(1, count)}", b"")
 
 
 @pytest.mark.jobs
