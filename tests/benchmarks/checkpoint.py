@@ -131,7 +131,7 @@ def _place(options: argparse.Namespace) -> Iterator[str]:
         if not options.store:
             yield folder
             return
-        with weed.running(Path(folder)) as store:
+        with weed.running(Path(folder), volumes=400) as store:
             os.environ.update(store.environment())
             yield f"s3://{weed.BUCKET}/benchmark"
 

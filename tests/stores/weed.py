@@ -48,6 +48,7 @@ class Store:
     volume: int
     filer: int
     s3: int
+    volumes: int = 20
     key: str = field(default_factory=lambda: secrets.token_hex(8))
     secret: str = field(default_factory=lambda: secrets.token_hex(16))
     process: subprocess.Popen[bytes] | None = None
@@ -120,8 +121,8 @@ class Store:
         assert weed is not None
         return [
             weed, "-logtostderr=true", "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false",
-            f"-dir={self.folder}", f"-master.port={self.master}", f"-volume.port={self.volume}", "-volume.max=20",
-            "-master.volumeSizeLimitMB=64", "-master.raftHashicorp", "-master.electionTimeout=1s",
+            f"-dir={self.folder}", f"-master.port={self.master}", f"-volume.port={self.volume}",
+            f"-volume.max={self.volumes}", "-master.volumeSizeLimitMB=64", "-master.raftHashicorp", "-master.electionTimeout=1s",
             "-filer", f"-filer.port={self.filer}", f"-filer.localSocket={self.folder}/filer.sock",
             "-s3", f"-s3.port={self.s3}", f"-s3.config={settings}",
             "-s3.port.iceberg=0", "-s3.port.lance=0",  # it would open fixed ports for these
@@ -129,9 +130,9 @@ class Store:
 
 
 @contextmanager
-def running(folder: Path) -> Iterator[Store]:
-    """A store with its data in `folder`, empty to begin with."""
-    store = Store(folder, *_free_ports(4))
+def running(folder: Path, volumes: int = 20) -> Iterator[Store]:
+    """A store with its data in `folder`, empty to begin with; it holds 64 MB a volume, removed objects included."""
+    store = Store(folder, *_free_ports(4), volumes=volumes)
     try:
         store.start()
         yield store
