@@ -122,7 +122,8 @@ class Store:
         return [
             weed, "-logtostderr=true", "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false",
             f"-dir={self.folder}", f"-master.port={self.master}", f"-volume.port={self.volume}",
-            f"-volume.max={self.volumes}", "-master.volumeSizeLimitMB=64", "-master.raftHashicorp", "-master.electionTimeout=1s",
+            f"-volume.max={self.volumes}", "-master.volumeSizeLimitMB=64",
+            "-master.raftHashicorp", "-master.electionTimeout=1s",
             "-filer", f"-filer.port={self.filer}", f"-filer.localSocket={self.folder}/filer.sock",
             "-s3", f"-s3.port={self.s3}", f"-s3.config={settings}",
             "-s3.port.iceberg=0", "-s3.port.lance=0",  # it would open fixed ports for these
