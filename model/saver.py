@@ -94,7 +94,7 @@ class Saver:
             said = (
                 f"step {step} is not sealed: the save before it is still being written ({self._skipped} skipped so far)"
             )
-            self._progress.note(f"{said}; docs/checkpoints.md, Saving", {"checkpoint/skipped": float(self._skipped)})
+            self._progress.note(f"{said}; runbooks/save-skipped.md", {"checkpoint/skipped": float(self._skipped)})
         return bool(decision["save"])
 
     def _decide(self, wanted: bool) -> str:

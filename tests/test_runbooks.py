@@ -1,4 +1,4 @@
-"""Every way to end has a page, and every page is of one."""
+"""Every way to end has a page, and every alert; every page is of one."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from model.contract import Cause
 from orchestrator import failures
 
 ROOT = Path(__file__).parents[1]
-CAUSES = [cause for cause in Cause if cause is not Cause.DONE]
+PAGES = [cause.value for cause in Cause if cause is not Cause.DONE]
+ALERTS = ["save-skipped"]
+"""What goes on all the same, and somebody should look at."""
 
 
-def test_pages_and_causes_are_the_same() -> None:
-    assert {page.stem for page in (ROOT / "runbooks").glob("*.md")} == {cause.value for cause in CAUSES}
+def test_there_is_a_page_for_each_and_no_other() -> None:
+    assert {page.stem for page in (ROOT / "runbooks").glob("*.md")} == {*PAGES, *ALERTS}
+    assert all(failures.runbook(Cause(page)) == f"runbooks/{page}.md" for page in PAGES)
 
 
-@pytest.mark.parametrize("cause", CAUSES)
-def test_a_page_says_what_it_looks_like_what_dinoctl_does_and_what_to_do(cause: Cause) -> None:
-    text = (ROOT / failures.runbook(cause)).read_text()
-    assert text.startswith(f"# {cause.value}: ")
+@pytest.mark.parametrize("page", [*PAGES, *ALERTS])
+def test_a_page_says_what_it_looks_like_what_dinoctl_does_and_what_to_do(page: str) -> None:
+    text = (ROOT / "runbooks" / f"{page}.md").read_text()
+    assert text.startswith(f"# {page}: ")
     for part in ("**What it looks like.**", "**What dinoctl does.**", "**What you do.**"):
         assert part in text
 
