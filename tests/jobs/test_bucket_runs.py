@@ -98,8 +98,8 @@ def test_a_store_that_is_killed_in_the_middle_of_an_upload(job: Job, undisturbed
     with proxied(s3_store.endpoint, latency=0.1) as proxy:  # an upload takes long enough to be struck
         slow = replace(job, environment={"AWS_ENDPOINT_URL": proxy.endpoint})
         dinoctl = slow.start(slow.submit())
-        step = f"{job.where}/{contract.checkpoint_dir('pretrain', 1, 12)}"
-        wait_until(lambda: storage.names(step), "the second checkpoint to be on its way", pause=0.0)
+        step = f"{job.where}/{contract.checkpoint_dir('pretrain', 1, 6)}"
+        wait_until(lambda: storage.names(step), "the first checkpoint to be on its way", pause=0.0)
         s3_store.kill()
         time.sleep(3)
         s3_store.start()
