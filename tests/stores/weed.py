@@ -160,7 +160,7 @@ def _free_ports(count: int) -> list[int]:
 if __name__ == "__main__":
     place = Path(sys.argv[1]).absolute()
     place.mkdir(parents=True, exist_ok=True)
-    with running(place) as serving:
+    with running(place, volumes=1000) as serving:  # a demo seals a gigabyte, and what is pruned counts
         for variable, value in serving.environment().items():
             print(f"export {variable}={value}")
         print(f"# dinoctl submit jobs/ci.yaml --runs s3://{BUCKET}/runs", flush=True)
