@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from model import checkpoint, contract, memory, sealed, storage
+from model import checkpoint, contract, sealed, storage
 from model.contract import Attempt, Cause, RankEnd
 from model.data.errors import BadDataError, DataError, StalledDataError
 from model.rank import note
@@ -52,7 +52,6 @@ def main(attempt_yaml: str, work: Callable[[Attempt], RankEnd]) -> int:
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank}: %(message)s", stream=sys.stderr)
     attempt = contract.read_attempt(storage.read(attempt_yaml), attempt_yaml)
     torch.set_num_threads(attempt.threads)
-    memory.keep_freed()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for to be deterministic
     torch.use_deterministic_algorithms(True)
     # Filling every new tensor with NaN shows reads of memory never written; it costs a twentieth of a small step.

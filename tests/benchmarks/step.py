@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from model import accounting, config, memory, optim, parallel, sharding
+from model import accounting, config, optim, parallel, sharding
 from model.data.augment import Recipe, ssl_views
 from model.data.batch import SslBatch
 from model.data.masks import group_masks
@@ -193,20 +193,19 @@ def step(training: Training, watch: Stopwatch) -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
-    memory.keep_freed()  # as `model.worker` does
     training = prepare(options)
     watch = Stopwatch(Timer(training.device, options.cpu_time))
     for part, module in _parts(training.objective):
         watch.watch(part, module)
     for _ in range(WARM_UP - 1):
         step(training, watch)
-    most = peak_memory_mib(training.device)
+    memory = peak_memory_mib(training.device)
     with recorded() as products:
         step(training, watch)
     watch.marks.clear()
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
     rounds = [_round(training, watch, products, dtype) for _ in range(options.rounds)]
-    return {**_report(training, products, rounds), "peak_memory_mib": most, **_machine(options, training.device)}
+    return {**_report(training, products, rounds), "peak_memory_mib": memory, **_machine(options, training.device)}
 
 
 @dataclass(frozen=True)
