@@ -48,7 +48,7 @@ unit: setup     ## tests that start no jobs, on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m "not jobs" -n 2 --dist loadfile
 
 jobs: setup     ## real torchrun jobs, killed and resumed
-	$(BIN)/python -P -m pytest -m jobs
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m jobs
 
 lock: setup     ## pin today's newest versions again
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --all-extras --upgrade pyproject.toml -o constraints.txt

@@ -91,13 +91,13 @@ import sys, torch
 sys.path.insert(0, sys.argv[4])
 from torch import distributed
 from model import parallel
-from test_text_objective import batch, gradients, objective
+from test_text_objective import gradients, in_double, in_double_batch, objective
 rank = int(sys.argv[1])
 distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-made = objective()
-loss, found = gradients(made, batch(4 * rank, 4 * rank + 4), 2)
+made = in_double(objective())
+loss, found = gradients(made, in_double_batch().slice(4 * rank, 4 * rank + 4), 2)
 parallel.reduce_gradients(p for net in made.networks().trained.values() for p in net.parameters())
-found["loss"] = parallel.all_reduce_sum(torch.tensor(loss))
+found["loss"] = parallel.all_reduce_sum(torch.tensor(loss, dtype=torch.float64))
 torch.save(found, sys.argv[3] + f".{rank}")
 distributed.destroy_process_group()
 """
@@ -105,7 +105,7 @@ distributed.destroy_process_group()
 
 @pytest.mark.jobs
 def test_two_processes_equal_one(tmp_path, request):
-    loss, expected = gradients(objective(), batch(), 8)
+    loss, expected = gradients(in_double(objective()), in_double_batch(), 8)
     here = str(request.path.parent)
     ranks = [
         subprocess.Popen(
@@ -116,8 +116,8 @@ def test_two_processes_equal_one(tmp_path, request):
     assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
     for rank in range(2):
         found = torch.load(tmp_path / f"out.{rank}", weights_only=True)
-        assert found.pop("loss").item() == pytest.approx(loss, rel=1e-5)
-        same(found, expected, rtol=1e-4, atol=1e-6)
+        assert found.pop("loss").item() == pytest.approx(loss, rel=1e-12)
+        same(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_learns_and_leaves_the_tower_alone():
