@@ -218,7 +218,10 @@ class Resources(Section):
     processes_per_node: PositiveInt = Field(1, description="one per GPU, or as many as the cores are worth")
     threads: PositiveInt = Field(1, description="CPU threads a process computes with")
     time_limit_minutes: PositiveInt | None = None
-    partition: str | None = None
+    min_nodes: PositiveInt | None = Field(
+        None, description="after nodes were lost: go on with as few, the same global batch"
+    )
+    slurm: dict[str, Any] = Field({}, description="what this job has other than its cluster's `slurm` section")
 
 
 class Checkpoints(Section):

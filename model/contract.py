@@ -13,6 +13,7 @@ A run's directory, every path relative to it:
     attempts/<n>/closed.json            the controller ended attempt n: nothing it seals from now on counts
     attempts/<n>/outcome.json           how attempt n ended, in its agent's words
     attempts/<n>/ranks/<rank>.json      how one rank ended, in its own words
+    attempts/<n>/nodes/<node>.json      how one node ended, in its agent's words; node 0 judges them all
     attempts/<n>/progress/<chunk>.jsonl what happened at each step (rank 0)
     attempts/<n>/recorded/              steps written down whole, for `dinoctl replay`
     attempts/<n>/log/                   agent.log and rank-<rank>.log; in a bucket each a folder of numbered chunks
@@ -134,6 +135,7 @@ class Attempt(Record, frozen=True):
     on_end: list[str]  # the command that the agent runs as its last act (a tick), in its own environment
     spec_digest: str
     code_digest: str
+    exclude: list[str] = []  # nodes that the launcher is not to place it on, as they failed this run lately
     files: dict[str, str] = {}  # inputs that are no checkpoint of a run: path or URI of a file or folder of weights
     watch_seconds: float = 1.0  # how often the agent looks at its processes; progress chunks are at most this frequent
 
@@ -162,7 +164,8 @@ class Manifest(Record, frozen=True):
 
 
 class Claim(Record, frozen=True):
-    """Who trains an attempt. `started` is the process's start time: a pid alone may be somebody else's by now."""
+    """Who trains an attempt: the agent of its node 0. `started` is the process's start time, as a pid alone may be
+    another's by now."""
 
     launch_name: str
     host: str
@@ -170,6 +173,9 @@ class Claim(Record, frozen=True):
     pid: int
     started: float
     nonce: str
+    job: str = ""  # the cluster's name of the job and how often it was restarted: `<job id>.<restarts>`; none: local
+    address: str = ""  # where the ranks of several nodes meet: host and port of node 0
+    port: int = 0
 
 
 class Outcome(Record, frozen=True):
@@ -181,6 +187,7 @@ class Outcome(Record, frozen=True):
     detail: str = ""  # traceback or log tail, for `status` and `logs`
     ended_at: float = 0.0
     nonce: str = ""
+    bad_nodes: list[str] = []  # hosts that were lost or cannot work: the next attempts are not placed on them
 
 
 class RankEnd(Record, frozen=True):
@@ -280,6 +287,11 @@ def outcome_file(attempt: int) -> str:
 
 def rank_file(attempt: int, rank: int) -> str:
     return f"attempts/{attempt}/ranks/{rank}.json"
+
+
+def node_file(attempt: int, node: int) -> str:
+    """A RankEnd: how the node's part ended, as its agent judges it."""
+    return f"attempts/{attempt}/nodes/{node}.json"
 
 
 def progress_dir(attempt: int) -> str:

@@ -17,7 +17,7 @@ LAUNCHERS = ("local",)
 
 
 class Slurm(Section):
-    """What sbatch is told; a job's `resources.partition` and time limit override the profile's."""
+    """What sbatch is told. A job overrides any of it under `resources.slurm`, for all phases or for one."""
 
     partition: str | None = None
     account: str | None = None
@@ -25,9 +25,13 @@ class Slurm(Section):
     constraint: str | None = None
     reservation: str | None = None
     exclude: list[str] = Field([], description="nodes never to use")
+    exclude_hours: Positive = Field(24.0, description="how long a node that failed a run is left out by that run")
+    gpus: bool = Field(True, description="ask for a GPU a process (--gpus-per-node); false: for CPUs alone")
     signal: Literal["USR2", "USR1", "TERM"] = Field("USR2", description="signal that announces the time limit")
     notice_seconds: PositiveInt = Field(120, description="how long before the time limit it is sent")
-    setup: list[str] = Field([], description="shell lines before the agent: modules, a venv")
+    setup: list[str] = Field([], description="shell lines before srun: modules, a venv")
+    python: str | None = Field(None, description="command that starts Python on a node; null: the one that submits")
+    srun: list[str] = Field([], description="further options of srun, e.g. --container-image=...")
     extra: dict[str, str] = Field({}, description="further #SBATCH options, by name")
 
 

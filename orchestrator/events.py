@@ -76,6 +76,7 @@ class AttemptEnded(Base, frozen=True):
     message: str
     steps: list[int]
     reached: int | None  # updates done, sealed or not, where known
+    bad_nodes: list[str] = []  # not to be placed on for a while
 
 
 class StopRequested(Base, frozen=True):

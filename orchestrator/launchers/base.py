@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
-from model.contract import Attempt
+from model.contract import Attempt, Cause
 
 
 class LaunchState(StrEnum):
@@ -34,11 +34,20 @@ class Query:
 
 @dataclass(frozen=True)
 class Observation:
-    """The answer to a query. `detail` is for a person: the queue's reason, the node, the pid."""
+    """The answer to a query. `detail` is for a person: the queue's reason, the node, the pid.
+
+    cause: what the scheduler's word for an end means, for an attempt that left no outcome; None: it says nothing.
+    bad_nodes: hosts of it that are down or out of service. nodes: where it runs. starts_at: when the scheduler expects
+    to start it, seconds since the epoch.
+    """
 
     state: LaunchState
     handle: dict[str, Any] | None = None
     detail: str = ""
+    cause: Cause | None = None
+    bad_nodes: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()
+    starts_at: float | None = None
 
 
 class LaunchError(RuntimeError):
