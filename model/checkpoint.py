@@ -28,7 +28,7 @@ import torch
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
-from model import agreement, contract, parallel, sharding, storage
+from model import agreement, contract, cut, parallel, storage
 from model.contract import Attempt, File, Manifest
 from model.staging import Staged, StagedFile, State, stage
 
@@ -121,12 +121,12 @@ def own_files(parts: Parts) -> Iterator[tuple[str, str, State]]:
     part i by rank i % world; of what is cut every rank writes its rows."""
     for index, part in enumerate(sorted(parts)):
         tensors = parts[part]
-        cut = {name: tensor for name, tensor in tensors.items() if sharding.is_cut(tensor)}
-        if cut:
-            shard, shards = sharding.shard_of(next(iter(cut.values())))
-            own = {name: tensor for name, tensor in cut.items() if sharding.rows(tensor)}
+        sharded: State = {name: tensor for name, tensor in tensors.items() if cut.is_cut(tensor)}
+        if sharded:
+            shard, shards = cut.shard_of(next(iter(sharded.values())))
+            own: State = {name: tensor for name, tensor in sharded.items() if cut.rows(tensor)}
             if shard == 0:
-                own = {**own, **{name: tensor for name, tensor in tensors.items() if name not in cut}}
+                own = {**own, **{name: tensor for name, tensor in tensors.items() if name not in sharded}}
             if shard >= 0 and own:
                 yield part, f"{part}-{shard:05d}-of-{shards:05d}.safetensors", own
         elif tensors and index % parallel.world() == parallel.rank():

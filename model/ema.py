@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model import sharding
+from model import cut
 
 
 @torch.no_grad()
@@ -36,6 +36,6 @@ def _paired(student: nn.Module, teacher: nn.Module) -> tuple[list[Tensor], list[
     if sources.keys() != targets.keys():
         raise ValueError(f"student and teacher differ in parameters: {sorted(sources.keys() ^ targets.keys())}")
     return (
-        [sharding.local(targets[name].detach()) for name in sources],
-        [sharding.local(source.detach()) for source in sources.values()],
+        [cut.local(targets[name].detach()) for name in sources],
+        [cut.local(source.detach()) for source in sources.values()],
     )

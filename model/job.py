@@ -116,7 +116,7 @@ class Job:
     stop: Stop
     progress: Progress
     objective: Objective[Any, Any]
-    optimizer: torch.optim.Optimizer
+    optimizer: optim.Optimizer
     loader: Loader
     saver: Saver
     loop: Loop

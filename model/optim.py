@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
-from model import config, schedules, sharding
+from model import config, cut, schedules
 from model.objectives.base import State, copy_strictly
 from model.sealed import Stored
 
@@ -25,13 +26,41 @@ ENTRIES = ("step", "exp_avg", "exp_avg_sq")
 """What AdamW keeps for each parameter."""
 
 
-def build(networks: Mapping[str, nn.Module], settings: config.Optim) -> torch.optim.AdamW:
-    """AdamW (eps 1e-8) over the parameters of `networks` that ask for gradients, on the device where they are.
+@dataclass
+class Group:
+    """Parameters, by name, that one update takes alike. `set_step` sets `lr` and `weight_decay` for the next one."""
+
+    parameters: dict[str, nn.Parameter]
+    moments: dict[str, dict[str, Tensor]]  # entry -> parameter -> tensor
+    lr_multiplier: float
+    decays: bool
+    prototypes: bool
+    lr: float = 0.0
+    weight_decay: float = 0.0
+
+
+@dataclass
+class Optimizer:
+    """AdamW with eps 1e-8. The arithmetic is torch's own functional form: its class would import the whole of
+    torch.compile with its first group, a second and 116 MiB of each process."""
+
+    groups: list[Group]
+    beta1: float
+    beta2: float
+
+    def zero_grad(self) -> None:
+        for group in self.groups:
+            for parameter in group.parameters.values():
+                parameter.grad = None
+
+
+def build(networks: Mapping[str, nn.Module], settings: config.Optim) -> Optimizer:
+    """AdamW over the parameters of `networks` that ask for gradients, on the device where they are.
 
     Parameters are named `<network>.<name>`. The learning rate is 0 until `set_step`. The state is there from the
     start, zeros, so that a checkpoint always has all of it. Raises ValueError if there is nothing to train.
     """
-    groups: dict[tuple[float, bool, bool, bool], list[tuple[str, nn.Parameter]]] = {}
+    groups: dict[tuple[float, bool, bool, bool], dict[str, nn.Parameter]] = {}
     for network, module in networks.items():
         depth = _depth(module)
         for name, parameter in module.named_parameters():
@@ -40,29 +69,30 @@ def build(networks: Mapping[str, nn.Module], settings: config.Optim) -> torch.op
                     _lr_multiplier(network, name, depth, settings),
                     _decays(name, parameter),
                     _is_prototypes(name),
-                    sharding.is_cut(parameter),  # one fused update takes tensors that lie alike
+                    cut.is_cut(parameter),  # one fused update takes tensors that lie alike
                 )
-                groups.setdefault(key, []).append((f"{network}.{name}", parameter))
+                groups.setdefault(key, {})[f"{network}.{name}"] = parameter
     if not groups:
         raise ValueError(f"nothing to train: no parameter of {sorted(networks)} asks for gradients")
-    optimizer = torch.optim.AdamW(
+    return Optimizer(
         [
-            {"params": named, "lr_multiplier": multiplier, "decays": decays, "prototypes": prototypes}
-            for (multiplier, decays, prototypes, _), named in groups.items()
+            Group(parameters, _no_moments(parameters), multiplier, decays, prototypes)
+            for (multiplier, decays, prototypes, _), parameters in groups.items()
         ],
-        lr=0.0,
-        betas=(settings.beta1, settings.beta2),
-        eps=1e-8,
-        fused=True,
+        settings.beta1,
+        settings.beta2,
     )
-    for parameter in _by_name(optimizer).values():
-        step = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        moments = {entry: torch.zeros_like(parameter, requires_grad=False) for entry in ENTRIES[1:]}
-        optimizer.state[parameter] = {"step": step, **moments}
-    return optimizer
 
 
-def set_step(optimizer: torch.optim.Optimizer, settings: config.Optim, step: int, steps: int) -> dict[str, float]:
+def _no_moments(parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
+    steps = {n: torch.zeros((), dtype=torch.float32, device=p.device) for n, p in parameters.items()}
+    zeros = {
+        entry: {n: torch.zeros_like(p, requires_grad=False) for n, p in parameters.items()} for entry in ENTRIES[1:]
+    }
+    return {"step": steps, **zeros}
+
+
+def set_step(optimizer: Optimizer, settings: config.Optim, step: int, steps: int) -> dict[str, float]:
     """Set what the update after `step` updates of a phase of `steps` uses; returns `lr` and `weight_decay` to report.
 
     Prototypes have a learning rate of 0 while frozen, so that neither gradient nor decay moves them, as in DINOv3;
@@ -70,20 +100,34 @@ def set_step(optimizer: torch.optim.Optimizer, settings: config.Optim, step: int
     """
     lr = schedules.learning_rate(settings, step, steps)
     weight_decay = schedules.value(settings.weight_decay, step, steps)
-    for group in optimizer.param_groups:
-        frozen = group["prototypes"] and step < settings.freeze_last_layer_steps
-        group["lr"] = 0.0 if frozen else lr * group["lr_multiplier"]
-        group["weight_decay"] = weight_decay if group["decays"] else 0.0
+    for group in optimizer.groups:
+        frozen = group.prototypes and step < settings.freeze_last_layer_steps
+        group.lr = 0.0 if frozen else lr * group.lr_multiplier
+        group.weight_decay = weight_decay if group.decays else 0.0
     return {"lr": lr, "weight_decay": weight_decay}
 
 
-def update(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+@torch.no_grad()
+def update(optimizer: Optimizer, finite: Tensor) -> None:
     """Make the update, if `finite` (bool, on the device): else weights, moments and counts stay as they are.
 
     The fused kernels look at the flag themselves, as they do for torch's GradScaler, so nobody waits for it.
     """
-    optimizer.grad_scale, optimizer.found_inf = None, 1 - finite.float()  # type: ignore[attr-defined]
-    optimizer.step()
+    not_finite = 1 - finite.float()
+    for group in optimizer.groups:
+        names = [name for name, parameter in group.parameters.items() if parameter.grad is not None]
+        if not names:
+            continue
+        adamw(
+            [group.parameters[name] for name in names],
+            [gradient for name in names if (gradient := group.parameters[name].grad) is not None],
+            [group.moments["exp_avg"][name] for name in names],
+            [group.moments["exp_avg_sq"][name] for name in names],
+            [],
+            [group.moments["step"][name] for name in names],
+            fused=True, foreach=False, amsgrad=False, maximize=False, found_inf=not_finite,
+            beta1=optimizer.beta1, beta2=optimizer.beta2, lr=group.lr, weight_decay=group.weight_decay, eps=1e-8,
+        )  # fmt: skip
 
 
 def clip(networks: Mapping[str, nn.Module], limit: float | None, each: str = "network") -> dict[str, Tensor]:
@@ -94,7 +138,7 @@ def clip(networks: Mapping[str, nn.Module], limit: float | None, each: str = "ne
     """
     most = math.inf if limit is None or each == "parameter" else limit
     norms = {
-        name: sharding.whole(nn.utils.clip_grad_norm_(network.parameters(), most)) for name, network in networks.items()
+        name: cut.whole(nn.utils.clip_grad_norm_(network.parameters(), most)) for name, network in networks.items()
     }
     if limit is not None and each == "parameter":
         for network in networks.values():
@@ -103,28 +147,20 @@ def clip(networks: Mapping[str, nn.Module], limit: float | None, each: str = "ne
     return norms
 
 
-def state(optimizer: torch.optim.Optimizer) -> State:
+def state(optimizer: Optimizer) -> State:
     """The moments and update counts by name, `exp_avg/<network>.<parameter>` and so on. Not copied."""
     return {
-        f"{entry}/{name}": optimizer.state[parameter][entry]
-        for name, parameter in _by_name(optimizer).items()
+        f"{entry}/{name}": group.moments[entry][name]
+        for group in optimizer.groups
+        for name in group.parameters
         for entry in ENTRIES
     }
 
 
-def load(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor | Stored]) -> None:
+def load(optimizer: Optimizer, tensors: Mapping[str, Tensor | Stored]) -> None:
     """Restore what `state` gave, in place. Raises ValueError that lists names and shapes that do not fit; nothing is
     changed then."""
     copy_strictly(state(optimizer), tensors, "optimizer")
-
-
-def _by_name(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
-    groups: list[dict[str, Any]] = optimizer.param_groups
-    return {
-        name: parameter
-        for group in groups
-        for name, parameter in zip(group["param_names"], group["params"], strict=True)
-    }
 
 
 def _depth(module: nn.Module) -> int:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor
+
+from model import cut
 
 
 def join(backend: str) -> Store:
@@ -158,7 +159,7 @@ def reduce_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        if not isinstance(parameter, DTensor):
+        if not cut.is_cut(parameter):
             by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
     if not distributed.is_initialized():
         return

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from model import config, contract, parallel, sealed, sharding, storage
+from model import config, contract, cut, parallel, sealed, storage
 from model.contract import CheckpointRef
 from model.data.batch import Batch
 from model.job import Job
@@ -84,8 +84,8 @@ def record(job: Job, batch: Batch, moment: Moment) -> None:
     added = kinds.added(job.settings)
     networks = job.objective.step_networks()
     inputs = job.objective.step_inputs(batch, moment, job.settings.optim.micro_batches(parallel.world()))
-    cut = any(sharding.is_cut(weight) for network in networks.named().values() for weight in network.parameters())
-    with parallel.recorded() as answers, torch.set_grad_enabled(not cut):
+    sharded = any(cut.is_cut(weight) for network in networks.named().values() for weight in network.parameters())
+    with parallel.recorded() as answers, torch.set_grad_enabled(not sharded):
         outputs = kinds.of(added).step(networks, inputs)
     inputs = replace(inputs, answers=tuple(answers) if parallel.world() > 1 else None)
     made_by = _provenance(job, moment)
@@ -104,7 +104,7 @@ def record(job: Job, batch: Batch, moment: Moment) -> None:
 
 def network_tensors(networks: StepNetworks) -> State:
     """All weights under the names of the file, from all processes (a collective)."""
-    return {name: sharding.whole(tensor) for name, tensor in network_state(networks.named()).items()}
+    return {name: cut.whole(tensor) for name, tensor in network_state(networks.named()).items()}
 
 
 def results(outputs: Outputs) -> dict[str, float]:

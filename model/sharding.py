@@ -1,12 +1,10 @@
 """How a network lies in the processes: whole in each, or cut by rows over all of them (FSDP2) or over some (HSDP).
 
     Prepare(settings, precision)(network)      on the meta device, before it has weights: `model.networks.init.create`
-    rows(tensor), local(tensor)                which rows of a parameter this process holds, and those rows
-    whole(tensor)                              all of it, from every process (a collective)
 
 A network that is cut keeps its names and shapes: its parameters are DTensors whose first dimension is dealt to the
-processes. Each block is gathered while it computes and let go afterwards, so no process ever holds a whole network.
-The ranks' losses sum to the global one, so gradients are summed, not averaged.
+processes (`model.cut`). Each block is gathered while it computes and let go afterwards, so no process ever holds a
+whole network. The ranks' losses sum to the global one, so gradients are summed, not averaged.
 """
 
 from __future__ import annotations
@@ -15,19 +13,19 @@ import functools
 import os
 import shutil
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch import nn
 from torch.utils import checkpoint as recompute
 
-from model import config, parallel
+from model import config, cut, parallel
+from model.cut import REPLICATE, SHARD
 from model.networks import fp8
 
-REPLICATE, SHARD = "replicate", "shard"
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
 
 KEPT = (
     torch.ops.aten.mm.default,
@@ -90,19 +88,25 @@ class Prepare:
                 self._cut(module)
 
     def _cut(self, module: nn.Module) -> None:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here, see model.cut
+
         half = torch.bfloat16 if self.precision.products == "bf16" else None
         policy = MixedPrecisionPolicy(
             param_dtype=half, reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False
         )
         # Always let go after the forward pass: a teacher has no backward pass that would, and would go stale.
-        cut = fully_shard(module, mesh=mesh(self.ways, self.device.type), mp_policy=policy, reshard_after_forward=True)
-        cut.set_gradient_divide_factor(1.0)
-        cut.set_force_sum_reduction_for_comms(True)
+        sharded = fully_shard(
+            module, mesh=mesh(self.ways, self.device.type), mp_policy=policy, reshard_after_forward=True
+        )
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
 
 
 @functools.cache
 def mesh(ways: config.Parallel, device: str) -> DeviceMesh:
     """All processes as [shard], or as [replicate, shard]. The same object for the same settings."""
+    from torch.distributed.device_mesh import init_device_mesh  # here, see model.cut
+
     if ways.shard == "fsdp":
         return init_device_mesh(device, (parallel.world(),), mesh_dim_names=(SHARD,))
     size = _shard_size(ways)
@@ -121,43 +125,6 @@ def _recomputed(forward: Any, *, selective: bool) -> Any:
 def last_micro_batch(networks: dict[str, nn.Module], last: bool) -> None:
     """To be said before each backward pass: copies of shards sum their gradients with each other at the last only."""
     for network in networks.values():
-        if isinstance(network, FSDPModule):
-            network.set_requires_all_reduce(last)
-
-
-# --- a process's part of a tensor -------------------------------------------------------------------------------------
-
-
-def is_cut(tensor: Tensor) -> bool:
-    return isinstance(tensor, DTensor)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The rows that this process holds, sharing memory; the tensor itself where it is whole."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def rows(tensor: Tensor) -> range:
-    """Which rows of the first dimension `local` has. A single number is one row."""
-    total = tensor.shape[0] if tensor.ndim else 1
-    if not isinstance(tensor, DTensor):
-        return range(total)
-    place, processes = tensor.device_mesh.get_local_rank(SHARD), tensor.device_mesh[SHARD].size()
-    each = -(-total // processes)  # as torch.chunk deals them: the last may have fewer, or none
-    return range(min(place * each, total), min((place + 1) * each, total))
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All rows, a collective where the tensor is cut."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def shard_of(tensor: Tensor) -> tuple[int, int]:
-    """Which of how many shards this process has. A copy's is -1: another process writes the same rows."""
-    if not isinstance(tensor, DTensor):
-        return 0, 1
-    assert Shard(0) in tensor.placements
-    names = tensor.device_mesh.mesh_dim_names or ()
-    if REPLICATE in names and tensor.device_mesh.get_local_rank(REPLICATE):
-        return -1, tensor.device_mesh[SHARD].size()
-    return tensor.device_mesh.get_local_rank(SHARD), tensor.device_mesh[SHARD].size()
+        parameter = next(network.parameters(), None)
+        if parameter is not None and cut.is_cut(parameter):
+            cast("FSDPModule", network).set_requires_all_reduce(last)

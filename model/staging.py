@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model import sealed, sharding
+from model import cut, sealed
 
 State = dict[str, Tensor]
 
@@ -114,7 +114,7 @@ class _Laid:
 
     @classmethod
     def of(cls, part: str, name: str, tensors: State, start: int) -> _Laid:
-        own = {key: sharding.local(tensor.detach()) for key, tensor in tensors.items()}
+        own = {key: cut.local(tensor.detach()) for key, tensor in tensors.items()}
         # Wide dtypes first, as safetensors does it: then none is out of line for the tensors behind it.
         order = sorted(own, key=lambda key: (-own[key].element_size(), key))
         header = _header({key: own[key] for key in order}, _rows(tensors))
@@ -149,7 +149,7 @@ def _rows(tensors: State) -> dict[str, list[int]]:
     return {
         name: [rows.start, tensor.shape[0]]
         for name, tensor in tensors.items()
-        if len(rows := sharding.rows(tensor)) < (tensor.shape[0] if tensor.ndim else 1)
+        if len(rows := cut.rows(tensor)) < (tensor.shape[0] if tensor.ndim else 1)
     }
 
 

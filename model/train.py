@@ -65,7 +65,7 @@ def train(job: Job) -> Cause:
         known = optim.set_step(optimizer, settings.optim, moment.step, moment.steps)
         optim.update(optimizer, finite)
         objective.after_step(moment, finite)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         job.loop = job.loop.after_step(settings.optim.batch_size)
         if job.loop.step % settings.health.every == 0 or job.loop.step == settings.steps:
             known |= health.measure(objective, targets, terms.get("loss/dino_global"))

@@ -14,17 +14,19 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import imagecodecs
 import numpy as np
-import tifffile
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from model.config import RGB
 from model.data.errors import UnreadableImageError
+
+if TYPE_CHECKING:
+    from tifffile import TiffFile
 
 Array = NDArray[np.uint8] | NDArray[np.uint16]
 """[H, W, channels]"""
@@ -222,8 +224,14 @@ def _npy(file: BinaryIO, channels: int) -> NDArray[Any]:
     return _last(np.load(file, allow_pickle=False), channels)
 
 
+def _open_tiff(file: BinaryIO) -> TiffFile:
+    from tifffile import TiffFile  # here: a third of a second of every process, and few read a TIFF
+
+    return TiffFile(file)
+
+
 def _tiff(file: BinaryIO, channels: int) -> NDArray[Any]:
-    with tifffile.TiffFile(file) as opened:
+    with _open_tiff(file) as opened:
         series, page = opened.series[0], opened.pages.first
         if page.photometric == PALETTE:
             raise UnreadableImageError(NO_VALUES)
@@ -260,7 +268,7 @@ DECODERS: dict[str, Callable[[BinaryIO, int], NDArray[Any]]] = {
 
 BITS: dict[str, Callable[[BinaryIO], int]] = {
     PNG: lambda file: _png_header(file.read(HEAD))[2],
-    TIFF: lambda file: 8 * int(tifffile.TiffFile(file).series[0].dtype.itemsize),
+    TIFF: lambda file: 8 * int(_open_tiff(file).series[0].dtype.itemsize),
     JP2: lambda file: _jpeg_2000_header(file.read(HEAD))[3],
     NPY: lambda file: 8 * _npy_header(file)[1].itemsize,
 }

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from model import draws, sharding
+from model import cut, draws
 
 STD = 0.02
 """Of linear layers and learnt tokens (DINOv3 cuts the normal at +-2, a hundred standard deviations: never)."""
@@ -75,8 +75,8 @@ def create(
     rules = initial_rules(module)
     with torch.no_grad():
         for key, tensor in module.state_dict(keep_vars=True).items():
-            own = sharding.local(tensor.data)
-            fill(own, rules[key], seed, f"{name}.{key}", sharding.rows(tensor).start)
+            own = cut.local(tensor.data)
+            fill(own, rules[key], seed, f"{name}.{key}", cut.rows(tensor).start)
     return module.to(dtype)
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from model import sharding
+from model import cut
 from model.objectives.pure import Inputs, Slices, StepNetworks
 from model.sealed import Stored
 
@@ -143,14 +143,14 @@ def copy_strictly(own: State, tensors: Mapping[str, Tensor | Stored], part: str)
         )
     with torch.no_grad():
         for name, tensor in own.items():
-            sharding.local(tensor).copy_(_rows_for(tensor, tensors[name]))
+            cut.local(tensor).copy_(_rows_for(tensor, tensors[name]))
 
 
 def _rows_for(own: Tensor, source: Tensor | Stored) -> Tensor:
     """The rows of `source` that this process holds of `own`."""
     if isinstance(source, Stored):
-        return source.read(sharding.rows(own))
-    if sharding.is_cut(source):  # of a network that is laid out alike
-        return sharding.local(source)
-    rows = sharding.rows(own)
+        return source.read(cut.rows(own))
+    if cut.is_cut(source):  # of a network that is laid out alike
+        return cut.local(source)
+    rows = cut.rows(own)
     return source[rows.start : rows.stop] if source.ndim else source

@@ -25,7 +25,7 @@ import msgspec
 from model import config, contract, sealed, storage
 from model.config import Backbone
 from model.contract import CheckpointRef, File, Manifest
-from model.weights import names, networks, outside, pickled, stream
+from model.weights import names, networks, outside, stream
 from model.weights.entries import Entries, Entry, WeightsError, compare, joined, shapes
 from model.weights.outside import Prepared
 
@@ -92,6 +92,8 @@ def local_copy(where: str) -> Path:
 def _folder(path: Path, like: Backbone | None, network: str) -> Source:
     if (path / "manifest.json").exists():
         return _checkpoint(str(path.absolute()), network)
+    from model.weights import pickled  # here: torch.distributed.checkpoint takes seconds to import
+
     if (path / pickled.INDEX).exists():
         return _tell(str(path), pickled.open_folder(path), {}, like, network)
     files = sorted(path.glob("*.safetensors"))
@@ -184,6 +186,8 @@ def _verified(where: str, file: File) -> Path:
 def _file(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     if path.suffix == ".safetensors":
         return stream.open_file(path)
+    from model.weights import pickled  # here, as above
+
     return pickled.open_file(path), {}
 
 

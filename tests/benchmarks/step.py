@@ -60,7 +60,7 @@ class Training:
     settings: config.SslPhase
     device: torch.device
     objective: SslObjective
-    optimizer: torch.optim.Optimizer
+    optimizer: optim.Optimizer
     maker: Maker
     batch: SslBatch
     step: int = 0
@@ -184,7 +184,7 @@ def step(training: Training, watch: Stopwatch) -> None:
     watch.mark("optimizer")
     objective.after_step(moment, finite)
     watch.mark("ema")
-    training.optimizer.zero_grad(set_to_none=True)
+    training.optimizer.zero_grad()
     training.step += 1
 
 

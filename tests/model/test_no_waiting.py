@@ -34,7 +34,7 @@ def test_a_step_waits_for_nothing(compute: str) -> None:
         optim.set_step(optimizer, phase.optim, MOMENT.step, MOMENT.steps)
         optim.update(optimizer, finite)
         own.after_step(MOMENT, finite)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         return finite
 
     step()  # allocations and kernels of the first one may wait

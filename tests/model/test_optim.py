@@ -47,9 +47,7 @@ def settings(**values):
 
 def placed(optimizer):
     """(learning rate, weight decay) by parameter name."""
-    return {
-        name: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for name in group["param_names"]
-    }
+    return {name: (group.lr, group.weight_decay) for group in optimizer.groups for name in group.parameters}
 
 
 def test_groups_are_dinov3s():
@@ -102,7 +100,7 @@ def step(trained, optimizer, choice, number, seed):
         for parameter in network.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
     optim.set_step(optimizer, choice, number, 10)
-    optimizer.step()
+    optim.update(optimizer, torch.tensor(True))
 
 
 def test_updates_are_adamws():

@@ -23,9 +23,9 @@ def settings(**values: object) -> config.Optim:
     return config.read(config.Optim, {"batch_size": 1024, "group_size": 8, "lr": 1.0, **values})
 
 
-def placed(optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float]]:
+def placed(optimizer: optim.Optimizer) -> dict[str, tuple[float, float]]:
     """(learning rate, weight decay) by parameter."""
-    return {name: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for name in g["param_names"]}
+    return {name: (group.lr, group.weight_decay) for group in optimizer.groups for name in group.parameters}
 
 
 def test_groups_of_a_released_vit_s() -> None:
@@ -35,8 +35,8 @@ def test_groups_of_a_released_vit_s() -> None:
     backbone = VisionTransformer(config.read(config.Backbone, narrow))
     head = ProjectionHead(config.Head(prototypes=8, hidden=8, bottleneck=4), 24)
     alone = optim.build({"backbone": backbone}, choice)
-    assert len(alone.param_groups) == 28
-    assert len(optim.build({"dino_head": head}, choice).param_groups) == 3
+    assert len(alone.groups) == 28
+    assert len(optim.build({"dino_head": head}, choice).groups) == 3
     optim.set_step(alone, choice, 0, 10)
     expected = dict.fromkeys(TOKENS, (0.76902, 0.04))
     expected |= {"patch_embed.proj.weight": (0.15380, 0.04), "patch_embed.proj.bias": (0.15380, 0.0)}

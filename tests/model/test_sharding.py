@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import multiprocessing
 
-from model import config, parallel, sharding
+from model import config, cut, parallel, sharding
 from model.networks.init import create
 from model.networks.vit import View, VisionTransformer
 
@@ -18,7 +18,7 @@ SETTINGS = config.Backbone(
 FSDP, HSDP = config.Parallel(shard="fsdp"), config.Parallel(shard="hsdp", shard_size=2)
 
 
-def cut(ways: config.Parallel, settings: config.Backbone = SETTINGS, compute: str = "fp32") -> VisionTransformer:
+def laid(ways: config.Parallel, settings: config.Backbone = SETTINGS, compute: str = "fp32") -> VisionTransformer:
     precision = config.read(config.Precision, {"compute": compute})
     prepare = sharding.Prepare(ways, precision, torch.device("cpu"))
     return create(lambda: VisionTransformer(settings), 3, "backbone", prepare)
@@ -28,15 +28,15 @@ def _rank(rank: int, world: int, ways: config.Parallel, folder: Path) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-    network = cut(ways)
+    network = laid(ways)
     state = network.state_dict()
-    own = {name: sharding.local(tensor).clone() for name, tensor in state.items()}
-    rows = {name: (sharding.rows(tensor).start, sharding.rows(tensor).stop) for name, tensor in state.items()}
-    whole = {name: sharding.whole(tensor).clone() for name, tensor in state.items()}
+    own = {name: cut.local(tensor).clone() for name, tensor in state.items()}
+    rows = {name: (cut.rows(tensor).start, cut.rows(tensor).stop) for name, tensor in state.items()}
+    whole = {name: cut.whole(tensor).clone() for name, tensor in state.items()}
     with torch.no_grad():
         images = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
         features = network([View(images)])[0].patches
-    after = sum(sharding.local(tensor).numel() for tensor in network.state_dict().values())
+    after = sum(cut.local(tensor).numel() for tensor in network.state_dict().values())
     torch.save((own, rows, whole, features, after), folder / f"{rank}.pt")
     parallel.leave()
 
@@ -69,7 +69,7 @@ def test_initial_weights_are_those_of_one_process_bit_for_bit(
 def _holds(rank: int, world: int, folder: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     before = _anonymous_bytes()
-    network = cut(FSDP, config.Backbone(arch="vitb16"))
+    network = laid(FSDP, config.Backbone(arch="vitb16"))
     grown, size = _anonymous_bytes() - before, sum(p.numel() * p.element_size() for p in network.parameters())
     (folder / f"{rank}.txt").write_text(f"{grown} {size}")
     parallel.leave()

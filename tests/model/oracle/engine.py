@@ -118,7 +118,7 @@ def copied(own: Any) -> State:
     return State(student, teacher, {} if gram_teacher is None else weights(gram_teacher))
 
 
-def engine_step(own: Any, optimizer: torch.optim.Optimizer, case: Case, step: int) -> dict[str, Tensor]:
+def engine_step(own: Any, optimizer: optim.Optimizer, case: Case, step: int) -> dict[str, Tensor]:
     """What the training loop does with a step, on this process's part of the batch; the terms of the whole batch."""
     moment, optimizing = Moment(step, case.steps, CLOCK + step), own.settings.optim
     share = BATCH // parallel.world()
@@ -150,7 +150,7 @@ def assert_same_terms(found: dict[str, Tensor], expected: dict[str, Tensor], ste
         assert_close(found[name], term, f"step {step}, {name}")
 
 
-def assert_same_state(own: Any, optimizer: torch.optim.Optimizer, state: State, step: int) -> None:
+def assert_same_state(own: Any, optimizer: optim.Optimizer, state: State, step: int) -> None:
     now, moments = copied(own), optim.state(optimizer)
     assert now.student.keys() == state.student.keys()
     for network, weights in state.student.items():
