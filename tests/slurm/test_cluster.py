@@ -103,7 +103,7 @@ def test_of_the_scripts_nothing_is_left_and_another_cluster_is_left_alone(slurm:
     assert processes.find(folder) == []
     assert not folder.exists()
     assert str(folder) not in Path("/proc/self/mountinfo").read_text()
-    assert set(slurm.node_states().values()) == {"idle"}
+    slurm.wait_idle()
 
 
 def test_what_is_kept_is_gone_on_with(tmp_path: Path) -> None:

@@ -38,15 +38,15 @@ class ClusterError(Exception):
 
 
 def lacking() -> str:
-    """What this machine lacks for a cluster, in a few words; "" where one can be brought up."""
+    """What this machine lacks for a cluster and what to do about it; "" where one can be brought up."""
     if os.getuid() != 0:
-        return "it needs root"
+        return "root is needed: run it as root"
     missing = [program for program in PROGRAMS if shutil.which(program, path=processes.PATH) is None]
     if missing:
-        return f"{', '.join(missing)}: not installed"
+        return f"not installed: {', '.join(missing)}; clusters/dev/slurm/install, as root, installs it"
     own = ["unshare", "--mount", "--uts", "sh", "-c", "hostname node1 && mount --bind /etc/hosts /etc/hosts"]
     if subprocess.run(own, capture_output=True, check=False).returncode != 0:
-        return "this machine does not let root give a process a host name and mounts of its own (unshare)"
+        return "root may not give a process a host name and mounts of its own here: a container needs --privileged"
     return ""
 
 
@@ -100,9 +100,7 @@ class Cluster:
 
     def _refuse(self) -> None:
         if lack := lacking():
-            raise ClusterError(
-                f"no Slurm can be brought up here: {lack}; clusters/dev/slurm/install, as root, installs it"
-            )
+            raise ClusterError(f"no Slurm can be brought up here: {lack}")
         if len(str(self.folder)) > LONGEST_FOLDER:
             raise ClusterError(
                 f"{self.folder}: longer than {LONGEST_FOLDER} characters, as paths of sockets must be short"
@@ -239,8 +237,8 @@ class Cluster:
         self.wait(none_left, "the jobs to end")
 
     def wait_idle(self) -> None:
-        """Until every node may be given to a job and has none."""
-        self.wait(lambda: set(self.node_states().values()) == {"idle"}, "all nodes to be idle")
+        """Until every node may be given to a job and has none (planned: one has been thought of for it)."""
+        self.wait(lambda: set(self.node_states().values()) <= {"idle", "planned"}, "all nodes to be idle")
 
     def wait(self, true: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
         """Raises ClusterError, with the ends of the logs, if it does not come true in time."""
