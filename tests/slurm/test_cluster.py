@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,27 @@ def test_of_the_scripts_nothing_is_left_and_another_cluster_is_left_alone(slurm:
     slurm.wait_idle()
 
 
+ABANDONED = """
+import sys, time
+from pathlib import Path
+from tests.slurm.cluster import running
+with running(Path(sys.argv[1]), nodes=1, accounting="none"):
+    print("up", flush=True)
+    time.sleep(1000)
+"""
+
+
+def test_tests_that_are_killed_leave_no_cluster(slurm: Cluster, tmp_path: Path) -> None:
+    folder = tmp_path / "left"
+    command = [sys.executable, "-c", ABANDONED, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=SCRIPTS.parents[2]) as tests:
+        assert tests.stdout is not None
+        assert tests.stdout.readline() == b"up\n"
+        tests.kill()
+    slurm.wait(lambda: not folder.exists(), "the cluster to be taken down")
+    assert processes.find(folder) == []
+
+
 def test_what_is_kept_is_gone_on_with(tmp_path: Path) -> None:
     with running(tmp_path / "kept", nodes=1, accounting="none") as cluster:
         first = int(cluster.run("sbatch", "--parsable", "--hold", "--output=/dev/null", SLEEP))
@@ -126,4 +148,4 @@ def test_what_cannot_be_is_said(slurm: Cluster, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ClusterError, match="paths of sockets must be short"):
         Cluster(tmp_path / ("x" * 80), Settings(port=1)).up()
     monkeypatch.setattr(processes, "PATH", str(tmp_path))
-    assert lacking().startswith("slurmctld, slurmd, sbatch")
+    assert lacking().startswith("not installed: slurmctld, slurmd, sbatch")
