@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,32 @@ def test_of_the_scripts_nothing_is_left_and_another_cluster_is_left_alone(slurm:
     assert not folder.exists()
     assert str(folder) not in Path("/proc/self/mountinfo").read_text()
     slurm.wait_idle()
+
+
+HEARS = """
+import os, signal, subprocess, sys, time
+name = sys.argv[1]
+if name == "task":
+    child = subprocess.Popen([sys.executable, "-c", sys.argv[2], "child"], start_new_session=True)
+def hear(*_): open(name + ".heard", "w").close(); sys.exit()
+signal.signal(signal.SIGUSR1, hear)
+open(name + ".listens", "w").close()
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize(("proctrack", "who"), [("linuxproc", {"task", "child"}), ("pgid", {"task"})])
+def test_whom_a_signal_reaches(slurm: Cluster, tmp_path: Path, proctrack: str, who: set[str]) -> None:
+    """child: what the task starts in a session of its own, as an agent starts its ranks."""
+    slurm.configure(proctrack=proctrack)
+    (tmp_path / "hears").write_text(HEARS)
+    script = 'exec srun --nodes=1 python3 -c "$(cat hears)" task "$(cat hears)"'
+    job = submit(slurm, f"--chdir={tmp_path}", f"--wrap={script}")
+    slurm.wait(lambda: len(list(tmp_path.glob("*.listens"))) == 2, "both to listen")
+    slurm.run("scancel", "--signal=USR1", job)
+    slurm.wait(lambda: (tmp_path / "task.heard").exists(), "the task to hear it")
+    time.sleep(1)
+    assert {file.stem for file in tmp_path.glob("*.heard")} == who
 
 
 ABANDONED = """

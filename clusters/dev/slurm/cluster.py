@@ -16,6 +16,7 @@ import stat
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -230,11 +231,19 @@ class Cluster:
         def none_left() -> bool:
             jobs = self.run("squeue", "-h", "-o", "%A").split()
             if jobs:
-                self._call(("scancel", "--full", "--signal=KILL", *jobs))
                 self._call(("scancel", *jobs))
+                self._kill_tasks()
             return not jobs
 
         self.wait(none_left, "the jobs to end")
+
+    def _kill_tasks(self) -> None:
+        """Also those that Slurm would not reach: with `pgid` what has left its task's process group."""
+        for name in self.settings.node_names:
+            for pid in processes.find(self.folder, name):
+                with suppress(OSError):
+                    if Path(f"/proc/{pid}/comm").read_text().strip() not in ("slurmd", "slurmstepd"):
+                        os.kill(pid, signal.SIGKILL)
 
     def wait_idle(self) -> None:
         """Until every node may be given to a job and has none (planned: one has been thought of for it)."""
