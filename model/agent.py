@@ -1,64 +1,91 @@
 """One per attempt and node: `python -P -m model.agent ATTEMPT_YAML`. No torch.
 
-It claims the attempt, starts torchrun, owns all signals, watches the ranks, ends every process, and says in
-`outcome.json` and by its exit code how it went. Its last act is the attempt's `on_end` command.
+Node 0's claims the attempt, and the others join it (`model.team`). Each starts torchrun, owns all signals, watches its
+ranks and ends every process; node 0's says in `outcome.json` how it went, and all by their exit code. Its last act is
+the attempt's `on_end` command.
 
-    signal ----------> stop file (ranks seal and stop); a second one, or `notice_seconds` later: kill
+    signal ----------> stop files on all nodes (ranks seal and stop); a second one, or `notice_seconds` later: kill
     no pulse --------> `stall_seconds` later: stacks of all ranks into their logs, kill; was it the loader, or a step?
+    a node is lost --> the others end their ranks: the attempt's end, and the lost node's host is in the outcome
     all ranks ended -> what they wrote is the outcome; torchrun's exit code says less and is not read
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
-import selectors
 import shlex
-import subprocess
 import sys
 import time
-import traceback
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
-from model import config, contract, endings, storage
+from model import config, contract, endings, nodes, storage
 from model.contract import Attempt, Cause, Claim, Outcome, RankEnd
-from model.endings import ranks, read_ends
+from model.endings import ranks
 from model.link import Link, closed, say
-from model.watch import LINGER_SECONDS, Requests, Watch, dump_stacks, look, watch_pid, why_kill
-
-PR_SET_CHILD_SUBREAPER = 36
+from model.part import Part, work
+from model.signals import Requests
+from model.team import Entrance, NodeEnd, Team, connect, lost
 
 RESERVED_BYTES = 1 << 16
 """More than any outcome takes: a cause, a message, the ends of a few logs."""
 
+JOIN_SECONDS = 300.0
+"""How long the nodes wait for one another before the ranks start: a scheduler starts them at about the same time."""
+
+COLLECT_SECONDS = 60.0
+"""How long another node may take to end its ranks and say how that went, once it was told to."""
+
+OVER_SECONDS = 600.0
+"""How long a node waits for node 0's last word while that is there: its store may be slow to take the outcome."""
+
 
 def main(attempt_yaml: str) -> int:
     """Run the attempt to its end. Returns the exit code of the contract."""
-    requests = Requests.install()
     try:
+        node = nodes.here(os.environ)
+        requests = Requests.install(scheduled=bool(node.job))
         attempt = contract.read_attempt(storage.read(attempt_yaml), attempt_yaml)
-    except (OSError, contract.ContractError) as error:
+    except (OSError, ValueError) as error:
         say(f"cannot read the attempt: {error}")
         return contract.EXIT_CODES[Cause.STORE_LOST if isinstance(error, storage.StoreError) else Cause.USER_ERROR]
-    refusal = _claim(attempt)
+    part = Part(attempt, attempt_yaml, Team(node, requests))
+    cause = _lead(part) if node.number == 0 else _follow(part)
+    return contract.EXIT_CODES[cause]
+
+
+# --- node 0 -----------------------------------------------------------------------------------------------------------
+
+
+def _lead(part: Part) -> Cause:
+    """Claim the attempt, run it, judge it, publish how it ended, tell the others."""
+    attempt, team = part.attempt, part.team
+    nonce = contract.new_nonce()
+    fits = team.node.count == attempt.nodes
+    entrance = Entrance(team, nonce) if fits and attempt.nodes > 1 else None
+    refusal = _claim(attempt, team, nonce, entrance)
     if refusal is not None:
         say(f"{attempt.launch_name}: {refusal.value}, nothing was started")
-        return contract.EXIT_CODES[refusal]
+        return refusal
     _set_aside(attempt)
     link = Link.open(attempt)
-    outcome = _run(attempt, attempt_yaml, requests, link)
+
+    def meet(part: Part, link: Link) -> RankEnd | None:
+        return None if entrance is None else _gather(part, entrance, link)
+
+    own = work(part, link, meet if fits else _does_not_fit)
+    _collect(part, own, link)
+    outcome = _judge(part, own)
     say(f"{attempt.launch_name}: {outcome.cause.value}: {outcome.message}")
     link.shut()
     _publish(attempt, outcome)
+    _clean(attempt)
     _last_act(attempt)
-    return contract.EXIT_CODES[outcome.cause]
+    team.farewell(outcome.cause)
+    return outcome.cause
 
 
-def _claim(attempt: Attempt) -> Cause | None:
+def _claim(attempt: Attempt, team: Team, nonce: str, entrance: Entrance | None) -> Cause | None:
     """Become the only one to train this attempt, or say why not."""
     me = psutil.Process()
     claim = Claim(
@@ -67,7 +94,10 @@ def _claim(attempt: Attempt) -> Cause | None:
         boot_id=contract.boot_id(),
         pid=me.pid,
         started=me.create_time(),
-        nonce=contract.new_nonce(),
+        nonce=nonce,
+        job=team.node.job,
+        address=nodes.address() if entrance else "",
+        port=entrance.port if entrance else 0,
     )
     try:
         if closed(attempt):
@@ -98,166 +128,147 @@ def _set_aside(attempt: Attempt) -> None:
         say(f"no room is set aside for the outcome: {error}")
 
 
-def _run(attempt: Attempt, attempt_yaml: str, requests: Requests, link: Link) -> Outcome:
-    """The attempt's processes, from the first to the last, and how they ended. Whatever happens, none is left."""
+def _does_not_fit(part: Part, link: Link) -> RankEnd:
+    asks, has = part.attempt.nodes, part.team.node.count
+    message = f"the attempt asks for {asks} nodes, and its job has {has}: one task has to be started on each of {asks}"
+    return RankEnd(cause=Cause.USER_ERROR, message=message, step=None)
+
+
+def _gather(part: Part, entrance: Entrance, link: Link) -> RankEnd | None:
+    """Wait for all other nodes and tell them where the ranks meet; why not, if it came to nothing."""
+    team = part.team
+    entrance.open()
+    team.wait(lambda: not entrance.missing() or bool(team.asked) or team.told or link.closed, JOIN_SECONDS)
+    entrance.close()
+    if link.closed:
+        return RankEnd(cause=Cause.SUPERSEDED, message="the controller closed this attempt", step=None)
+    if team.told:
+        return team.why()
+    if team.asked:
+        return RankEnd(cause=Cause.STOPPED, message="stopped before its first step", step=None)
+    if missing := entrance.missing():
+        team.missing = [team.node.hosts[node] for node in missing if node < len(team.node.hosts)]
+        hosts = ", ".join(map(part.host, missing))
+        message = f"{hosts} did not come within {JOIN_SECONDS:g} s: no agent of this job was heard of there"
+        return RankEnd(cause=Cause.VANISHED, message=message, step=None)
+    team.start_at(nodes.address(), nodes.free_port())
+    return None
+
+
+def _collect(part: Part, own: NodeEnd, link: Link) -> None:
+    """Wait until the other nodes have said how their parts ended; those that still run are told to end."""
+    team = part.team
+
+    def no_use() -> bool:
+        return team.told or team.failed() or link.closed or team.asked > 1
+
+    if own.well:
+        seconds = config.read(config.Health, part.attempt.settings["health"]).stall_seconds
+        team.wait(lambda: team.ended() or no_use(), seconds)
+    if not team.ended():
+        team.leave(own.killed)
+        team.wait(team.ended, COLLECT_SECONDS)
+
+
+def _judge(part: Part, own: NodeEnd) -> Outcome:
+    """The attempt's end from those of its nodes."""
+    attempt, team = part.attempt, part.team
+    there = {node: line.end for node, line in team.lines.items() if line.end is not None} | {0: own}
+    gone = [line for line in team.lines.values() if line.end is None]
+    ends = {rank: end for node in there.values() for rank, end in node.ends.items()}
+    for line in gone:
+        ends |= endings.published_ends(attempt, ranks(attempt, line.node))
+    killed = endings.most_telling([*(end.killed for end in there.values()), *(lost(line) for line in gone)])
+    first_dead = team.deaths[0] if team.deaths else None
+    first = there.get((first_dead or 0) // attempt.processes_per_node, own)
+    end = endings.judge(ends, first_dead, killed, first.oom, part.on)
+    others = [node.tails for node in there.values() if node is not first]
+    logs = "\n".join(filter(None, [first.tails, *others]))
+    return endings.outcome(attempt, end, logs, [*(line.host for line in gone), *team.missing])
+
+
+# --- the other nodes --------------------------------------------------------------------------------------------------
+
+
+def _follow(part: Part) -> Cause:
+    """Join node 0's agent, run this node's part, tell it how that ended, and leave with the outcome that it finds."""
+    attempt, team = part.attempt, part.team
+    if team.node.count != attempt.nodes:
+        team.wait(lambda: _outcome(attempt) is not None, COLLECT_SECONDS)
+        return _outcome(attempt) or Cause.USER_ERROR
+    claim = _await_claim(part)
+    if isinstance(claim, Cause):
+        say(f"{attempt.launch_name}: {claim.value}, nothing was started on {team.node.name}")
+        return claim
+    if not connect(team, claim, lambda: _outcome(attempt) is not None):
+        say(f"node 0 cannot be reached at {claim.address}:{claim.port} from {team.node.name}")
+        return _outcome(attempt) or Cause.VANISHED
+    link = Link.open(attempt, leads=False)
+    own = work(part, link, _await_start)
+    line = team.lines[0]
+    line.tell_end(own)
+    end = endings.judge(own.ends, team.deaths[0] if team.deaths else None, own.killed, own.oom, part.on)
+    say(f"{attempt.launch_name}, {team.node.name}: {end.cause.value}: {end.message}")
+    _publish_node(part, end)
+    _clean(attempt)
+    link.shut()
+    line.tell_ready()
+    team.wait(lambda: line.over is not None or bool(line.lost), OVER_SECONDS)
+    line.shut()
+    return line.over or _outcome(attempt) or Cause.VANISHED
+
+
+def _await_claim(part: Part) -> Claim | Cause:
+    """Node 0's claim, or why there is nothing to join. The folder is listed first: a network file system remembers for
+    a while that a file was not there."""
+    attempt, said = part.attempt, ""
+    path = f"{attempt.run_dir}/{contract.claim_file(attempt.attempt)}"
+    deadline = time.monotonic() + JOIN_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            names = storage.names(f"{attempt.run_dir}/{contract.attempt_dir(attempt.attempt)}")
+            if closed(attempt):
+                return Cause.SUPERSEDED
+            if os.path.basename(path) in names:
+                claim = contract.decode(storage.read(path), Claim, path)
+                return claim if claim.job == part.team.node.job else Cause.SUPERSEDED
+        except OSError as error:
+            if str(error) != said:
+                said = str(error)
+                say(said)
+        part.team.requests.wait(1.0)
+    say(f"node 0 did not claim the attempt within {JOIN_SECONDS:g} s")
+    return Cause.VANISHED
+
+
+def _await_start(part: Part, link: Link) -> RankEnd | None:
+    """Wait until all nodes are there and node 0 says where the ranks meet; why not, if it came to nothing."""
+    team, line = part.team, part.team.lines[0]
+    if team.wait(lambda: bool(line.port) or team.told, JOIN_SECONDS + COLLECT_SECONDS) and not team.told:
+        team.meeting = team.meeting[0], line.port
+        return None
+    message = "node 0 did not say where the ranks meet"
+    return team.why() or RankEnd(cause=Cause.VANISHED, message=message, step=None)
+
+
+def _outcome(attempt: Attempt) -> Cause | None:
+    """How node 0's agent says that the attempt ended, if it has."""
+    path = f"{attempt.run_dir}/{contract.outcome_file(attempt.attempt)}"
     try:
-        end = _train(attempt, attempt_yaml, requests, link)
-    except Exception as error:
-        message = f"the agent failed: {type(error).__name__}: {error}"
-        end = RankEnd(cause=Cause.CRASHED, message=message, step=None, detail=traceback.format_exc())
-    finally:
-        kill_descendants()
-    return endings.outcome(attempt, end)
+        return contract.decode(storage.read(path), Outcome, path).cause
+    except OSError:
+        return None
 
 
-def _train(attempt: Attempt, attempt_yaml: str, requests: Requests, link: Link) -> RankEnd:
-    if attempt.nodes != 1:
-        message = f"the attempt asks for {attempt.nodes} nodes; the agent runs attempts of one node only, so far"
-        return RankEnd(cause=Cause.USER_ERROR, message=message, step=None)
-    health = config.read(config.Health, attempt.settings["health"])
-    _fresh_scratch(attempt)
-    if changed := _fetch_code(attempt):
-        return RankEnd(cause=Cause.USER_ERROR, message=changed, step=None)
-    adopt_orphans()
-    before = endings.oom_kills()
-    ending = supervise(attempt, attempt_yaml, health, requests, link)
-    after = endings.oom_kills()
-    oom = None if before is None or after is None else after > before
-    return endings.judge(ending.ends, ending.first_dead, ending.killed, oom)
-
-
-# --- starting ---------------------------------------------------------------------------------------------------------
-
-
-def command(attempt: Attempt, attempt_yaml: str) -> list[str]:
-    """The command line of the attempt's processes: torchrun over the ranks, or the one process of an evaluation."""
-    python = [sys.executable, "-u", "-P", "-m"]
-    if attempt.phase == contract.EVALUATE:
-        return [*python, "model.rank", "model.evaluate.run", attempt_yaml]
-    return [
-        *python, "model.tied", str(os.getpid()), "torch.distributed.run",
-        "--standalone", "--nnodes", "1", "--nproc-per-node", str(attempt.processes_per_node),
-        "--local-addr", "127.0.0.1",  # the machine's name may resolve to nothing, or slowly
-        "--max-restarts", "0",
-        "--log-dir", str(contract.scratch_dir(attempt.launch_name) / "torchrun"),
-        "-m", "model.rank", "model.train", attempt_yaml,
-    ]  # fmt: skip
-
-
-def environment(attempt: Attempt) -> dict[str, str]:
-    """The agent's own environment, and the code and the threads that the attempt is pinned to."""
-    return {
-        **os.environ,
-        "PYTHONPATH": str(_code_here(attempt)),
-        "PYTHONSAFEPATH": "1",
-        "OMP_NUM_THREADS": str(attempt.threads),
-        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),  # one node: nothing leaves the machine
-    }
-
-
-def start(attempt: Attempt, attempt_yaml: str) -> subprocess.Popen[bytes]:
-    """Start the processes in a session of their own, so that a terminal's Ctrl-C reaches the agent alone."""
-    return subprocess.Popen(
-        command(attempt, attempt_yaml), env=environment(attempt), stdin=subprocess.DEVNULL, start_new_session=True
-    )
-
-
-def adopt_orphans() -> None:
-    """Descendants whose parent died become the agent's children (prctl(2)), so that it finds and ends them all."""
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) was refused")
-
-
-def _fresh_scratch(attempt: Attempt) -> None:
-    """An empty folder of ours alone: others may write to the machine's temporary folder too."""
-    scratch = contract.scratch_dir(attempt.launch_name)
-    storage.own_scratch()
-    storage.remove_tree(str(scratch))
-    scratch.mkdir(mode=0o700)
-
-
-def _code_here(attempt: Attempt) -> Path:
-    """Where on this machine the code is that the attempt is pinned to."""
-    if storage.is_uri(attempt.code_dir):
-        return contract.scratch_dir(attempt.launch_name) / "code"
-    return Path(attempt.code_dir)
-
-
-def _fetch_code(attempt: Attempt) -> str:
-    """Bring the code out of a bucket; why it cannot be run if it is not what its digest says, else nothing. On a disk
-    it is run where it lies, as the controller has looked at it."""
-    if not storage.is_uri(attempt.code_dir):
-        return ""
-    files = storage.contents(f"{attempt.code_dir}/model")
-    if storage.digest(files) != attempt.code_digest:
-        return f"{attempt.code_dir}/model is not the code that this run is pinned to (sha256 {attempt.code_digest})"
-    for name, data in files.items():
-        target = _code_here(attempt) / "model" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(data)
-    return ""
-
-
-# --- watching ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Ending:
-    """`ends` is what each rank said (None: nothing), `killed` why the agent killed them, if it did."""
-
-    ends: dict[int, RankEnd | None]
-    first_dead: int | None
-    killed: RankEnd | None
-
-
-def supervise(attempt: Attempt, attempt_yaml: str, health: config.Health, requests: Requests, link: Link) -> Ending:
-    """Start the processes and watch them until they have ended, or have to be ended."""
-    watch = Watch(began=time.monotonic())
-    process = start(attempt, attempt_yaml)
-    say(f"{attempt.launch_name}: {len(ranks(attempt))} ranks, pid {process.pid}")
-    with selectors.DefaultSelector() as selector:
-        selector.register(requests.inbox, selectors.EVENT_READ)
-        watch_pid(selector, process.pid, None)
-        while process.poll() is None:
-            look(attempt, watch, requests, selector, attempt.watch_seconds)
-            now = time.monotonic()
-            killed = why_kill(health, watch, requests.count, link, now)
-            if killed is None and not watch.overstayed(now):
-                continue
-            ends = read_ends(attempt)  # before the kill: what survivors say of lost peers is no news
-            if killed is not None and killed.cause in (Cause.HUNG, Cause.DATA_STALLED):
-                dump_stacks(watch)
-            kill_descendants()
-            process.wait()
-            return Ending(ends, watch.first_dead, killed)
-        look(attempt, watch, requests, selector, 0)
-    return Ending(read_ends(attempt), watch.first_dead, None)
+def _publish_node(part: Part, end: RankEnd) -> None:
+    path = f"{part.attempt.run_dir}/{contract.node_file(part.attempt.attempt, part.team.node.number)}"
+    try:
+        storage.publish(path, contract.encode(end))
+    except storage.StoreError as error:  # node 0 has heard it
+        say(f"how this node ended could not be published: {error}")
 
 
 # --- ending -----------------------------------------------------------------------------------------------------------
-
-
-def kill_descendants() -> None:
-    """End every process below this one, at once. A process that the kernel will not end is named and left."""
-    deadline = time.monotonic() + LINGER_SECONDS
-    while living := _living():
-        for process in living:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        if time.monotonic() > deadline:
-            say(f"these processes do not die: {[process.pid for process in living]}")
-            return
-        time.sleep(0.02)
-
-
-def _living() -> list[psutil.Process]:
-    """This process's descendants; a zombie is dead."""
-    living = []
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            if process.status() != psutil.STATUS_ZOMBIE:
-                living.append(process)
-    return living
 
 
 def _publish(attempt: Attempt, outcome: Outcome) -> None:
@@ -269,12 +280,15 @@ def _publish(attempt: Attempt, outcome: Outcome) -> None:
         say(f"the outcome could not be published: {error}")
 
 
-def _last_act(attempt: Attempt) -> None:
-    """Start `on_end`, detached and in the agent's own environment, so that somebody takes in the outcome."""
+def _clean(attempt: Attempt) -> None:
     try:
         storage.remove_tree(str(contract.scratch_dir(attempt.launch_name)))
     except storage.StoreError as error:
         say(str(error))
+
+
+def _last_act(attempt: Attempt) -> None:
+    """Start `on_end`, detached and in the agent's own environment, so that somebody takes in the outcome."""
     if not attempt.on_end:
         return
     no_input = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)

@@ -16,7 +16,7 @@ A run's directory, every path relative to it:
     attempts/<n>/nodes/<node>.json      how one node ended, in its agent's words; node 0 judges them all
     attempts/<n>/progress/<chunk>.jsonl what happened at each step (rank 0)
     attempts/<n>/recorded/              steps written down whole, for `dinoctl replay`
-    attempts/<n>/log/                   agent.log and rank-<rank>.log; in a bucket each a folder of numbered chunks
+    attempts/<n>/log/                   agent.log, agent-<node>.log, rank-<rank>.log; in a bucket folders of chunks
     checkpoints/<phase>/<n>/<step>/     shards, then manifest.json: no manifest, no checkpoint
     data/                               the index of the images
     pins/<phase>-<n>-<step>-<by>.json   another run takes that checkpoint, or a person wants it: it is never pruned
@@ -59,7 +59,7 @@ class Cause(StrEnum):
     BAD_CHECKPOINT = "bad-checkpoint"  # no checkpoint of those named could be read
     STORE_LOST = "store-lost"  # the run directory could not be reached for longer than the lease
     SUPERSEDED = "superseded"  # another process holds this attempt's claim, or the controller closed it
-    VANISHED = "vanished"  # the launcher knows nothing of it any more and it left no outcome (infrastructure)
+    VANISHED = "vanished"  # a node was lost, or the launcher knows nothing of it any more and it left no outcome
     NOT_LAUNCHED = "not-launched"  # the launcher refused it, or whoever meant to launch it died first
 
 
@@ -78,8 +78,9 @@ EXIT_CODES: dict[Cause, int] = {
     Cause.STORE_LOST: 88,
     Cause.SUPERSEDED: 89,
     Cause.DATA_STALLED: 90,
+    Cause.VANISHED: 91,
 }
-"""What the agent exits with. VANISHED and NOT_LAUNCHED are the controller's own findings and have none."""
+"""What the agent exits with. NOT_LAUNCHED is the controller's own finding and has none."""
 
 CAUSES: dict[int, Cause] = {code: cause for cause, code in EXIT_CODES.items()}
 
@@ -174,7 +175,7 @@ class Claim(Record, frozen=True):
     started: float
     nonce: str
     job: str = ""  # the cluster's name of the job and how often it was restarted: `<job id>.<restarts>`; none: local
-    address: str = ""  # where the ranks of several nodes meet: host and port of node 0
+    address: str = ""  # where the agents of several nodes meet: host and port of node 0's
     port: int = 0
 
 
@@ -311,8 +312,8 @@ def log_dir(attempt: int) -> str:
     return f"attempts/{attempt}/log"
 
 
-def agent_log(attempt: int) -> str:
-    return f"attempts/{attempt}/log/agent.log"
+def agent_log(attempt: int, node: int = 0) -> str:
+    return f"attempts/{attempt}/log/agent{f'-{node}' if node else ''}.log"
 
 
 def rank_log(attempt: int, rank: int) -> str:

@@ -21,6 +21,9 @@ the rank that says what was refused."""
 
 CHUNK_BYTES = 4 << 20
 
+OTHERS_SECONDS = 10.0
+"""How often an agent looks that is not node 0's, which tells it what matters: a bucket is asked by all of them."""
+
 
 @dataclass
 class Logs:
@@ -68,6 +71,7 @@ class Link:
 
     attempt: Attempt
     logs: Logs
+    leads: bool = True  # it is node 0's
     closed: bool = False
     said: str = ""  # why it did not answer
     reached: float = field(default_factory=time.monotonic)
@@ -75,8 +79,8 @@ class Link:
     thread: threading.Thread | None = None
 
     @staticmethod
-    def open(attempt: Attempt) -> Link:
-        link = Link(attempt, Logs(attempt))
+    def open(attempt: Attempt, leads: bool = True) -> Link:
+        link = Link(attempt, Logs(attempt), leads)
         link.thread = threading.Thread(target=link._run, name="link to the store", daemon=True)
         link.thread.start()
         return link
@@ -96,7 +100,8 @@ class Link:
             say(f"the end of the logs stays on {contract.hostname()}, {storage.local(self.logs.target)}: {error}")
 
     def _run(self) -> None:
-        while not self.over.wait(self.attempt.watch_seconds):
+        every = self.attempt.watch_seconds
+        while not self.over.wait(every if self.leads else max(every, OTHERS_SECONDS)):
             try:
                 self.closed = self.closed or closed(self.attempt)
                 self._renew_claim()
@@ -111,7 +116,7 @@ class Link:
     def _renew_claim(self) -> None:
         """For who looks from another machine into a bucket: its holder was there when the claim was last written. On a
         disk whoever looks is mostly on the same machine, and sees the process."""
-        if storage.is_uri(self.attempt.run_dir) and not self.closed:
+        if self.leads and storage.is_uri(self.attempt.run_dir) and not self.closed:
             claim = f"{self.attempt.run_dir}/{contract.claim_file(self.attempt.attempt)}"
             storage.replace(claim, storage.read(claim))
 

@@ -1,7 +1,7 @@
 """What each rank runs in, before anything of torch: `python -P -m model.rank MODULE ATTEMPT_YAML`.
 
 Started by torchrun (or, for one process, by the agent). It ties the rank's life to its parent's, gives it a log file
-and stack dumps on SIGUSR1, all before the trainer's imports (which may hang or fail too), then runs MODULE as
+and stack dumps on DUMP_SIGNAL, all before the trainer's imports (which may hang or fail too), then runs MODULE as
 `__main__` in this same process. A failure that the trainer could not report itself is noted for the agent.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import faulthandler
 import os
 import runpy
-import signal
 import sys
 import traceback
 from contextlib import suppress
@@ -18,17 +17,19 @@ from pathlib import Path
 
 from model import contract, storage
 from model.contract import Attempt, Cause, RankEnd
+from model.signals import DUMP_SIGNAL, be_deaf
 from model.tied import die_with
 
 
 def main(module: str, attempt_yaml: str) -> None:
     """Run `module` as this rank. Leaves as the module leaves."""
+    be_deaf()
     die_with(os.getppid())
     attempt = contract.read_attempt(storage.read(attempt_yaml), attempt_yaml)
     rank = int(os.environ.get("RANK", "0"))
     _log_to(storage.local_file(f"{attempt.run_dir}/{contract.rank_log(attempt.attempt, rank)}"))
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    faulthandler.register(DUMP_SIGNAL, all_threads=True)
     _whole(contract.pid_file(attempt.launch_name, rank), str(os.getpid()).encode())
     sys.argv = [module, attempt_yaml]
     try:

@@ -12,6 +12,8 @@ import runpy
 import signal
 import sys
 
+from model.signals import be_deaf
+
 PR_SET_PDEATHSIG = 1
 
 
@@ -27,6 +29,7 @@ def die_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
+    be_deaf()
     die_with(int(sys.argv[1]))
     sys.argv = sys.argv[2:]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

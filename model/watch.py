@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import selectors
-import signal
-import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,38 +11,18 @@ from pathlib import Path
 
 from model import config, contract, storage
 from model.contract import Attempt, Cause, RankEnd
-from model.endings import ranks, read_ends
+from model.endings import read_ends
 from model.link import Link, say
+from model.signals import DUMP_SIGNAL
+from model.team import Team
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-LINGER_SECONDS = 10.0
-"""How long the processes may take to leave once all ranks said how they ended, or one of them died."""
+LINGER_SECONDS, LINGER_FAILED_SECONDS = 10.0, 2.0
+"""How long the processes may take to leave once all ranks said how they ended, and once one of them died before: the
+others then have to say what they know of it, and wait for it in vain."""
+STILL_SECONDS = 5.0
+"""How much longer than asked a wait may take before it is this process that stood still (SIGSTOP, a frozen disk)."""
 DUMP_SECONDS = 1.0
 """How long a hung rank gets to write its stacks."""
-
-
-@dataclass
-class Requests:
-    """Signals that ask for a stop, counted as they come in through a socket that a selector can wait on."""
-
-    inbox: socket.socket
-    count: int = 0
-
-    @staticmethod
-    def install() -> Requests:
-        inbox, outbox = socket.socketpair()
-        inbox.setblocking(False)
-        outbox.setblocking(False)
-        signal.set_wakeup_fd(outbox.detach(), warn_on_full_buffer=False)
-        for number in STOP_SIGNALS:
-            signal.signal(number, lambda *_: None)
-        return Requests(inbox)
-
-    def read(self) -> None:
-        try:
-            self.count += len(self.inbox.recv(64))
-        except BlockingIOError:
-            return
 
 
 @dataclass
@@ -52,6 +30,8 @@ class Watch:
     """What the agent has seen so far. All times are of the monotonic clock."""
 
     began: float
+    ranks: range = range(1)  # those of this node
+    host: str = ""  # this node, for messages; empty where there is but one
     asked: float | None = None  # when a stop was asked for
     pulses: dict[int, int] = field(default_factory=dict)
     pulse: float | None = None  # when a pulse was last seen
@@ -59,31 +39,49 @@ class Watch:
     pids: dict[int, int] = field(default_factory=dict)
     dead: list[int] = field(default_factory=list)  # in the order of their deaths
     over: float | None = None  # since when the processes have had no reason to stay
-
-    @property
-    def first_dead(self) -> int | None:
-        return self.dead[0] if self.dead else None
+    failed: bool = False  # one died before its work was done
+    looked: float = 0.0  # when the last look ended
 
     def overstayed(self, now: float) -> bool:
-        return self.over is not None and now - self.over > LINGER_SECONDS
+        return self.over is not None and now - self.over > (LINGER_FAILED_SECONDS if self.failed else LINGER_SECONDS)
+
+    def later(self, seconds: float) -> None:
+        """Take all of it to have happened that much later: time in which this process stood still is nobody's fault."""
+        self.began += seconds
+        self.asked = None if self.asked is None else self.asked + seconds
+        self.pulse = None if self.pulse is None else self.pulse + seconds
+        self.over = None if self.over is None else self.over + seconds
 
 
-def look(attempt: Attempt, watch: Watch, requests: Requests, selector: selectors.BaseSelector, seconds: float) -> None:
-    """Wait up to `seconds` for a signal or a death, then take in what happened since the last look."""
+def look(attempt: Attempt, watch: Watch, team: Team, selector: selectors.BaseSelector, seconds: float) -> None:
+    """Wait up to `seconds` for a signal, a word or a death, then take in what happened since the last look."""
+    requests = team.requests
     ended = [key for key, _ in selector.select(seconds) if key.fileobj is not requests.inbox]
     now = time.monotonic()
     requests.read()
-    if requests.count and watch.asked is None:
+    if team.asked and watch.asked is None:
         watch.asked = now
         contract.stop_file(attempt.launch_name).touch()
         say("asked to stop: the ranks seal a checkpoint and end")
-    pulses = {rank: _modified(contract.pulse_file(attempt.launch_name, rank)) for rank in ranks(attempt)}
+    pulses = {rank: _modified(contract.pulse_file(attempt.launch_name, rank)) for rank in watch.ranks}
     if pulses != watch.pulses and any(pulses.values()):
         watch.pulses, watch.pulse = pulses, now
-    watch.waiting = _waiting(attempt)
+    watch.waiting = _waiting(attempt, watch.ranks)
     watch.dead += _deaths(attempt, watch, selector, ended)
-    if watch.over is None and _is_over(attempt, watch):
+    team.share(watch.dead)
+    watch.failed = watch.failed or team.failed()
+    if watch.over is None and (watch.failed or _is_over(attempt, watch)):
         watch.over = now
+
+
+def stood_still(watch: Watch, link: Link, seconds: float) -> None:
+    """After each look of `seconds`: a job that was suspended meanwhile is neither hung nor out of reach."""
+    now, before = time.monotonic(), watch.looked
+    watch.looked = now
+    if before and (missed := now - before - seconds) > STILL_SECONDS:
+        say(f"this process stood still for {missed:.0f} s: they do not count")
+        watch.later(missed)
+        link.reached += missed
 
 
 def _deaths(
@@ -91,7 +89,7 @@ def _deaths(
 ) -> list[int]:
     """The ranks that died since the last look, first things first. Ranks that are new are watched from now on."""
     missed = []
-    for rank in ranks(attempt):
+    for rank in watch.ranks:
         pid_file = contract.pid_file(attempt.launch_name, rank)
         if rank not in watch.pids and pid_file.exists():
             watch.pids[rank] = int(pid_file.read_text())
@@ -104,12 +102,15 @@ def _deaths(
     if not missed:
         return seen
     # One that lived too short to be watched failed while starting: who left a word was the reason for the others.
-    ends = read_ends(attempt)
+    ends = read_ends(attempt, watch.ranks)
     return sorted(seen + missed, key=lambda rank: ends[rank] is None)
 
 
-def why_kill(health: config.Health, watch: Watch, requests: int, link: Link, now: float) -> RankEnd | None:
-    """Why the agent has to end the processes now, if it has to. `requests` is how often a stop was asked for."""
+def why_kill(
+    health: config.Health, watch: Watch, requests: int, link: Link, now: float, leads: bool = True
+) -> RankEnd | None:
+    """Why the agent has to end the processes now, if it has to. `requests` is how often a stop was asked for; `leads`:
+    it is node 0's, as one alone has to say that there was no step to seal."""
     if link.closed:
         return RankEnd(cause=Cause.SUPERSEDED, message="the controller closed this attempt", step=None)
     if link.out_of_reach(now):
@@ -117,34 +118,41 @@ def why_kill(health: config.Health, watch: Watch, requests: int, link: Link, now
         return RankEnd(cause=Cause.STORE_LOST, message=message, step=None)
     if requests > 1:
         return RankEnd(cause=Cause.UNSEALED, message="a second request to stop: ended at once, unsealed", step=None)
-    if watch.asked is not None and watch.pulse is None:
+    if watch.asked is not None and watch.pulse is None and leads:
         return RankEnd(cause=Cause.STOPPED, message="stopped before its first step", step=None)
     if watch.asked is not None and now - watch.asked > health.notice_seconds:
         message = f"the ranks did not seal within health.notice_seconds ({health.notice_seconds:g} s): ended, unsealed"
         return RankEnd(cause=Cause.UNSEALED, message=message, step=None)
     if now - (watch.began if watch.pulse is None else watch.pulse) > health.stall_seconds:
-        return _stalled(health, watch)
+        return stalled(health, watch)
     return None
 
 
-def _stalled(health: config.Health, watch: Watch) -> RankEnd:
+def stalled(health: config.Health, watch: Watch) -> RankEnd:
     """A loader that does not deliver is told from a step that does not end: other ranks wait for a starved one."""
     since = f"for health.stall_seconds ({health.stall_seconds:g} s)"
     if watch.waiting:
         rank, where = min(watch.waiting.items())
-        message = f"rank {rank}: no batch {since}: the loader waits for {where or 'its images'}"
+        message = f"rank {rank}{_on(watch)}: no batch {since}: the loader waits for {where or 'its images'}"
         return RankEnd(cause=Cause.DATA_STALLED, message=message, step=None)
-    return RankEnd(cause=Cause.HUNG, message=f"no step {since}; the ranks' stacks are in their logs", step=None)
+    message = f"no step{_on(watch)} {since}; the ranks' stacks are in their logs"
+    return RankEnd(cause=Cause.HUNG, message=message, step=None)
+
+
+def _on(watch: Watch) -> str:
+    return f" on {watch.host}" if watch.host else ""
 
 
 def _is_over(attempt: Attempt, watch: Watch) -> bool:
-    """Whether nothing more is to come: all ranks have said how they ended, or one is dead before its work was done."""
+    """Whether nothing more is to come: all ranks have said how they ended, or (noted) one is dead before its work was
+    done."""
     try:
-        ends = read_ends(attempt)
+        ends = read_ends(attempt, watch.ranks)
     except storage.StoreError:  # it does not answer now; asked again at the next look
         return False
     well = {rank for rank, end in ends.items() if end is not None and end.cause in (Cause.DONE, Cause.STOPPED)}
-    return None not in ends.values() or not well.issuperset(watch.dead)
+    watch.failed = not well.issuperset(watch.dead)
+    return watch.failed or None not in ends.values()
 
 
 def watch_pid(selector: selectors.BaseSelector, pid: int, rank: int | None) -> bool:
@@ -165,9 +173,9 @@ def _modified(path: Path) -> int:
         return 0
 
 
-def _waiting(attempt: Attempt) -> dict[int, str]:
+def _waiting(attempt: Attempt, ranks: range) -> dict[int, str]:
     found = {}
-    for rank in ranks(attempt):
+    for rank in ranks:
         with suppress(FileNotFoundError):
             found[rank] = contract.waiting_file(attempt.launch_name, rank).read_text(errors="replace")
     return found
@@ -178,5 +186,5 @@ def dump_stacks(watch: Watch) -> None:
     for rank, pid in watch.pids.items():
         if rank not in watch.dead:
             with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGUSR1)
+                os.kill(pid, DUMP_SIGNAL)
     time.sleep(DUMP_SECONDS)

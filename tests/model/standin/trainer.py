@@ -71,10 +71,13 @@ def step(attempt: Attempt, rank: int) -> None:
 
 
 def peer_is_gone(attempt: Attempt, rank: int) -> bool:
-    facts = Path(attempt.run_dir) / f"facts-{1 - rank}.json"
-    if not facts.exists():
-        return False
-    stat = Path(f"/proc/{json.loads(facts.read_bytes())['pid']}/stat")
+    others = set(range(int(os.environ["WORLD_SIZE"]))) - {rank}
+    facts = [Path(attempt.run_dir) / f"facts-{other}.json" for other in others]
+    return any(is_gone(json.loads(file.read_bytes())["pid"]) for file in facts if file.exists())
+
+
+def is_gone(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
     return not stat.exists() or stat.read_text().split()[2] == "Z"
 
 
