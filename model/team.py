@@ -5,7 +5,7 @@
 
 Connections and not files in the run directory: the kernel tells at once that the other end died, a store that is slow
 or away is not taken for a lost node, and a bucket is not asked by 32 nodes every few seconds. A beat over each of them
-tells of a machine that went without a word. Who connects has to know the claim's nonce, that is to read the run's folder.
+tells of a machine that went without a word. Who connects has to know the claim's nonce, so to read the run's folder.
 """
 
 from __future__ import annotations

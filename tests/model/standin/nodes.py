@@ -52,7 +52,7 @@ class Nodes:
         }  # fmt: skip
         return said | ({"SLURM_RESTART_COUNT": str(self.restarts)} if self.restarts else {})
 
-    def wait(self, seconds: float = 120) -> list[int]:
+    def wait(self, seconds: float = 300) -> list[int]:
         """The exit codes of the agents, in the order of their nodes."""
         return [self.agents[node].wait(seconds) for node in sorted(self.agents)]
 
