@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import os
 import socket
-import tempfile
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -38,6 +37,24 @@ from typing import Any, TypeVar
 import msgspec
 
 from model import kept as kept  # a part of this module
+from model.scratch import (
+    end_file as end_file,
+)
+from model.scratch import (
+    pid_file as pid_file,
+)
+from model.scratch import (
+    pulse_file as pulse_file,
+)
+from model.scratch import (
+    scratch_dir as scratch_dir,
+)  # and this
+from model.scratch import (
+    stop_file as stop_file,
+)
+from model.scratch import (
+    waiting_file as waiting_file,
+)
 
 FORMAT = 1  # of everything below; a run directory of a higher format was written by a newer dinoctl and is refused
 
@@ -335,39 +352,6 @@ def bad_file(phase: str, attempt: int, step: int) -> str:
 
 def manifest_file(phase: str, attempt: int, step: int) -> str:
     return f"{checkpoint_dir(phase, attempt, step)}/manifest.json"
-
-
-# Between the agent of a node and its ranks: files on the node's own disk, as a bucket is too slow to ask every step.
-
-
-def scratch_dir(launch_name: str) -> Path:
-    """The node-local folder of one attempt; the launch name is its own, so nothing stale can be there."""
-    return Path(tempfile.gettempdir()) / f"dinoctl-{os.getuid()}" / launch_name
-
-
-def stop_file(launch_name: str) -> Path:
-    """The agent makes it to ask its ranks to seal and stop; each rank looks at every step."""
-    return scratch_dir(launch_name) / "stop"
-
-
-def pulse_file(launch_name: str, rank: int) -> Path:
-    """A rank touches it at every step; the agent calls the attempt hung when none was touched for too long."""
-    return scratch_dir(launch_name) / f"pulse-{rank}"
-
-
-def waiting_file(launch_name: str, rank: int) -> Path:
-    """There while a rank waits for a batch; it says where the images lie."""
-    return scratch_dir(launch_name) / f"waiting-{rank}"
-
-
-def pid_file(launch_name: str, rank: int) -> Path:
-    """A rank's pid, written before anything of the trainer is imported: whom to ask for stacks, and who died first."""
-    return scratch_dir(launch_name) / f"pid-{rank}"
-
-
-def end_file(launch_name: str, rank: int) -> Path:
-    """A RankEnd by `model.rank`, for a rank that failed and could not publish its own (its disk may be full)."""
-    return scratch_dir(launch_name) / f"end-{rank}.json"
 
 
 EVENTS_DIR, ATTEMPTS_DIR, PINS_DIR, BAD_DIR, WATCHERS_DIR = "events", "attempts", "pins", "bad", "watchers"

@@ -137,6 +137,7 @@ class Line:
             if time.monotonic() - beaten >= BEAT_SECONDS:
                 self.say(Word())
                 beaten = time.monotonic()
+        self._link.close()
         self._wake()
 
     def _hear(self, word: Word) -> None:
@@ -283,13 +284,16 @@ class Entrance:
 
     def _greet(self, line: Line, word: Word) -> None:
         """The first word says who it is; from the second on deaths are put in the order of all."""
-        if line.node < 0 and word.node in self.missing() and hmac.compare_digest(word.nonce, self.nonce):
+        if (
+            line.node < 0
+            and word.node in self.missing()
+            and hmac.compare_digest(word.nonce.encode(), self.nonce.encode())
+        ):
             line.node, line.host = word.node, word.host
             self.team.lines[word.node] = line
             line.say(Word(asked=self.team.asked))
         elif line.node < 0:
             line.lost = "it is none of this attempt's agents"
-            line.shut()
         self.team.deaths += word.dead
 
 

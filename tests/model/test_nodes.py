@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -163,26 +164,39 @@ def test_no_claim_a_closed_attempt_and_a_node_0_that_is_not_there(tmp_path: Path
     assert "node 0 cannot be reached" in claimed.log(1)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_closed_or_stopped_while_a_node_is_missing(tmp_path: Path, victim: int) -> None:
-    """Two of three are there; the third never comes, and nothing is started."""
+@pytest.mark.parametrize("asked", [0, 1])
+def test_stopped_or_closed_while_a_node_is_missing(tmp_path: Path, asked: int) -> None:
+    """Two of three are there, the other one asked before node 0 has claimed; the third comes later, or never."""
     stopped = attempt(tmp_path / "stopped", ["steps:3"] * 3, count=3)
-    two = over(stopped, count=3)
-    two.start(0, 1)
-    wait_for(lambda: (stopped.run_dir / contract.claim_file(1)).exists())
-    wait_for(lambda: "stand" not in two.log(victim))
-    time.sleep(1)
-    two.agents[victim].send_signal(signal.SIGTERM)
-    assert two.wait() == [CODES[Cause.STOPPED]] * 2
+    three = over(stopped, count=3)
+    three.start(asked)
+    wait_for(lambda: three.takes_signals(asked))
+    three.agents[asked].send_signal(signal.SIGTERM)
+    three.start(1 - asked)
+    three.start(2)
+    assert three.wait() == [CODES[Cause.STOPPED]] * 3
     assert stopped.outcome.message == "stopped before its first step"
 
     shut = attempt(tmp_path / "closed", ["steps:3"] * 3, count=3)
-    both = over(shut, count=3)
-    both.start(0, 1)
-    wait_for(lambda: (shut.run_dir / contract.claim_file(1)).exists())
+    two = over(shut, count=3)
+    two.start(0, 1)
+    wait_for((shut.run_dir / contract.claim_file(1)).exists)
     storage.publish(f"{shut.run_dir}/{contract.closed_file(1)}", b"{}")
-    assert set(both.wait()) == {CODES[Cause.SUPERSEDED]}
-    assert not list(shut.run_dir.glob("facts-*"))
+    assert set(two.wait()) == {CODES[Cause.SUPERSEDED]}
+    assert not list(tmp_path.rglob("facts-*"))
+
+
+def test_who_does_not_know_the_claim_is_no_part_of_the_attempt(tmp_path: Path) -> None:
+    case = attempt(tmp_path / "run", ["steps:3"] * 2)
+    one = over(case, settings="agent.JOIN_SECONDS = 5")
+    one.start(0)
+    wait_for((case.run_dir / contract.claim_file(1)).exists)
+    for said in (b'{"nonce":"guess","node":1,"host":"node2","asked":9}\n', b"GET / HTTP/1.1\r\n\r\n", b"{}\n"):
+        with socket.create_connection((case.claim.address, case.claim.port), timeout=60) as stranger:
+            stranger.sendall(said)
+            assert stranger.recv(100) == b""
+    assert one.wait() == [CODES[Cause.VANISHED]]
+    assert case.outcome.bad_nodes == ["node2"]
 
 
 # --- with ranks -------------------------------------------------------------------------------------------------------
@@ -234,19 +248,22 @@ def test_one_notice_to_all_processes_of_all_nodes_is_one_request(tmp_path: Path)
 
 
 @pytest.mark.jobs
-def test_a_second_request_at_another_node_or_the_end_of_the_notice(tmp_path: Path) -> None:
+def test_a_second_request_the_end_of_the_notice_and_a_closed_attempt(tmp_path: Path) -> None:
     impatient, slow = attempt(tmp_path / "a", ["deaf"] * 2), attempt(tmp_path / "b", ["deaf"] * 2, notice=1.0)
-    both = over(impatient), over(slow)
-    for one in both:
+    shut = attempt(tmp_path / "c", ["deaf"] * 2)
+    three = over(impatient), over(slow), over(shut)
+    for one in three:
         one.start()
-    wait_for(lambda: all(one.pulsing() for one in both), 300)
-    both[0].agents[1].send_signal(signal.SIGTERM)
-    both[0].agents[1].send_signal(signal.SIGINT)
-    both[1].agents[1].send_signal(signal.SIGTERM)
-    assert [one.wait() for one in both] == [[CODES[Cause.UNSEALED]] * 2] * 2
+    wait_for(lambda: all(one.pulsing() for one in three), 300)
+    storage.publish(f"{shut.run_dir}/{contract.closed_file(1)}", b"{}")
+    three[0].agents[1].send_signal(signal.SIGTERM)
+    three[0].agents[1].send_signal(signal.SIGINT)
+    three[1].agents[1].send_signal(signal.SIGTERM)
+    ends = Cause.UNSEALED, Cause.UNSEALED, Cause.SUPERSEDED
+    assert [one.wait() for one in three] == [[CODES[cause]] * 2 for cause in ends]
     assert "a second request" in impatient.outcome.message
     assert "did not seal" in slow.outcome.message
-    assert impatient.processes() == slow.processes() == []
+    assert impatient.processes() == slow.processes() == shut.processes() == []
 
 
 @pytest.mark.jobs

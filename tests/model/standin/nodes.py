@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -51,6 +52,12 @@ class Nodes:
             "TMPDIR": str(self.tmp(node)), "GLOO_SOCKET_IFNAME": "lo",
         }  # fmt: skip
         return said | ({"SLURM_RESTART_COUNT": str(self.restarts)} if self.restarts else {})
+
+    def takes_signals(self, node: int) -> bool:
+        """Whether that agent is far enough for one not to end it."""
+        status = Path(f"/proc/{self.agents[node].pid}/status").read_text()
+        caught = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
+        return bool(caught >> (signal.SIGUSR2 - 1) & 1)
 
     def wait(self, seconds: float = 300) -> list[int]:
         """The exit codes of the agents, in the order of their nodes."""
