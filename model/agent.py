@@ -24,7 +24,7 @@ from model.contract import Attempt, Cause, Claim, Outcome, RankEnd
 from model.endings import ranks
 from model.link import Link, closed, say
 from model.part import Part, work
-from model.signals import Requests
+from model.signals import Requests, be_deaf
 from model.team import Entrance, NodeEnd, Team, connect, lost
 
 RESERVED_BYTES = 1 << 16
@@ -67,6 +67,8 @@ def _lead(part: Part) -> Cause:
     if refusal is not None:
         say(f"{attempt.launch_name}: {refusal.value}, nothing was started")
         return refusal
+    if entrance is not None:
+        entrance.open()
     _set_aside(attempt)
     link = Link.open(attempt)
 
@@ -137,7 +139,6 @@ def _does_not_fit(part: Part, link: Link) -> RankEnd:
 def _gather(part: Part, entrance: Entrance, link: Link) -> RankEnd | None:
     """Wait for all other nodes and tell them where the ranks meet; why not, if it came to nothing."""
     team = part.team
-    entrance.open()
     team.wait(lambda: not entrance.missing() or bool(team.asked) or team.told or link.closed, JOIN_SECONDS)
     entrance.close()
     if link.closed:
@@ -301,4 +302,6 @@ def _last_act(attempt: Attempt) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -P -m model.agent ATTEMPT_YAML")
-    sys.exit(main(sys.argv[1]))
+    code = main(sys.argv[1])
+    be_deaf()  # a scheduler ends all tasks when the first has left, and its signal would be another exit code
+    sys.exit(code)
