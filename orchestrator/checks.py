@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from model import contract, storage
 from model.config import AnyPhase, Data, Evaluate, Model, Resources, SslPhase, TextPhase
-from orchestrator import attempts, data_places, handoff, image_checks
+from orchestrator import attempts, data_places, handoff, image_checks, slurm_checks
 from orchestrator.cluster import ClusterProfile
 from orchestrator.handoff import SSL_KINDS, TAKES, HandoffError, Reference
 from orchestrator.problems import Path, Problem, did_you_mean, listed, shown
@@ -39,6 +39,7 @@ class Draft:
 def all_problems(draft: Draft, *, check_data: bool) -> list[Problem]:
     problems = [*references(draft), *layouts(draft), *sizes(draft), *ranges(draft), *towers(draft), *held_out(draft)]
     problems += [*schedules(draft), *evaluated(draft), *image_checks.all_problems(draft)]
+    problems += slurm_checks.all_problems(draft)
     return [*problems, *data(draft), *captions(draft)] if check_data else problems
 
 

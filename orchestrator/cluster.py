@@ -2,18 +2,53 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 
 from model.config import Positive, Section
 from orchestrator.problems import Problem, SpecError, did_you_mean, listed
 from orchestrator.validation import validate
 from orchestrator.yaml_reader import read_yaml
 
-LAUNCHERS = ("local",)
+LAUNCHERS = ("local", "slurm")
 """The launchers that are there."""
+
+
+ALREADY_SAID = {
+    "account": "slurm.account",
+    "constraint": "slurm.constraint",
+    "cpus-per-task": "slurm.cpus_per_task",
+    "exclude": "slurm.exclude",
+    "gpus-per-node": "resources.processes_per_node and slurm.gpus",
+    "nodes": "resources.nodes",
+    "partition": "slurm.partition",
+    "qos": "slurm.qos",
+    "reservation": "slurm.reservation",
+    "signal": "slurm.signal and slurm.notice_seconds",
+    "time": "resources.time_limit_minutes",
+}
+"""Options of sbatch that have a field of their own."""
+
+NEVER_SAID = {
+    "array": "an attempt is one job",
+    "chdir": "it is the attempt's own folder",
+    "comment": "a job is known again by it",
+    "error": "the logs lie in the run directory",
+    "job-name": "a job is looked up by it",
+    "no-requeue": "dinoctl alone restarts, and says so already",
+    "ntasks": "there is one task a node, the agent",
+    "ntasks-per-node": "there is one task a node, the agent",
+    "open-mode": "the logs are appended to",
+    "output": "the logs lie in the run directory",
+    "parsable": "the answer of sbatch is read",
+    "requeue": "dinoctl alone restarts, from the last checkpoint",
+    "wait": "dinoctl does not wait in sbatch",
+    "wrap": "the script is dinoctl's",
+}
+"""Options of sbatch that dinoctl depends on, and what for."""
 
 
 class Slurm(Section):
@@ -27,12 +62,30 @@ class Slurm(Section):
     exclude: list[str] = Field([], description="nodes never to use")
     exclude_hours: Positive = Field(24.0, description="how long a node that failed a run is left out by that run")
     gpus: bool = Field(True, description="ask for a GPU a process (--gpus-per-node); false: for CPUs alone")
+    cpus_per_task: PositiveInt | None = Field(
+        None, description="CPUs of a node; null: what its processes' threads and loader workers come to"
+    )
     signal: Literal["USR2", "USR1", "TERM"] = Field("USR2", description="signal that announces the time limit")
     notice_seconds: PositiveInt = Field(120, description="how long before the time limit it is sent")
     setup: list[str] = Field([], description="shell lines before srun: modules, a venv")
     python: str | None = Field(None, description="command that starts Python on a node; null: the one that submits")
     srun: list[str] = Field([], description="further options of srun, e.g. --container-image=...")
-    extra: dict[str, str] = Field({}, description="further #SBATCH options, by name")
+    extra: dict[str, str] = Field({}, description='further #SBATCH options, by name; "" for one without a value')
+    poll_seconds: Positive = Field(10.0, description="squeue and sacct are asked at most this often by a process")
+
+    @field_validator("extra")
+    @classmethod
+    def _not_ours(cls, extra: dict[str, str]) -> dict[str, str]:
+        for name, value in extra.items():
+            if not re.fullmatch("[a-z][a-z0-9-]+", name):
+                raise ValueError(f"{name!r} is no option of sbatch: write its long name, without the dashes before it")
+            if "\n" in value:
+                raise ValueError(f"{name} has a line break in it, and an #SBATCH option is one line")
+            if field := ALREADY_SAID.get(name):
+                raise ValueError(f"{name} is said by {field}, not by extra")
+            if why := NEVER_SAID.get(name):
+                raise ValueError(f"{name} cannot be set: {why}")
+        return extra
 
 
 class Kubernetes(Section):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from model.config import PHASES
+from orchestrator.cluster import Slurm
 from orchestrator.layers import SHARED
 from orchestrator.spec import Job
 
@@ -27,6 +28,8 @@ def job_schema() -> dict[str, Any]:
         definitions[kind.__name__]["required"] = ["kind"]
     definitions["Backbone"] |= _backbone_required()
     definitions["Schedule"] = _schedule(definitions["Schedule"])
+    definitions["Slurm"] = Slurm.model_json_schema()
+    definitions["Resources"]["properties"]["slurm"] = {"$ref": "#/$defs/Slurm"}
     properties["phases"] |= {"additionalProperties": False, "minProperties": 1}
     for section in SHARED:
         phase = next(kind.__name__ for kind in PHASES.values() if section in kind.model_fields)

@@ -15,5 +15,9 @@ def launcher_for(cluster: Mapping[str, Any]) -> Launcher:
             from orchestrator.launchers.local import LocalLauncher  # here, as commands that only read do without it
 
             return LocalLauncher()
+        case "slurm":
+            from orchestrator.launchers.slurm import SlurmLauncher
+
+            return SlurmLauncher(cluster)
         case other:
             raise LaunchError(f"the {other} launcher is not there yet; to run on this machine: --cluster local")

@@ -210,8 +210,8 @@ def test_a_dry_run_shows_what_would_be_sent_and_writes_nothing(
 
 
 def test_a_launcher_that_is_not_there_yet_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(job("submit", "--cluster", "h100_slurm")) == 2
-    assert "the slurm launcher is not there yet" in capsys.readouterr().err
+    assert cli.main(job("submit", "--cluster", "h100_kubernetes")) == 2
+    assert "the kubernetes launcher is not there yet" in capsys.readouterr().err
 
 
 # --- on a run ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,45 @@
+"""What a job says to Slurm beside its cluster's profile (`resources.slurm`), looked at before anything is queued."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from model.config import Resources
+from orchestrator.cluster import ClusterProfile, Slurm
+from orchestrator.problems import Path, Problem
+from orchestrator.validation import validate
+
+if TYPE_CHECKING:
+    from orchestrator.checks import Draft
+
+AT = ("resources", "slurm")
+
+
+def all_problems(draft: Draft) -> Iterator[Problem]:
+    """Fields that sbatch is not told, values that it does not take, notices longer than the whole job."""
+    stages: list[tuple[Path, Resources]] = [(("phases", name), phase.resources) for name, phase in draft.phases.items()]
+    if draft.evaluate is not None:
+        stages.append((("evaluate",), draft.evaluate.resources))
+    for at, resources in stages:
+        own, problems = validate(Slurm, resources.slurm, (*at, *AT))
+        yield from problems
+        if own is not None and draft.cluster is not None and draft.cluster.launcher == "slurm":
+            yield from _notice(draft.cluster, own, resources, at)
+
+
+def _notice(cluster: ClusterProfile, own: Slurm, resources: Resources, at: Path) -> Iterator[Problem]:
+    """A time limit that is announced before the job begins would stop it at its first step, again and again."""
+    section = own if "notice_seconds" in own.model_fields_set else cluster.slurm or Slurm()
+    limit = resources.time_limit_minutes
+    if limit is not None and limit * 60 <= section.notice_seconds:
+        yield Problem("the time limit is announced before the job begins", (*at, "resources", "time_limit_minutes"),
+                      found=f"{limit} minutes, announced {section.notice_seconds} s before (slurm.notice_seconds)",
+                      allowed=f"{section.notice_seconds // 60 + 1} or more")  # fmt: skip
+
+
+def elsewhere(resources: Resources, cluster: ClusterProfile) -> str:
+    """A remark on a job that says something to Slurm and runs on another kind of cluster; empty if it does not."""
+    if not resources.slurm or cluster.launcher == "slurm":
+        return ""
+    return f"says nothing to cluster {cluster.name}, whose launcher is {cluster.launcher}"
