@@ -54,6 +54,10 @@ class LaunchError(RuntimeError):
     """The launcher refused an attempt; the message says what to do."""
 
 
+class UnansweredError(LaunchError):
+    """The cluster did not answer a submit: it may have taken the attempt or not. It is looked up by its name."""
+
+
 class Launcher(Protocol):
     def render(self, attempt: Attempt, digest: str) -> str:
         """What `submit` would send, as text. Pure: a dry run prints exactly this."""
@@ -67,3 +71,12 @@ class Launcher(Protocol):
 
     def cancel(self, query: Query, *, hard: bool) -> None:
         """Ask it to seal and stop, or (`hard`) end all its processes at once. Nothing if it is gone."""
+
+    def clear(self, query: Query) -> None:
+        """After an attempt is closed: take off the queue what waits there under its name (requeued by the site, or
+        submitted twice). What runs is left alone: the agent that holds the claim is in its last act, any other finds
+        the claim taken."""
+
+    def usable_nodes(self, exclude: Sequence[str]) -> int | None:
+        """How many nodes could be given to this profile's jobs, busy ones included, down and drained ones and
+        `exclude` not. None: it does not say."""

@@ -94,6 +94,12 @@ class LocalLauncher:
             with suppress(psutil.NoSuchProcess):
                 row.process.send_signal(signal.SIGTERM)
 
+    def clear(self, query: Query) -> None:
+        """Nothing: this machine has no queue."""
+
+    def usable_nodes(self, exclude: Sequence[str]) -> int | None:
+        return None
+
 
 def _wait_for_exec(process: psutil.Process) -> None:
     """posix_spawn returns a moment before the kernel shows the new command line, by which the agent is known."""

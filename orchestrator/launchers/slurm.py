@@ -50,15 +50,12 @@ class SlurmLauncher:
         return slurm_script.script(self.cluster, attempt, digest)
 
     def submit(self, attempt: Attempt, digest: str) -> dict[str, Any]:
-        """sbatch. What an earlier attempt of this run left in the queue is cancelled first: only one is alive."""
+        """sbatch, through submitit. Raises UnansweredError if the cluster may have taken the job or not."""
         from orchestrator.launchers import slurm_script, slurm_submit
 
         executor = slurm_script.executor(self.cluster, attempt, digest)
-        with suppress(NoAnswerError):  # sbatch will say it in its own words
-            _cancel_leftovers(attempt)
-        query = Query(attempt.run_dir, attempt.run_id, attempt.attempt, attempt.launch_name, digest, None)
         try:
-            return slurm_submit.submit(executor, attempt, lambda: _alive(_matching(query, _queue([query]))))
+            return slurm_submit.submit(executor, attempt)
         finally:
             slurm_queue.forget()
 
@@ -96,6 +93,26 @@ class SlurmLauncher:
             raise LaunchError(f"{query.launch_name} cannot be cancelled now: {error}") from error
         finally:
             slurm_queue.forget()
+
+    def clear(self, query: Query) -> None:
+        """Raises LaunchError if Slurm does not answer."""
+        try:
+            for job in _matching(query, _queue([query])):
+                if slurm_words.state(job.state) is LaunchState.PENDING:
+                    _scancel(job.id)
+        except NoAnswerError as error:
+            raise LaunchError(f"{query.launch_name}: the queue cannot be cleared now: {error}") from error
+        finally:
+            slurm_queue.forget()
+
+    def usable_nodes(self, exclude: Sequence[str]) -> int | None:
+        """Of the profile's partition, or the default one."""
+        profile = self.cluster.get("slurm") or {}
+        try:
+            nodes = slurm_queue.usable_nodes(profile.get("partition"), self.poll)
+        except NoAnswerError:
+            return None
+        return len(set(nodes) - {*profile.get("exclude", []), *exclude})
 
     def _accounts(self, missing: Sequence[Query], queued: set[str]) -> list[Job] | NoAnswerError:
         """The accounts of the missing ones; a job that is in the queue is another's, or they would not be missing."""
@@ -230,11 +247,3 @@ def _wait_until_gone(query: Query) -> None:
             states = ", ".join(f"{job.id} is {job.state} on {job.nodes}" for job in left)
             raise LaunchError(f"jobs were cancelled and do not end: {states}; the nodes' slurmd may be gone")
         time.sleep(0.5)
-
-
-def _cancel_leftovers(attempt: Attempt) -> None:
-    """Jobs of this run's earlier attempts, such as the second of a doubled submit that still waits for nodes."""
-    query = Query(attempt.run_dir, attempt.run_id, attempt.attempt, attempt.launch_name, "", None)
-    for job in _alive(_queue([query])):
-        if job.name != attempt.launch_name and slurm_words.is_attempt_of(job.comment, attempt.run_id):
-            _scancel(job.id)

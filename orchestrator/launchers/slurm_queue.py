@@ -217,6 +217,22 @@ def bad_nodes(nodes: Sequence[str], poll: float = 0.0) -> list[str]:
         return []
 
 
+def usable_nodes(partition: str | None, poll: float = 0.0) -> list[str]:
+    """The nodes of a partition (None: the default one) that are not out of service, busy or idle. Raises
+    NoAnswerError."""
+    return _asked(("sinfo", "of", partition or ""), poll, 0.0, lambda: _ask_usable(partition))
+
+
+def _ask_usable(partition: str | None) -> list[str]:
+    of = [f"--partition={partition}"] if partition else []
+    rows = _rows(ask("sinfo", "--noheader", "--Node", *of, "--format=%N|%T|%P"), ("node", "state", "partition"))
+    return [
+        row["node"]
+        for row in rows
+        if (partition or row["partition"].endswith("*")) and not OUT_OF_SERVICE.fullmatch(row["state"])
+    ]
+
+
 def _ask_nodes(nodes: str) -> list[str]:
     text = ask("sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N|%T")
     states = {row["node"]: row["state"] for row in _rows(text, ("node", "state"))}

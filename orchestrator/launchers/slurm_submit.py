@@ -6,7 +6,6 @@ import io
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,14 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from model.contract import Attempt
 from orchestrator.launchers import slurm_queue, slurm_script, slurm_words
-from orchestrator.launchers.base import LaunchError
-from orchestrator.launchers.slurm_queue import Job, NoAnswerError
+from orchestrator.launchers.base import LaunchError, UnansweredError
 from orchestrator.launchers.slurm_script import AttemptExecutor
 from orchestrator.launchers.slurm_task import become_agent
 
-UNSURE_SECONDS = 10.0
-"""How long a job is looked for whose sbatch gave no answer: the controller may have taken it all the same."""
 
-
-def submit(executor: AttemptExecutor, attempt: Attempt, look: Callable[[], Sequence[Job]]) -> dict[str, Any]:
-    """The handle of the job. look: this attempt's jobs in the queue now. Raises LaunchError with sbatch's own words."""
+def submit(executor: AttemptExecutor, attempt: Attempt) -> dict[str, Any]:
+    """The handle of the job. Raises LaunchError with sbatch's own words and what to do about them, UnansweredError if
+    they leave open whether the job was taken."""
     _make_folders(attempt)
     if shutil.which("sbatch") is None:
         raise LaunchError(f"sbatch is not on this machine's PATH; {slurm_words.advice('not on this machine')}")
@@ -34,8 +30,7 @@ def submit(executor: AttemptExecutor, attempt: Attempt, look: Callable[[], Seque
         with redirect_stderr(io.StringIO()):  # submitit prints what it raises, too
             job = str(executor.submit(become_agent, attempt.run_dir, attempt.attempt).job_id)
     except (FailedJobError, FailedSubmissionError) as error:
-        words = " ".join(str(error).split()) or f"no answer in {slurm_script.SBATCH_SECONDS} s"
-        job = _taken_all_the_same(look, words)
+        raise _refusal(" ".join(str(error).split())) from error
     return slurm_queue.handle(job, begun)
 
 
@@ -56,24 +51,14 @@ def _own(folder: Path) -> None:
     folder.chmod(0o700)
 
 
-def _taken_all_the_same(look: Callable[[], Sequence[Job]], words: str) -> str:
-    """The job's id if an answer was lost and the job was not; raises LaunchError if it is not there."""
-    deadline = time.monotonic() + (UNSURE_SECONDS if _unsure(words) else 0.0)
-    while True:
-        try:
-            if jobs := look():
-                return jobs[0].id
-        except NoAnswerError:
-            pass
-        if time.monotonic() >= deadline:
-            advice = slurm_words.advice(words)
-            raise LaunchError(f"sbatch: {words}" + (f"; {advice}" if advice else ""))
-        time.sleep(1.0)
+LOST = ("timed out", "communication", "unexpected message", "could not make sense")
+"""What sbatch says where the controller may have taken the job although its answer did not arrive."""
 
 
-LOST = ("timed out", "no answer", "communication", "unexpected", "could not make sense")
-
-
-def _unsure(words: str) -> bool:
-    """Whether that may have been said of a job that was taken."""
-    return any(sign in words.lower() for sign in LOST)
+def _refusal(words: str) -> LaunchError:
+    if not words:  # ended by `timeout`
+        return UnansweredError(f"sbatch: no answer in {slurm_script.SBATCH_SECONDS} s")
+    if any(sign in words.lower() for sign in LOST):
+        return UnansweredError(f"sbatch: {words}")
+    advice = slurm_words.advice(words)
+    return LaunchError(f"sbatch: {words}" + (f"; {advice}" if advice else ""))

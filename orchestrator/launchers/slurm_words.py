@@ -112,10 +112,6 @@ def is_over(words: str) -> bool:
     return re.search("invalid job id|already complet|job/step already|has no active", words.lower()) is not None
 
 
-def is_attempt_of(comment: str, run_id: str) -> bool:
-    return re.fullmatch(re.escape(run_id) + ":[0-9a-f]{64}", comment) is not None
-
-
 ADVICE = {
     "partition": "set slurm.partition; `sinfo -s` lists those that are there",
     "account": "set slurm.account; `sacctmgr show associations user=$USER` lists those you may use",
