@@ -10,8 +10,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +24,56 @@ from model import contract
 from model.contract import Cause
 from orchestrator.launchers.base import Launcher, LaunchState, Query
 from orchestrator.launchers.local import LocalLauncher
+from orchestrator.launchers.slurm import SlurmLauncher
 from tests.model.standin.attempts import Case, make, wait_for
+
+Pulsing = Callable[[Case], bool]
+
+SLURM: dict[str, Any] = {"launcher": "slurm", "slurm": {"gpus": False, "poll_seconds": 0.2}}
 
 LAUNCHERS: dict[str, tuple[Callable[[], Launcher], str]] = {
     "local": (LocalLauncher, "from orchestrator.launchers.local import LocalLauncher as Launcher"),
+    "slurm": (
+        partial(SlurmLauncher, SLURM),
+        f"from orchestrator.launchers.slurm import SlurmLauncher; Launcher = lambda: SlurmLauncher({SLURM})",
+    ),
 }
 """By name: how to make it here, and the import that makes it in another process, under the name `Launcher`."""
 
+FOLDERS = {
+    "local": 'a run\'s "folder"; $(touch no)\nnext',
+    "slurm": 'a run\'s "folder"; $(touch no) next',  # no line break: an #SBATCH option is one line, and it is refused
+}
 
-@pytest.fixture(params=sorted(LAUNCHERS))
+
+def _row(name: str) -> Any:
+    marks = [] if name == "local" else [pytest.mark.requires(name), pytest.mark.jobs]
+    return pytest.param(name, marks=marks)
+
+
+@pytest.fixture(params=[_row(name) for name in sorted(LAUNCHERS)])
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def disks(name: str, request: pytest.FixtureRequest) -> list[Path]:
+    """The temporary folders of all machines that an attempt may run on, once those machines are there."""
+    if name == "local":
+        return [Path(tempfile.gettempdir())]
+    cluster = request.getfixturevalue(name)
+    return [cluster.node_tmp(node) for node in cluster.settings.node_names]
+
+
+@pytest.fixture
+def pulsing(disks: list[Path]) -> Pulsing:
+    """Whether the attempt trains, on whichever machine."""
+
+    def look(case: Case) -> bool:
+        file = contract.pulse_file(case.attempt.launch_name, 0).relative_to(tempfile.gettempdir())
+        return any((disk / file).exists() for disk in disks)
+
+    return look
 
 
 @pytest.fixture
@@ -41,8 +82,8 @@ def launcher(name: str) -> Launcher:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / 'a run\'s "folder"; $(touch no)\nnext'
+def folder(name: str, tmp_path: Path) -> Path:
+    return tmp_path / FOLDERS[name]
 
 
 def ask(case: Case, handle: dict[str, Any] | None = None) -> Query:
@@ -70,11 +111,15 @@ def test_render_says_what_would_be_sent_and_does_nothing(launcher: Launcher, fol
     assert state(launcher, ask(case)) is LaunchState.ABSENT
 
 
-def test_an_attempt_runs_to_its_end_and_is_seen_with_and_without_its_handle(launcher: Launcher, folder: Path) -> None:
+def test_an_attempt_runs_to_its_end_and_is_seen_with_and_without_its_handle(
+    launcher: Launcher, folder: Path, pulsing: Pulsing
+) -> None:
     case = make(folder, ["steps:100000"])
     handle = launcher.submit(case.attempt, case.digest)
     assert json.loads(json.dumps(handle)) == handle  # it goes into an event
+    assert state(launcher, ask(case, handle)) in (LaunchState.PENDING, LaunchState.RUNNING)
 
+    wait_until(launcher, ask(case, handle), LaunchState.RUNNING)
     seen = launcher.observe([ask(case, handle), ask(case)])
     assert [one.state for one in seen] == [LaunchState.RUNNING] * 2
     assert all(one.detail for one in seen)
@@ -83,7 +128,7 @@ def test_an_attempt_runs_to_its_end_and_is_seen_with_and_without_its_handle(laun
     assert adopted is not None
     assert state(launcher, ask(case, adopted)) is LaunchState.RUNNING
 
-    wait_for(case.pulsing)
+    wait_for(lambda: pulsing(case))
     launcher.cancel(ask(case, handle), hard=False)
     wait_until(launcher, ask(case, handle), LaunchState.ENDED)
     assert case.outcome.cause is Cause.STOPPED
@@ -103,11 +148,11 @@ def test_only_the_same_run_and_digest_are_adopted(launcher: Launcher, folder: Pa
     launcher.cancel(ask(case, handle), hard=True)
 
 
-def test_hard_cancel_leaves_no_process(launcher: Launcher, folder: Path) -> None:
+def test_hard_cancel_leaves_no_process(launcher: Launcher, folder: Path, pulsing: Pulsing) -> None:
     case = make(folder, ["children"])
     handle = launcher.submit(case.attempt, case.digest)
     pid = case.facts()["pid"]
-    wait_for(case.pulsing)
+    wait_for(lambda: pulsing(case))
     child = psutil.Process(pid).children()[0]  # in a session of its own, and it knows nothing of the attempt
     launcher.cancel(ask(case, handle), hard=True)
     assert case.processes() == []
@@ -115,10 +160,10 @@ def test_hard_cancel_leaves_no_process(launcher: Launcher, folder: Path) -> None
     assert state(launcher, ask(case, handle)) is LaunchState.ENDED
 
 
-def test_cancel_by_name_as_after_a_lost_answer(launcher: Launcher, folder: Path) -> None:
+def test_cancel_by_name_as_after_a_lost_answer(launcher: Launcher, folder: Path, pulsing: Pulsing) -> None:
     case = make(folder, ["steps:100000"])
     launcher.submit(case.attempt, case.digest)
-    wait_for(case.pulsing)
+    wait_for(lambda: pulsing(case))
     launcher.cancel(ask(case), hard=False)
     wait_until(launcher, ask(case), LaunchState.ENDED)
     assert case.outcome.cause is Cause.STOPPED
@@ -160,7 +205,7 @@ def test_an_attempt_submitted_twice_is_trained_once(launcher: Launcher, folder: 
     assert "superseded, nothing was started" in (folder / contract.agent_log(1)).read_text()
 
 
-def test_it_outlives_who_submitted_it(name: str, launcher: Launcher, folder: Path) -> None:
+def test_it_outlives_who_submitted_it(name: str, launcher: Launcher, folder: Path, pulsing: Pulsing) -> None:
     case = make(folder, ["steps:100000"])
     script = (
         f"import sys, time; from pathlib import Path; from model.contract import read_attempt; {LAUNCHERS[name][1]}\n"
@@ -173,6 +218,6 @@ def test_it_outlives_who_submitted_it(name: str, launcher: Launcher, folder: Pat
         assert controller.stdout is not None
         assert controller.stdout.readline() == b"sent\n"
         os.killpg(controller.pid, signal.SIGKILL)  # as a closed terminal would, and harder
-    wait_for(case.pulsing)
+    wait_for(lambda: pulsing(case))
     assert state(launcher, ask(case)) is LaunchState.RUNNING
     launcher.cancel(ask(case), hard=True)
