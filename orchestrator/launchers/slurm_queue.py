@@ -245,7 +245,9 @@ def _ask_nodes(nodes: str) -> list[str]:
 def _rows(text: str, names: Sequence[str]) -> Iterator[dict[str, str]]:
     """Lines as mappings. One with another number of fields is a job with a `|` in its name: none of ours."""
     for line in text.splitlines():
-        parts = [part.strip() for part in line.removesuffix("|").split("|")]
+        parts = [part.strip() for part in line.split("|")]
+        if parts[len(names) :] == [""]:  # squeue ends each field with the sign, the last one too
+            parts.pop()
         if len(parts) == len(names):
             yield dict(zip(names, parts, strict=True))
 
