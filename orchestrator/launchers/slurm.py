@@ -68,7 +68,10 @@ class SlurmLauncher:
             jobs = _queue(queries, self.poll)
         except NoAnswerError as error:
             return [Observation(LaunchState.UNKNOWN, query.handle, str(error)) for query in queries]
-        found = [_chosen(query, _matching(query, jobs)) for query in queries]
+        by_name: dict[str, list[Job]] = {}
+        for job in jobs:
+            by_name.setdefault(job.name, []).append(job)
+        found = [_chosen(query, _matching(query, by_name.get(query.launch_name, []))) for query in queries]
         _last_seen.update((job.id, time.time()) for job in found if job)
         missing = [query for query, job in zip(queries, found, strict=True) if job is None]
         accounts = self._accounts(missing, {job.id for job in jobs})
