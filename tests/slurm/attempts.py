@@ -51,7 +51,7 @@ def trains(slurm: Cluster, case: Case) -> bool:
 def jobs_of(slurm: Cluster, case: Case) -> dict[str, str]:
     """The attempt's jobs, ended ones too, and their states."""
     rows = slurm.run("squeue", "-h", "--states=all", f"--name={case.attempt.launch_name}", "-o", "%A %T").splitlines()
-    return dict(row.split() for row in rows)  # type: ignore[misc]
+    return dict(row.split() for row in rows)
 
 
 @pytest.fixture

@@ -304,3 +304,34 @@ def test_any_number_of_jobs_is_one_question(
         assert {seen.state for seen in mine.observe(queries)} == {LaunchState.ENDED}
     assert mine.observe([ask(cases[0])])[0].state is LaunchState.ABSENT  # its name was among those asked for
     assert (tmp_path / "asked").read_text().split() == ["squeue", "sacct", "sacct"]
+
+
+# --- whom a signal reaches --------------------------------------------------------------------------------------------
+
+
+def test_where_only_the_task_is_signalled_a_cancel_works_alike(slurm: Cluster, tmp_path: Path) -> None:
+    slurm.configure(proctrack="pgid")
+    soft, hard = (make(tmp_path / name, ["children"]) for name in ("soft", "hard"))
+    handles = [launcher().submit(case.attempt, case.digest) for case in (soft, hard)]
+    for case in (soft, hard):
+        wait_for(lambda case=case: trains(slurm, case), 60)
+    launcher().cancel(ask(hard, handles[1]), hard=True)
+    assert look(hard, handles[1]).state is LaunchState.ENDED
+    wait_for(lambda: hard.processes() == [])  # what has left the task's group dies with the agent, a moment later
+
+    launcher().cancel(ask(soft, handles[0]), hard=False)
+    wait_for(lambda: "asked to stop" in (soft.run_dir / contract.agent_log(1)).read_text())
+    launcher().cancel(ask(soft, handles[0]), hard=True)
+
+
+def test_each_node_has_its_agent_and_its_log(slurm: Cluster, tmp_path: Path) -> None:
+    case = make(tmp_path / "run", ["steps:100000"], phase="pretrain", nodes=2)
+    handle = launcher().submit(case.attempt, case.digest)
+    wait_for(lambda: trains(slurm, case), 120)
+    assert look(case, handle).nodes == ("node1", "node2")
+    launcher().cancel(ask(case, handle), hard=False)
+    wait_until(case, handle, LaunchState.ENDED)
+    assert case.outcome.cause is Cause.STOPPED
+    logs = [(case.run_dir / contract.agent_log(1, node)).read_text() for node in range(2)]
+    assert "hostname=node1" in logs[0]
+    assert all(case.attempt.launch_name in log for log in logs)
