@@ -78,15 +78,16 @@ def without_surroundings() -> list[str]:
     """A command before the command: env(1) without what a surrounding job or shell says to Slurm's programs, which
     would count for more than a script's own lines (SBATCH_PARTITION), or be taken for the new job's (SLURM_NODEID)."""
     found = sorted(name for name in os.environ if ASKED_OF.match(name) and name not in KEPT_VARIABLES)
-    return ["env", *(word for name in found for word in ("-u", name)), "SLURM_TIME_FORMAT=%s"]
+    return ["env", *(word for name in found for word in ("-u", name))]
 
 
 def ask(*command: str, seconds: float = ASK_SECONDS) -> str:
     """What the command prints. Raises NoAnswerError with what it says instead."""
+    alone = [*without_surroundings(), "SLURM_TIME_FORMAT=%s", *command]
     try:
         done = subprocess.run(
-            [*without_surroundings(), *command], capture_output=True, text=True, errors="replace", timeout=seconds,
-            stdin=subprocess.DEVNULL, check=False,
+            alone, capture_output=True, text=True, errors="replace", timeout=seconds, stdin=subprocess.DEVNULL,
+            check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise NoAnswerError(f"{command[0]} has not answered for {seconds:g} s") from error
