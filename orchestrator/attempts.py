@@ -35,10 +35,13 @@ NAME_LENGTH = 63
 """Longest launch name: a Kubernetes label's, the narrowest of the schedulers'."""
 
 
-def build(state: State, run_dir: str, number: int, phase: str, *, dry: bool = False) -> Attempt:
+def build(
+    state: State, run_dir: str, number: int, phase: str, *, nodes: int | None = None, dry: bool = False
+) -> Attempt:
     """Attempt `number` of `phase`. The same state gives the same attempt, byte for byte, on one machine.
 
-    dry: only to be shown: nothing is pinned, and the run's copy of the code need not be there.
+    nodes: those that the phase asks for, if None. dry: only to be shown: nothing is pinned, and the run's copy of the
+    code need not be there.
     Raises HandoffError for an input that is not there, BadCheckpointError where all that could be read is marked as
     damaged, CodeError if the run's copy of the code is not what it was.
     """
@@ -59,7 +62,7 @@ def build(state: State, run_dir: str, number: int, phase: str, *, dry: bool = Fa
         inputs=resolve_inputs(state, run_dir, phase, dry=dry),
         resume=[] if evaluation else retention.resume_points(run_dir, state, phase),
         keep_steps=[] if evaluation else handoff.keep_steps(state.spec, phase),
-        nodes=1 if evaluation else int(resources["nodes"]),
+        nodes=1 if evaluation else nodes or int(resources["nodes"]),
         processes_per_node=1 if evaluation else int(resources["processes_per_node"]),
         threads=int(resources["threads"]),
         files=handoff.files(state.spec, phase),
@@ -67,6 +70,7 @@ def build(state: State, run_dir: str, number: int, phase: str, *, dry: bool = Fa
         on_end=[sys.executable, "-P", "-m", "orchestrator.cli", "tick", run_dir],
         spec_digest=state.spec_digest,
         code_digest=state.code_digest,
+        exclude=list(state.excluded(state.at)),
         watch_seconds=BUCKET_WATCH_SECONDS if storage.is_uri(run_dir) else WATCH_SECONDS,
     )
 
@@ -75,6 +79,25 @@ def to_yaml(attempt: Attempt) -> tuple[bytes, str]:
     """The bytes of attempt.yaml and their digest, under which a launched job is known again."""
     data = msgspec.yaml.encode(attempt)
     return data, hashlib.sha256(data).hexdigest()
+
+
+def nodes_for(state: State, phase: str, usable: Callable[[], int | None]) -> int:
+    """How many nodes an attempt of `phase` asks for: once nodes were lost, and while fewer are usable than it wants,
+    as many as there are that can share its batch, down to `resources.min_nodes`.
+
+    usable: asked only where it matters. Raises HandoffError if this version cannot read the recorded phase.
+    """
+    resources = state.settings(phase)["resources"]
+    wanted, least = int(resources["nodes"]), resources.get("min_nodes")
+    if phase == EVALUATE or least is None or not state.has_lost_nodes:
+        return wanted
+    there = usable()
+    if there is None or there >= wanted:
+        return wanted
+    from orchestrator import layouts  # pydantic: other ticks do without
+
+    fitting = layouts.fitting_nodes(layouts.recorded_phase(state.settings(phase)), int(least), wanted)
+    return max((count for count in fitting if count <= there), default=min(fitting, default=wanted))
 
 
 def launch_name(run: str, run_id: str, phase: str, number: int) -> str:

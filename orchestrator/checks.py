@@ -14,8 +14,8 @@ from functools import reduce
 from typing import Any, cast
 
 from model import contract, storage
-from model.config import AnyPhase, Data, Evaluate, Model, Resources, SslPhase, TextPhase
-from orchestrator import attempts, data_places, handoff, image_checks, slurm_checks
+from model.config import AnyPhase, Data, Evaluate, Model, SslPhase, TextPhase
+from orchestrator import attempts, data_places, handoff, image_checks, layouts, slurm_checks
 from orchestrator.cluster import ClusterProfile
 from orchestrator.handoff import SSL_KINDS, TAKES, HandoffError, Reference
 from orchestrator.problems import Path, Problem, did_you_mean, listed, shown
@@ -37,8 +37,8 @@ class Draft:
 
 
 def all_problems(draft: Draft, *, check_data: bool) -> list[Problem]:
-    problems = [*references(draft), *layouts(draft), *sizes(draft), *ranges(draft), *towers(draft), *held_out(draft)]
-    problems += [*schedules(draft), *evaluated(draft), *image_checks.all_problems(draft)]
+    problems = [*references(draft), *layouts.all_problems(draft), *sizes(draft), *ranges(draft), *towers(draft)]
+    problems += [*held_out(draft), *schedules(draft), *evaluated(draft), *image_checks.all_problems(draft)]
     problems += slurm_checks.all_problems(draft)
     return [*problems, *data(draft), *captions(draft)] if check_data else problems
 
@@ -162,56 +162,7 @@ def _meets(draft: Draft, name: str, at: Path, reference: Reference) -> Iterator[
                       hint=f"nearest: {near}")  # fmt: skip
 
 
-# --- layout and sizes -------------------------------------------------------------------------------------------------
-
-
-def world(resources: Resources) -> int:
-    return resources.nodes * resources.processes_per_node
-
-
-def fitting_worlds(phase: AnyPhase) -> list[int]:
-    """The numbers of processes among which whole groups can be dealt evenly."""
-    fitting = phase.optim.worlds()
-    return [count for count in fitting if phase.koleo_fits(count)] if isinstance(phase, SslPhase) else fitting
-
-
-def layouts(draft: Draft) -> Iterator[Problem]:
-    """Batches that do not divide among the processes, and nodes that cannot hold them."""
-    for name, phase in draft.phases.items():
-        optim, processes, at = phase.optim, world(phase.resources), ("phases", name, "optim", "batch_size")
-        unit = optim.group_size * optim.accumulate * processes
-        if optim.batch_size % unit:
-            yield Problem(
-                f"does not divide among the {processes} processes of phase {name}", at,
-                found=f"batch_size {optim.batch_size}, {unit} = group_size {optim.group_size} x accumulate "
-                      f"{optim.accumulate} x {processes} processes",
-                allowed=f"numbers of processes that fit: {listed(fitting_worlds(phase))}",
-            )  # fmt: skip
-        elif isinstance(phase, SslPhase) and not phase.koleo_fits(processes):
-            yield Problem(
-                f"does not fit the {processes} processes of phase {name}", (*at[:2], "losses", "koleo", "group_size"),
-                found=f"{phase.koleo_group} images; a process has {optim.batch_size // processes} "
-                      f"in {optim.micro_batches(processes)} micro-batches",
-                allowed=f"numbers of processes that fit: {listed(fitting_worlds(phase))}",
-            )  # fmt: skip
-        size = phase.parallel.shard_size or phase.resources.processes_per_node
-        if phase.parallel.shard == "hsdp" and processes % size:
-            yield Problem(
-                f"the {processes} processes of phase {name} are not whole copies of {size}",
-                ("phases", name, "parallel", "shard_size"), found=str(size), allowed=f"divisors of {processes}",
-            )  # fmt: skip
-        yield from _on_nodes(draft, phase.resources, ("phases", name, "resources"))
-    if draft.evaluate is not None and world(draft.evaluate.resources) != 1:
-        yield Problem("the evaluation runs in one process", ("evaluate", "resources"),
-                      found=f"{world(draft.evaluate.resources)} processes")  # fmt: skip
-
-
-def _on_nodes(draft: Draft, resources: Resources, at: Path) -> Iterator[Problem]:
-    most = draft.cluster.gpus_per_node if draft.cluster else None
-    if most and resources.processes_per_node > most:
-        assert draft.cluster is not None
-        yield Problem(f"more than a node of {draft.cluster.name} has GPUs", (*at, "processes_per_node"),
-                      found=str(resources.processes_per_node), allowed=f"at most {most}")  # fmt: skip
+# --- sizes -------------------------------------------------------------------------------------------------
 
 
 def sizes(draft: Draft) -> Iterator[Problem]:

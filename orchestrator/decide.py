@@ -69,13 +69,15 @@ class AskToStop:
 
 @dataclass(frozen=True)
 class Close:
-    """End the attempt in the log. `gone`: it left no outcome, so whatever may be left of it is cancelled first."""
+    """End the attempt in the log. `gone`: it left no outcome, so whatever may be left of it is cancelled first.
+    `bad_nodes`: not to be placed on for a while."""
 
     number: int
     cause: Cause
     message: str
     reached: int | None = None
     gone: bool = False
+    bad_nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,10 @@ def decide(state: State, seen: Seen, now: float) -> Action:
     if attempt is None:
         return _without_attempt(state, now)
     if seen.outcome is not None:
-        return Close(attempt.number, seen.outcome.cause, seen.outcome.message, seen.outcome.step)
+        said = seen.outcome
+        return Close(attempt.number, said.cause, said.message, said.step, bad_nodes=tuple(said.bad_nodes))
     if seen.closed:  # whoever closed it died before the event
-        return Close(attempt.number, *_gone(attempt, seen), gone=True)
+        return _gone(attempt, seen)
     if seen.launch.state is LaunchState.UNKNOWN:
         return Wait(POLL_SECONDS, f"the launcher does not answer: {seen.launch.detail}", attempt.handle is not None)
     if attempt.handle is None:
@@ -152,16 +155,27 @@ def _missing(attempt: AttemptState, seen: Seen) -> Action:
     left = seen.settle_seconds - (seen.missing_for or 0.0)
     if seen.missing_for is None or left > 0:
         return Wait(max(min(left, POLL_SECONDS), 0.05), f"attempt {attempt.number} is gone; looking once more")
-    return Close(attempt.number, *_gone(attempt, seen), gone=True)
+    return _gone(attempt, seen)
 
 
-def _gone(attempt: AttemptState, seen: Seen) -> tuple[Cause, str]:
+def _gone(attempt: AttemptState, seen: Seen) -> Close:
+    cause, message = _why_gone(attempt, seen)
+    return Close(attempt.number, cause, message, gone=True, bad_nodes=seen.launch.bad_nodes)
+
+
+def _why_gone(attempt: AttemptState, seen: Seen) -> tuple[Cause, str]:
+    """Of an attempt without an outcome: what was asked of it, else the scheduler's word for its end."""
     detail = f": {seen.launch.detail}" if seen.launch.detail else ""
     if attempt.handle is None and not seen.claimed:
         return Cause.NOT_LAUNCHED, f"attempt {attempt.number} was never launched{detail}"
     if attempt.stopping is not None and attempt.stopping.hard:
         return Cause.UNSEALED, f"attempt {attempt.number} was ended at once, as asked"
-    return Cause.VANISHED, f"attempt {attempt.number} is gone and left no outcome{detail}"
+    if attempt.stopping is not None and not seen.claimed:
+        return Cause.STOPPED, f"attempt {attempt.number} was stopped before it began, as asked"
+    told = seen.launch.cause
+    # That all went well is for the agent alone to say: an end without its word may have lost the last record.
+    cause = Cause.VANISHED if told is None or told is Cause.DONE else told
+    return cause, f"attempt {attempt.number} is gone and left no outcome{detail}"
 
 
 def _under_way(state: State, attempt: AttemptState, seen: Seen, now: float) -> Action:
@@ -206,5 +220,5 @@ def end_of(state: State, close: Close, steps: Sequence[int], at: float, nonce: s
         cause, message = Cause.CRASHED, f"it said that it was done, but checkpoint {last} is not sealed"
     return AttemptEnded(
         at=at, nonce=nonce, attempt=attempt.number, cause=cause, message=message, steps=sorted(steps),
-        reached=close.reached,
+        reached=close.reached, bad_nodes=sorted(set(close.bad_nodes)),
     )  # fmt: skip

@@ -52,6 +52,7 @@ class AttemptIntended(Base, frozen=True):
     digest: str  # sha256 of attempt.yaml
     owner: str
     lease_until: float
+    nodes: int | None = None  # fewer than the phase asks for where nodes were lost; None: not recorded
 
 
 class AttemptLaunched(Base, frozen=True):

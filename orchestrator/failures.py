@@ -1,6 +1,10 @@
 """What follows from the end of an attempt: another try, after how long, or the end of the run. Pure.
 
 A budget counts ends of one cause without progress: an attempt that sealed a newer checkpoint makes the counts fresh.
+
+What is nobody's fault who wrote the job (VANISHED, STORE_LOST, NOT_LAUNCHED) has budgets of its own, large enough for a
+bad night of a cluster: 20 ends within two hours and more. They are bounded all the same: a job that brings down each
+node it runs on looks like this too, and would go through the whole cluster.
 """
 
 from __future__ import annotations
@@ -29,9 +33,11 @@ POLICIES: dict[Cause, Policy] = {
     Cause.KILLED: Policy(
         5, 1.0, "something kills its processes, often for memory: fewer images a process, or more RAM"
     ),
-    Cause.VANISHED: Policy(5, 1.0, "its machines go away without a word: ask whoever runs them"),
-    Cause.NOT_LAUNCHED: Policy(5, 1.0, "the cluster does not take it: check partition, limits and account"),
-    Cause.STORE_LOST: Policy(5, 15.0, "its machines lose sight of the run directory: check that file system or bucket"),
+    Cause.VANISHED: Policy(20, 1.0, "its machines go away without a word: ask whoever runs them"),
+    Cause.NOT_LAUNCHED: Policy(8, 1.0, "the cluster does not take it: check partition, limits and account"),
+    Cause.STORE_LOST: Policy(
+        20, 15.0, "its machines lose sight of the run directory: check that file system or bucket"
+    ),
     Cause.DATA_STALLED: Policy(5, 15.0, "its images do not arrive: check the file system or bucket of data.path"),
     Cause.SUPERSEDED: Policy(5, 1.0, "another process holds its claim: look for a job of the same name on the cluster"),
     Cause.CRASHED: Policy(2, 1.0, "the trainer raises the same exception again and again: see the log"),

@@ -11,14 +11,15 @@ from contextlib import suppress
 from typing import Any
 
 from model import storage
-from model.contract import EVALUATE, Cause, Record, attempt_yaml, closed_file, encode, new_nonce
+from model.contract import EVALUATE, Attempt, Cause, Record, attempt_yaml, closed_file, encode, new_nonce
 from orchestrator import attempts, retention, store
 from orchestrator.code import CodeError
 from orchestrator.decide import Action, Adopt, AskToStop, Close, Fail, Launch, Rest, Wait, end_of
 from orchestrator.events import AttemptIntended, AttemptLaunched, AttemptStopping, Event, RunFailed
 from orchestrator.failures import verdict
 from orchestrator.handoff import BadCheckpointError, HandoffError
-from orchestrator.launchers.base import Launcher, LaunchError, Query
+from orchestrator.launchers.base import Launcher, LaunchError, Query, UnansweredError
+from orchestrator.problems import listed
 from orchestrator.state import AttemptState, IllegalEvent, State, apply, fold
 
 LEASE_SECONDS = 60.0
@@ -89,7 +90,8 @@ def perform(run_dir: str, owner: str, state: State, launcher: Launcher, action: 
 def _launch(run_dir: str, owner: str, state: State, launcher: Launcher, action: Launch, clock: float) -> State:
     begun = time.monotonic()
     try:
-        attempt = attempts.build(state, run_dir, action.number, action.phase)
+        nodes = attempts.nodes_for(state, action.phase, lambda: launcher.usable_nodes(list(state.excluded(state.at))))
+        attempt = attempts.build(state, run_dir, action.number, action.phase, nodes=nodes)
     except BadCheckpointError as error:
         message = verdict(Cause.BAD_CHECKPOINT, 1, str(error))
         return perform(run_dir, owner, state, launcher, Fail(Cause.BAD_CHECKPOINT, message), clock)
@@ -99,19 +101,29 @@ def _launch(run_dir: str, owner: str, state: State, launcher: Launcher, action: 
     try:
         storage.publish(f"{run_dir}/{attempt_yaml(action.number)}", data)
     except storage.AlreadyPublished:
-        # Somebody wrote it, died before the intent, and the spec has been amended since: that number is spent.
+        # Somebody wrote it, died before the intent, and the spec has been amended since, or nodes have come or gone:
+        # that number is spent.
         return _launch(run_dir, owner, state, launcher, Launch(action.number + 1, action.phase), clock)
     intent = AttemptIntended(
         at=clock, nonce=new_nonce(), attempt=attempt.attempt, phase=attempt.phase, launch_name=attempt.launch_name,
-        digest=digest, owner=owner, lease_until=clock + LEASE_SECONDS,
+        digest=digest, owner=owner, lease_until=clock + LEASE_SECONDS, nodes=attempt.nodes,
     )  # fmt: skip
     intended = append(run_dir, state, intent)
+    if state.attempts:  # the one before may have come back since it was closed, and nobody looks at it any more
+        _clear(launcher, query(run_dir, state, state.attempts[-1]))
     if time.monotonic() - begun > LEASE_SECONDS:
         return intended  # too late to submit: it is looked up and given up like anybody else's
+    return _submit(run_dir, intended, launcher, attempt, digest, clock)
+
+
+def _submit(run_dir: str, intended: State, launcher: Launcher, attempt: Attempt, digest: str, clock: float) -> State:
     try:
         handle = launcher.submit(attempt, digest)
+    except UnansweredError:
+        return intended  # it may have been taken: it is looked up by its name, as after a crash
     except LaunchError as error:
-        refusal = Close(attempt.attempt, Cause.NOT_LAUNCHED, f"the launcher refused it: {error}")
+        without = f" (without {listed(attempt.exclude)}, which failed this run)" if attempt.exclude else ""
+        refusal = Close(attempt.attempt, Cause.NOT_LAUNCHED, f"the launcher refused it{without}: {error}")
         return _close(run_dir, intended, launcher, refusal, clock)
     return _launched(run_dir, launcher, attempt.attempt, handle, clock)
 
@@ -138,10 +150,18 @@ def _ask_to_stop(run_dir: str, state: State, launcher: Launcher, action: AskToSt
 
 
 def _close(run_dir: str, state: State, launcher: Launcher, action: Close, clock: float) -> State:
+    assert state.live is not None
+    job = query(run_dir, state, state.live)
     if action.gone:
-        assert state.live is not None
-        launcher.cancel(query(run_dir, state, state.live), hard=True)
-    return close(run_dir, state, action, clock)
+        launcher.cancel(job, hard=True)
+    after = close(run_dir, state, action, clock)
+    _clear(launcher, job)
+    return after
+
+
+def _clear(launcher: Launcher, job: Query) -> None:
+    with suppress(LaunchError):  # one that stays finds its attempt closed, and ends by itself
+        launcher.clear(job)
 
 
 class Closed(Record, frozen=True):

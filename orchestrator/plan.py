@@ -13,8 +13,8 @@ from model import accounting
 from model.config import AnyPhase, Model, SslPhase
 from model.contract import EVALUATE, kept
 from orchestrator import handoff
-from orchestrator.checks import fitting_worlds, world
 from orchestrator.cluster import ClusterProfile
+from orchestrator.layouts import fitting_worlds, world
 from orchestrator.overview import size
 from orchestrator.problems import listed
 from orchestrator.spec import Job, resolved

@@ -28,6 +28,9 @@ from orchestrator.events import (
     StopRequested,
 )
 
+EXCLUDE_HOURS = 24.0
+"""How long a node that failed a run is left out by it, where the cluster's profile does not say."""
+
 
 class IllegalEvent(ValueError):  # noqa: N818 - the event is what is illegal
     """The event cannot follow the log so far; the message says why."""
@@ -94,6 +97,7 @@ class State(msgspec.Struct, frozen=True):
     failure: AttemptEnded | None = None
     jumps: tuple[tuple[str, int, int], ...] = ()  # phase, updates before, and steps of data that are jumped over
     events: int = 1
+    at: float = 0.0  # of the newest event, by its publisher's clock
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -169,6 +173,29 @@ class State(msgspec.Struct, frozen=True):
         known = [fork, *own] if fork is not None and fork.phase == phase else own
         return sorted(known, key=lambda ref: (ref.step, ref in own, ref.attempt), reverse=True)
 
+    @property
+    def has_lost_nodes(self) -> bool:
+        return any(attempt.end and attempt.end.bad_nodes for attempt in self.attempts)
+
+    def excluded(self, at: float) -> dict[str, float]:
+        """Nodes that failed this run and are left out at that time -> until when, in the order of their names.
+
+        What an attempt is told is asked for `state.at`: a clock of its own would give one attempt two digests.
+        """
+        until: dict[str, float] = {}
+        seconds = 3600 * self.exclude_hours
+        for end in (attempt.end for attempt in self.attempts if attempt.end):
+            until |= dict.fromkeys(end.bad_nodes, end.at + seconds)
+        return {node: until[node] for node in sorted(until) if at < until[node]}
+
+    @property
+    def exclude_hours(self) -> float:
+        """As the stage that is due has it, which may be otherwise than its cluster's."""
+        stage = self.next_stage or self.stages[-1]
+        own = self.settings(stage.name).get("resources", {}).get("slurm") or {}
+        profile = self.cluster.get("slurm") or {}
+        return float(own.get("exclude_hours", profile.get("exclude_hours", EXCLUDE_HOURS)))
+
     def settings(self, phase: str) -> dict[str, Any]:
         section: dict[str, Any] = self.spec["evaluate"] if phase == EVALUATE else self.spec["phases"][phase]
         return section
@@ -205,14 +232,14 @@ def apply(state: State | None, event: Event) -> State:
     if state.situation not in allowed:
         legal = ", ".join(sorted(allowed))
         raise IllegalEvent(f"{type(event).__name__} cannot follow: the run is {state.situation}, not any of: {legal}")
-    return replace(transition(state, event), events=state.events + 1)
+    return replace(transition(state, event), events=state.events + 1, at=event.at)
 
 
 def _create(event: RunCreated) -> State:
     fork = event.forked_from
     if fork is not None and not 0 < fork.step <= event.spec["phases"].get(fork.phase, {}).get("steps", 0):
         raise IllegalEvent(f"forked from {fork}, which is not a state of any phase: {list(event.spec['phases'])}")
-    return State(event, event.spec, event.cluster, event.spec_digest, event.code_digest)
+    return State(event, event.spec, event.cluster, event.spec_digest, event.code_digest, at=event.at)
 
 
 def _amend(state: State, event: SpecAmended) -> State:

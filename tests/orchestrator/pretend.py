@@ -22,7 +22,7 @@ from model.contract import (
     read_attempt,
 )
 from orchestrator import code, control
-from orchestrator.launchers.base import LaunchError, LaunchState, Observation, Query
+from orchestrator.launchers.base import LaunchError, LaunchState, Observation, Query, UnansweredError
 from orchestrator.state import State
 
 HEALTH = {"stall_seconds": 60.0, "notice_seconds": 5.0, "non_finite_steps": 3}
@@ -75,6 +75,8 @@ class Job:
     asked: list[str] = field(default_factory=list)
     sealed: list[int] = field(default_factory=list)
     step: int = 0
+    pending: bool = False  # it waits in the queue
+    requeued: bool = False  # its second incarnation, or its double, waits in the queue
 
     def closed(self) -> bool:
         return storage.exists(f"{self.attempt.run_dir}/{closed_file(self.attempt.attempt)}")
@@ -97,22 +99,30 @@ class Job:
     def finished(self) -> bool:
         return self.attempt.phase == EVALUATE or self.step == self.attempt.settings["steps"]
 
-    def end(self, cause: Cause) -> None:
+    def end(self, cause: Cause, bad_nodes: Sequence[str] = ()) -> None:
         """Publish the outcome; the process lingers for its last act."""
-        outcome = Outcome(cause=cause, message=f"it ended: {cause.value}", step=self.step)
+        message = f"it ended: {cause.value}"
+        outcome = Outcome(cause=cause, message=message, step=self.step, bad_nodes=list(bad_nodes))
         storage.publish(f"{self.attempt.run_dir}/{outcome_file(self.attempt.attempt)}", encode(outcome))
         self.ended = True
 
 
 @dataclass
 class PretendLauncher:
-    """`clock` is read for jobs that show up late; `blind`: it does not answer; `refuses`: it takes nothing."""
+    """`clock` is read for jobs that show up late; `blind`: it does not answer; `refuses`: it takes nothing; `mute`: it
+    takes what is submitted and the answer is lost. `told`: what it adds to the observation of every job; `there`: its
+    nodes, by name, of which `down` ones cannot be used."""
 
     clock: Callable[[], float] = lambda: 0.0
     jobs: list[Job] = field(default_factory=list)
     lag: float = 0.0
     blind: bool = False
     refuses: bool = False
+    mute: bool = False
+    told: dict[str, Any] = field(default_factory=dict)
+    there: tuple[str, ...] | None = None
+    down: set[str] = field(default_factory=set)
+    questions: int = 0
     on_submit: Callable[[Attempt], None] = lambda attempt: None
 
     def __call__(self, cluster: Any) -> PretendLauncher:
@@ -129,9 +139,12 @@ class PretendLauncher:
         assert read_attempt(storage.read(path), path) == attempt
         start = attempt.resume[0].step if attempt.resume else 0
         self.jobs.append(Job(attempt, visible_at=self.clock() + self.lag, step=start))
+        if self.mute:
+            raise UnansweredError("Socket timed out on send/recv operation")
         return {"job": attempt.launch_name}
 
     def observe(self, queries: Sequence[Query]) -> list[Observation]:
+        self.questions += 1
         return [self._observe(query) for query in queries]
 
     def _observe(self, query: Query) -> Observation:
@@ -140,14 +153,25 @@ class PretendLauncher:
         job = self.find(query.launch_name)
         if job is None or self.clock() < job.visible_at:
             return Observation(LaunchState.ABSENT)
-        state = LaunchState.RUNNING if job.running else LaunchState.ENDED
-        return Observation(state, {"job": query.launch_name}, "node 1")
+        state = LaunchState.ENDED
+        if job.running:
+            state = LaunchState.PENDING if job.pending else LaunchState.RUNNING
+        return Observation(state, {"job": query.launch_name}, **{"detail": "node 1", **self.told})
 
     def cancel(self, query: Query, *, hard: bool) -> None:
         job = self.find(query.launch_name)
-        if job is not None and job.running and self.clock() >= job.visible_at:
+        if job is not None and (job.running or job.requeued) and self.clock() >= job.visible_at:
             job.asked.append("hard" if hard else "soft")
             job.running = job.running and not hard
+            job.requeued = job.requeued and not hard
+
+    def clear(self, query: Query) -> None:
+        for job in self.jobs:
+            if job.attempt.launch_name == query.launch_name:
+                job.requeued = False
+
+    def usable_nodes(self, exclude: Sequence[str]) -> int | None:
+        return None if self.there is None else len(set(self.there) - self.down - set(exclude))
 
     def find(self, launch_name: str) -> Job | None:
         return next((job for job in self.jobs if job.attempt.launch_name == launch_name), None)

@@ -32,6 +32,11 @@ for settings_of_a_phase in SPEC["phases"].values():
     settings_of_a_phase["checkpoints"]["every"] = 1
 STAGES = [*SPEC["phases"], EVALUATE]
 ENDS = [Cause.STOPPED, Cause.CRASHED, Cause.KILLED, Cause.HUNG, Cause.SUPERSEDED, Cause.DISK_FULL]
+TOLD: list[dict[str, Any]] = [
+    {}, {"cause": Cause.VANISHED, "bad_nodes": ("node1",)}, {"bad_nodes": ("node2", "node1")},
+    {"cause": Cause.KILLED}, {"cause": Cause.UNSEALED}, {"cause": Cause.DONE},
+]  # fmt: skip
+"""What a cluster may say of an end, or of a job that still runs."""
 WHICH = st.integers(0, 1)
 POINTS = st.integers(0, 9)
 PAUSES = st.sampled_from([0.0, 1.0, 6.0, 61.0])
@@ -118,6 +123,7 @@ class RunMachine(RuleBasedStateMachine):
             patch.setattr(storage, "publish", around(storage.publish))
             patch.setattr(self.launcher, "submit", around(self.launcher.submit))
             patch.setattr(self.launcher, "cancel", around(self.launcher.cancel))
+            patch.setattr(self.launcher, "clear", around(self.launcher.clear))
             control.tick(self.controllers[which], self.now)
 
     # --- what the world does
@@ -128,19 +134,22 @@ class RunMachine(RuleBasedStateMachine):
         self.training[0].train(updates)
 
     @precondition(lambda self: self.training)
-    @rule(what=st.sampled_from([*ENDS, None]))
-    def a_job_ends(self, what: Cause | None) -> None:
-        """With an outcome, or killed without a word."""
+    @rule(what=st.sampled_from([*ENDS, None]), requeued=st.booleans(), told=st.sampled_from(TOLD))
+    def a_job_ends(self, what: Cause | None, requeued: bool, told: dict[str, Any]) -> None:
+        """With an outcome, or killed without a word, of which the cluster may tell more; the site may requeue it."""
         job = self.training[0]
+        self.launcher.told = told
         if what is None:
             job.running = False
         else:
-            job.end(Cause.DONE if job.finished() else what)
+            job.end(Cause.DONE if job.finished() else what, told.get("bad_nodes", ()))
+        job.requeued = requeued
 
-    @rule(what=st.sampled_from(["fine", "fine", "fine", "late", "later", "blind", "refuses"]))
+    @rule(what=st.sampled_from(["fine", "fine", "fine", "late", "later", "blind", "refuses", "mute"]))
     def the_cluster(self, what: str) -> None:
-        """Takes jobs and shows them, shows them late, does not answer, or takes none."""
+        """Takes jobs and shows them, shows them late, does not answer, takes none, or takes them and does not say."""
         self.launcher.blind, self.launcher.refuses = what == "blind", what == "refuses"
+        self.launcher.mute = what == "mute"
         self.launcher.lag = {"late": 1.0, "later": SETTLE - 0.5}.get(what, 0.0)
 
     @precondition(lambda self: self.training or control.load(self.run).status != "running")
@@ -166,6 +175,8 @@ class RunMachine(RuleBasedStateMachine):
         sealed = [step for job in self.launcher.jobs if job.attempt.phase == attempt.phase for step in job.sealed]
         newest = attempt.resume[0].step if attempt.resume else 0
         assert newest == max(sealed, default=0), "a sealed step was lost"
+        lost = {node for ended in log.attempts if ended.end for node in ended.end.bad_nodes}
+        assert set(attempt.exclude) == lost, "nodes are left out for a day, which no test lasts"
 
     @invariant()
     def at_most_one_job_trains(self) -> None:
@@ -184,7 +195,7 @@ class RunMachine(RuleBasedStateMachine):
 
     def can_be_finished(self) -> None:
         """From wherever it stands: with the world in order, the run ends done, each stage once and in order."""
-        self.launcher.blind = self.launcher.refuses = False
+        self.launcher.blind = self.launcher.refuses = self.launcher.mute = False
         self.launcher.lag = 0.0
         for _ in range(200):
             state = control.submit(self.run, request(SPEC), by="test").state
@@ -194,7 +205,7 @@ class RunMachine(RuleBasedStateMachine):
                 job.train(10)
                 job.end(Cause.DONE)
             control.tick(self.controllers[0], self.now)
-            self.now += 1.0 + SETTLE
+            self.now += 61.0 + SETTLE
         log = store.read(self.run)
         state = fold(log)
         assert state is not None
