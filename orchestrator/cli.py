@@ -25,7 +25,8 @@ exit codes:
   {FAILED}    the run failed; `dinoctl status RUN` names a page in runbooks/
   {WRONG_INPUT}    the input is wrong: a spec, an option, a run that is not there
   {DISK_FULL}    the run stopped because the disk is full; its last checkpoint is whole
-  {INTERRUPTED}  interrupted (Ctrl-C, SIGTERM, cancel); `dinoctl resume RUN` goes on
+  {INTERRUPTED}  interrupted (Ctrl-C, SIGTERM, stop, cancel): `dinoctl resume RUN` goes on. On a cluster Ctrl-C only
+       detaches: the run goes on, and `dinoctl watch RUN` comes back to it
 
 RUN is a name in the folder of runs (--runs, else DINOCTL_RUNS, else ./runs), a path, or s3://BUCKET/PREFIX/NAME.
 """
@@ -148,8 +149,13 @@ def _add_run_commands(commands: Commands) -> None:
 
     logs = _add_run(commands, "logs", "print the log of an attempt")
     logs.add_argument("--attempt", type=int, metavar="N", help="the newest if absent")
-    logs.add_argument("--rank", type=int, metavar="R", help="of one process; the agent's log if absent")
+    which = logs.add_mutually_exclusive_group()
+    which.add_argument("--rank", type=int, metavar="R", help="of one process; the agent's log if absent")
+    which.add_argument("--node", type=int, metavar="I", help="of the agent of one node; of node 0 if absent")
     logs.add_argument("--follow", action="store_true", help="go on printing until the attempt ends")
+
+    stop = _add_run(commands, "stop", "seal, stop, and start nothing more until it is resumed")
+    stop.add_argument("--now", action="store_true", help="end at once; steps since the last seal are lost")
 
     _add_run(commands, "cancel", "give a run up: seal, stop, and do not go on")
 
@@ -158,8 +164,11 @@ def _add_run_commands(commands: Commands) -> None:
     resume.add_argument("--skip-data", type=int, metavar="N", help="jump over the data of the N steps to come")
     resume.add_argument("--detach", action="store_true", help="return at once; a process in the background watches")
 
-    _add_run(commands, "watch", "(internal) keep a run going until it is over; what --detach starts")
-    _add_run(commands, "tick", "(internal) look once and do what is due; what an agent runs as its last act")
+    watch = _add(commands, "watch", "keep a run going and show it; without RUN, all live runs of the folder")
+    tick = _add(commands, "tick", "look once and do what is due; without RUN, for all live runs of the folder")
+    for parser in (watch, tick):
+        parser.add_argument("run", nargs="?", metavar="RUN")
+        _add_runs(parser)
 
 
 def _add_step_commands(commands: Commands) -> None:

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 
     from orchestrator.cluster import ClusterProfile
     from orchestrator.spec import Job
+    from orchestrator.state import State
 
 DEFAULT_RUNS = "runs"
 FOLLOW_SECONDS, BUCKET_FOLLOW_SECONDS = 0.5, 3.0
+LATE_SECONDS = 3.0
 
 Options = argparse.Namespace
 
@@ -189,28 +191,72 @@ def resume(options: Options) -> int:
 
 
 def watch(options: Options) -> int:
-    return _stay(_find(options), "watch")
+    from orchestrator import watch as watching
+
+    if options.run is not None:
+        return _stay(_find(options), "watch")
+    folder = _folder(options)
+    print(f"keeping all live runs of {folder} going; Ctrl-C leaves them as they are", flush=True)
+    watching.keep_all(folder)
+    return 130
 
 
 def tick(options: Options) -> int:
-    from orchestrator import control, launchers
+    from orchestrator import control, launchers, many
 
-    control.follow(control.controller(_find(options), launchers.launcher_for, command="tick", every=0.0))
+    if options.run is not None:
+        control.follow(control.controller(_find(options), launchers.launcher_for, command="tick", every=0.0))
+        return 0
+    folder = _folder(options)
+    done = many.follow(many.keeper(folder, launchers.launcher_for, command="tick", every=0.0))
+    for run_dir, error in done.errors.items():
+        print(f"dinoctl: {run_dir}: {error}", file=sys.stderr)
+    print(f"{len(done.results)} live runs in {folder}")
+    return 1 if done.errors else 0
+
+
+def _folder(options: Options) -> str:
+    """The folder of runs. Raises RunNotFoundError if it is not there."""
+    folder = _runs(options)
+    if not storage.is_uri(folder) and not os.path.isdir(folder):
+        raise statuses.RunNotFoundError(f"no such folder of runs: {folder} (--runs or DINOCTL_RUNS names it)")
+    return folder
+
+
+def stop(options: Options) -> int:
+    from orchestrator import control
+
+    run_dir = _find(options)
+    state = control.load(run_dir)
+    if state.status == "done":
+        raise control.ControlError(f"run {state.created.run} is done; there is nothing to stop")
+    control.request_stop(run_dir, by=_me(), hard=options.now)
+    print("asked to end at once" if options.now else "asked to seal and stop", flush=True)
+    state = _see_it_end(run_dir, "stop")
+    print(f"run {state.created.run} is {state.status}; dinoctl resume {run_dir} goes on")
     return 0
 
 
 def cancel(options: Options) -> int:
-    """Give up and see to it that the attempt stops, whoever else watches."""
-    from orchestrator import control, launchers
+    from orchestrator import control
 
     run_dir = _find(options)
     control.cancel(run_dir, by=_me())
-    print("asked to seal and stop")
-    this = control.controller(run_dir, launchers.launcher_for, command="cancel")
-    while (result := control.tick(this, contract.now())).state.status == "running":
-        time.sleep(min(result.pause, FOLLOW_SECONDS))
-    print(f"run {result.state.created.run} is {result.state.status}; dinoctl resume {run_dir} goes on after all")
+    print("asked to seal and stop", flush=True)
+    state = _see_it_end(run_dir, "cancel")
+    print(f"run {state.created.run} is {state.status}; dinoctl resume {run_dir} goes on after all")
     return 0
+
+
+def _see_it_end(run_dir: str, command: str) -> State:
+    """See to it that the attempt stops, whoever else watches. Ctrl-C leaves: what was asked for stays in the log."""
+    from orchestrator import control, launchers
+    from orchestrator.watch import pause
+
+    this = control.controller(run_dir, launchers.launcher_for, command=command)
+    while (result := control.tick(this, contract.now())).state.status == "running":
+        time.sleep(pause(result))
+    return result.state
 
 
 # --- looking at runs --------------------------------------------------------------------------------------------------
@@ -232,7 +278,9 @@ def status(options: Options) -> int:
 
             print(overview.runs(summaries, now))
         return 0
-    view = statuses.detail(_find(options), now)
+    from orchestrator import asking
+
+    view = statuses.detail(_find(options), now, asking.launch_view)
     if options.json:
         print_json(view)
     else:
@@ -253,20 +301,30 @@ def logs(options: Options) -> int:
         raise statuses.RunNotFoundError(
             f"no attempt {attempt}; run {run.created.run} has {numbers[0]} to {numbers[-1]}"
         )
-    file = contract.agent_log(attempt) if options.rank is None else contract.rank_log(attempt, options.rank)
-    path = f"{run_dir}/{file}"
+    path = f"{run_dir}/{_log_file(options, attempt)}"
     if not attempt_logs.exists(path) and (not options.follow or _is_over(run_dir, attempt)):
         there = ", ".join(storage.names(f"{run_dir}/{contract.log_dir(attempt)}")) or "none"
         raise statuses.RunNotFoundError(f"no such log: {path}; there are: {there}")
-    _print_log(run_dir, attempt_logs.Reader(path), attempt, follow=options.follow)
+    late = LATE_SECONDS if options.follow and run.cluster["launcher"] != "local" else 0.0
+    _print_log(run_dir, attempt_logs.Reader(path), attempt, follow=options.follow, late=late)
     return 0
 
 
-def _print_log(run_dir: str, log: attempt_logs.Reader, attempt: int, *, follow: bool) -> None:
-    """Print the log and, to follow it, what is added until the attempt ends."""
+def _log_file(options: Options, attempt: int) -> str:
+    if options.rank is not None:
+        return contract.rank_log(attempt, options.rank)
+    return contract.agent_log(attempt, options.node or 0)
+
+
+def _print_log(run_dir: str, log: attempt_logs.Reader, attempt: int, *, follow: bool, late: float) -> None:
+    """Print the log and, to follow it, what is added until the attempt ends, and for `late` seconds from then on: what
+    another machine has written is seen here only some time later."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    last = None
     while True:
-        ended = _is_over(run_dir, attempt) if follow else True  # before the read: what it wrote last is not missed
+        over = _is_over(run_dir, attempt) if follow else True  # before the read: what it wrote last is not missed
+        last = time.monotonic() + late if over and last is None else last
+        ended = last is not None and time.monotonic() >= last
         sys.stdout.write(decoder.decode(log.new(), final=ended))
         sys.stdout.flush()
         if ended:

@@ -29,9 +29,9 @@ from model.contract import (
     outcome_file,
 )
 from orchestrator import amend, attempts, code, handoff, store, submission
-from orchestrator.decide import POLL_SECONDS, Action, Close, Fail, Rest, Seen, Wait, decide, missing_since
+from orchestrator.decide import NOT_SEEN, POLL_SECONDS, Action, Close, Fail, Rest, Seen, Wait, decide, missing_since
 from orchestrator.events import Cancelled, Resumed, StopRequested
-from orchestrator.launchers.base import Launcher
+from orchestrator.launchers.base import Launcher, Observation, Query
 from orchestrator.perform import ControlError, close, insist, load, perform, query
 from orchestrator.state import Desired, IllegalEvent, Situation, State, fold
 from orchestrator.submission import Request, SpecChangedError
@@ -189,11 +189,13 @@ class Controller:
 
 @dataclass(frozen=True)
 class TickResult:
-    """`state`: after what was done. `pause`: seconds until another tick is worth it. `conflict`: others acted first."""
+    """`state`: after what was done. `pause`: seconds until another tick is worth it. `launch`: what the launcher said
+    before it, if it was asked. `conflict`: others acted first."""
 
     state: State
     action: Action
     pause: float
+    launch: Observation = NOT_SEEN
     conflict: bool = False
 
     @property
@@ -228,13 +230,29 @@ def tick(this: Controller, clock: float) -> TickResult:
     store.heartbeat(this.run_dir, msgspec.structs.replace(this.me, seen_at=clock))
     state = load(this.run_dir)
     launcher = this.launcher_for(state.cluster)
-    action = decide(state, _look(this, state, launcher, clock), clock)
+    asked = question(this.run_dir, state)
+    launch = launcher.observe([asked])[0] if asked else NOT_SEEN
+    return act(this, state, launcher, launch, clock)
+
+
+def question(run_dir: str, state: State) -> Query | None:
+    """What the launcher has to be asked before it can be decided: nothing without an attempt, or once that has said
+    itself how it ended."""
+    attempt = state.live
+    if attempt is None or storage.exists(f"{run_dir}/{outcome_file(attempt.number)}"):
+        return None
+    return query(run_dir, state, attempt)
+
+
+def act(this: Controller, state: State, launcher: Launcher, launch: Observation, clock: float) -> TickResult:
+    """The one thing that is due, from the launcher's answer to `question`."""
+    action = decide(state, _look(this, state, launch, clock), clock)
     try:
         after = perform(this.run_dir, this.owner, state, launcher, action, clock)
     except store.Conflict:
-        return TickResult(state, action, 0.0, conflict=True)
+        return TickResult(state, action, 0.0, launch, conflict=True)
     pause = action.seconds if isinstance(action, Wait) else POLL_SECONDS if after is state else 0.0
-    return TickResult(after, action, pause)
+    return TickResult(after, action, pause, launch)
 
 
 def follow(this: Controller, *, clock: Callable[[], float] = now, sleep: Callable[[float], None] = time.sleep) -> State:
@@ -251,14 +269,14 @@ def follow(this: Controller, *, clock: Callable[[], float] = now, sleep: Callabl
         sleep(result.pause)
 
 
-def _look(this: Controller, state: State, launcher: Launcher, clock: float) -> Seen:
+def _look(this: Controller, state: State, launch: Observation, clock: float) -> Seen:
     attempt = state.live
     if attempt is None:
         return Seen()
     if (outcome := _outcome(this.run_dir, attempt.number)) is not None:
         return Seen(outcome=outcome)  # the agent's own word: the launcher has nothing to add
     seen = Seen(
-        launch=launcher.observe([query(this.run_dir, state, attempt)])[0],
+        launch=launch,
         closed=storage.exists(f"{this.run_dir}/{closed_file(attempt.number)}"),
         claimed=storage.exists(f"{this.run_dir}/{claim_file(attempt.number)}"),
         owner_gone=attempt.handle is None and _owner_gone(attempt.intent.owner),

@@ -46,6 +46,17 @@ def watched(watch: Watch | None, now: float) -> str:
     return f"{watch.host}/{watch.pid} for {duration(now - (watch.since or now))}"
 
 
+def queued(state: str, detail: str, starts_at: float | None, now: float) -> str:
+    """Of an attempt that a cluster has: why it does not run yet and when it is expected to; empty once it runs."""
+    more = f": {detail}" if detail else ""
+    if state == "unknown":
+        return f"its launcher does not answer{more}"
+    if state != "pending":
+        return ""
+    start = f"; expected to start in {duration(starts_at - now)}" if starts_at and starts_at > now else ""
+    return f"in the queue{more}{start}"
+
+
 def duration(seconds: float) -> str:
     """`12 s`, `3 min`, `2 h 05 min`, `3 d 4 h`."""
     whole = max(0, int(seconds))

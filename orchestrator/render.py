@@ -10,7 +10,8 @@ from rich.text import Text
 
 from model.contract import Cause
 from orchestrator import report
-from orchestrator.overview import duration, steps, watched
+from orchestrator.overview import duration, queued, steps, watched
+from orchestrator.problems import listed
 from orchestrator.status import AttemptView, Detail, StageView
 
 STYLES = {
@@ -33,7 +34,7 @@ def detail(view: Detail, now: float) -> RenderableType:
     """Everything about one run, what matters most last, where a terminal leaves the eye."""
     parts: list[RenderableType] = [*_head(view, now), _stages(view.stages), Text("")]
     if view.attempts:
-        parts += [_attempts(view.attempts, now), Text("")]
+        parts += [_attempts(view.attempts, now), *_placed(view, now), Text("")]
     if view.tail:
         parts += [Text(f"end of the log of attempt {view.attempts[-1].attempt}:", style="bold")]
         parts += [Text(f"  {line}") for line in view.tail] + [Text("")]
@@ -101,11 +102,29 @@ def _attempts(attempts: Sequence[AttemptView], now: float) -> Table:
 
 
 def _end(attempt: AttemptView) -> Text:
+    fewer = attempt.nodes is not None and attempt.nodes < attempt.of_nodes
+    where = f" (on {attempt.nodes} of {attempt.of_nodes} nodes)" if fewer else ""
     if attempt.cause is None:
-        return Text("under way" if attempt.status == "launched" else "being launched", style="cyan")
+        return Text(("under way" if attempt.status == "launched" else "being launched") + where, style="cyan")
     style = "green" if attempt.cause is Cause.DONE else "yellow" if attempt.cause is Cause.STOPPED else "red"
     message = f": {attempt.message}" if attempt.message else ""
-    return Text.assemble((attempt.cause.value, style), message)
+    return Text.assemble((attempt.cause.value, style), message, where)
+
+
+def _placed(view: Detail, now: float) -> list[Text]:
+    """Where the live attempt is, or why it is nowhere yet, and which nodes this run does without."""
+    lines = []
+    if launch := view.launch:
+        queue = queued(launch.state, launch.detail, launch.starts_at, now)
+        text = queue or (f"on {listed(launch.nodes)}" if launch.nodes else launch.detail or launch.state)
+        style = "cyan" if launch.state == "running" else "yellow"
+        lines.append(Text.assemble(f"attempt {view.attempts[-1].attempt}: ", (text, style)))
+    if view.excluded:
+        nodes = [f"{node} (for {duration(until - now)} yet)" for node, until in view.excluded.items()]
+        lines.append(Text(f"left out, as they failed this run: {listed(nodes)}", style="yellow"))
+        if view.launch and view.launch.state == "pending":
+            lines.append(Text("it waits for other nodes; if too few are left: runbooks/vanished.md"))
+    return lines
 
 
 def _next(view: Detail) -> list[Text]:

@@ -13,9 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from model.contract import Cause, Step
+from model.contract import Cause, Step, now
 from orchestrator import progress, status
-from orchestrator.overview import duration
+from orchestrator.decide import NOT_SEEN
+from orchestrator.launchers.base import Observation
+from orchestrator.overview import duration, queued
+from orchestrator.problems import listed
 from orchestrator.state import AttemptState, State
 
 RATE_STEPS = 50
@@ -30,7 +33,8 @@ SAME_LINE_SECONDS = 30.0  # nothing new is said again this often: it is alive
 
 @dataclass(frozen=True)
 class View:
-    """Where a run is now. `eta`: seconds to the end of the phase at the present pace."""
+    """Where a run is now. `eta`: seconds to the end of the phase at the present pace. `queue`: what a cluster says of
+    an attempt that does not run yet, or that it does not answer."""
 
     stage: str
     number: int
@@ -41,6 +45,7 @@ class View:
     loss: float | None = None
     images_per_second: float | None = None
     eta: float | None = None
+    queue: str = ""
 
 
 @dataclass
@@ -51,6 +56,7 @@ class Follower:
     chunks: dict[int, int] = field(default_factory=dict)
     ended: set[int] = field(default_factory=set)
     recent: list[Step] = field(default_factory=list)
+    placed: set[int] = field(default_factory=set)
     view: View | None = None
 
     def begin(self, run: State) -> None:
@@ -58,8 +64,8 @@ class Follower:
         self.ended = {attempt.number for attempt in run.attempts if attempt.end}
         self.chunks = {number: progress.last_chunk(self.run_dir, number) for number in sorted(self.ended)}
 
-    def look(self, run: State) -> list[str]:
-        """The notes since the last look; `view` is where the run is now."""
+    def look(self, run: State, launch: Observation = NOT_SEEN) -> list[str]:
+        """The notes since the last look; `view` is where the run is now. launch: of the live attempt, as last seen."""
         notes: list[str] = []
         stage = run.next_stage or run.stages[-1]
         number = run.stages.index(stage) + 1
@@ -69,6 +75,11 @@ class Follower:
         for attempt in run.attempts:
             if attempt.number not in self.ended:
                 notes += self._attempt(attempt)
+        queue = queued(launch.state, launch.detail, launch.starts_at, now()) if run.live and launch != NOT_SEEN else ""
+        self.view = replace(self.view, queue=queue)
+        if run.live and launch.nodes and run.live.number not in self.placed:
+            self.placed.add(run.live.number)
+            notes.append(f"attempt {run.live.number} runs on {listed(launch.nodes)}")
         return notes
 
     def _attempt(self, attempt: AttemptState) -> list[str]:
@@ -123,6 +134,8 @@ def line(view: View) -> str:
     """The view in one plain line."""
     of = f"/{view.steps}" if view.steps else ""
     parts = [f"phase {view.stage} ({view.number} of {view.stages})", f"step {view.step}{of}"]
+    if view.queue:
+        parts.append(view.queue)
     if view.loss is not None:
         parts.append(f"loss {view.loss:.4f}")
     if view.images_per_second:
@@ -224,6 +237,9 @@ class Bars:
 def _figures(view: View, room: int) -> str:
     """The figures that fit in `room` characters: the step always, then by what a person asks first."""
     parts = [f"{view.step}/{view.steps}" if view.steps else "starting"]
+    if view.queue:  # what a person wants to know before all else, cut where there is no room
+        left = room - len(parts[0]) - 2
+        return f"{parts[0]}  {view.queue if len(view.queue) <= left else view.queue[: max(left - 3, 0)] + '...'}"
     if view.loss is not None:
         parts.append(f"loss {view.loss:.3f}")
     if view.images_per_second:

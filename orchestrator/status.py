@@ -6,7 +6,7 @@ imports nothing heavy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from pathlib import Path
@@ -80,10 +80,23 @@ class AttemptView(msgspec.Struct, frozen=True, kw_only=True):
     message: str
     reached: int | None
     sealed: list[int]
+    nodes: int | None  # that it asked for, where that was recorded
+    of_nodes: int  # that its phase asks for
+
+
+class LaunchView(msgspec.Struct, frozen=True, kw_only=True):
+    """What the launcher says of the live attempt now, asked once. state `unknown`: no answer, or none in time.
+    `detail`: the queue's reason, or why there is no answer. `starts_at`: when it is expected to start."""
+
+    state: str
+    detail: str
+    nodes: list[str]
+    starts_at: float | None
 
 
 class Detail(msgspec.Struct, frozen=True, kw_only=True):
-    """A run in full. `tail`: of the log of the attempt that failed last, if the run did not go on from there."""
+    """A run in full. `tail`: of the log of the attempt that failed last, if the run did not go on from there. `launch`:
+    only of a live attempt, where it was asked for. `excluded`: nodes that are left out, and until when."""
 
     summary: Summary
     run_id: str
@@ -95,6 +108,8 @@ class Detail(msgspec.Struct, frozen=True, kw_only=True):
     tail: list[str]
     runbook: str | None
     report: Report | None
+    launch: LaunchView | None
+    excluded: dict[str, float]
 
 
 # --- finding runs -----------------------------------------------------------------------------------------------------
@@ -219,7 +234,8 @@ def reached(run_dir: str, run: State, stage: Stage) -> int | None:
     return newest.step if newest else sealed
 
 
-def detail(run_dir: str, now: float) -> Detail:
+def detail(run_dir: str, now: float, ask: Callable[[str, State], LaunchView | None] | None = None) -> Detail:
+    """ask: of the launcher, what it knows of the live attempt; None: it is not asked."""
     run = load(run_dir)
     failed = _last_failure(run)
     fork = run.created.forked_from
@@ -230,10 +246,12 @@ def detail(run_dir: str, now: float) -> Detail:
         code_digest=run.code_digest,
         forked_from=f"{fork.run}#{fork.phase}@{fork.step}" if fork else None,
         stages=[_stage(run_dir, run, stage) for stage in run.stages],
-        attempts=[_attempt(run_dir, attempt) for attempt in run.attempts],
+        attempts=[_attempt(run_dir, run, attempt) for attempt in run.attempts],
         tail=_tail(run_dir, failed) if failed else [],
         runbook=failures.runbook(failed.end.cause) if failed and failed.end else None,
         report=report.read(run_dir),
+        launch=ask(run_dir, run) if ask and run.live else None,
+        excluded=run.excluded(now) if run.status != "done" else {},
     )
 
 
@@ -265,8 +283,9 @@ def _sealed(run_dir: str, attempt: AttemptState) -> list[int]:
     return attempts.sealed_steps(run_dir, attempt.phase, attempt.number)
 
 
-def _attempt(run_dir: str, attempt: AttemptState) -> AttemptView:
+def _attempt(run_dir: str, run: State, attempt: AttemptState) -> AttemptView:
     end = attempt.end
+    asked_for = run.settings(attempt.phase).get("resources", {}).get("nodes", 1)
     return AttemptView(
         attempt=attempt.number,
         phase=attempt.phase,
@@ -277,6 +296,8 @@ def _attempt(run_dir: str, attempt: AttemptState) -> AttemptView:
         message=end.message if end else "",
         reached=end.reached if end else None,
         sealed=_sealed(run_dir, attempt),
+        nodes=attempt.intent.nodes,
+        of_nodes=1 if attempt.phase == contract.EVALUATE else int(asked_for),
     )
 
 

@@ -6,6 +6,7 @@ one is refused, reads again and decides again.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import time
@@ -42,6 +43,10 @@ DAMAGED = (
 """A fork would have to read the log."""
 
 
+FOLDER = ".dinoctl"
+"""In a folder of runs, hidden: the heartbeats of those who watch all of them."""
+
+
 class LogError(RuntimeError):
     """The log cannot be read, or the store is not fit to hold one; the message says what to do."""
 
@@ -70,15 +75,20 @@ def read(run_dir: str, pauses: Sequence[float] | None = None) -> list[Event]:
 
     pauses: between the listings that a gap is given to close; LIST_AGAIN if None.
     """
-    count = _complete(run_dir, LIST_AGAIN if pauses is None else pauses)
-    if count == 0:
+    number_of = count(run_dir, pauses)
+    if number_of == 0:
         return []
-    paths = [f"{run_dir}/{event_file(number)}" for number in range(1, count + 1)]
+    paths = [f"{run_dir}/{event_file(number)}" for number in range(1, number_of + 1)]
     found = _contents(run_dir, paths)
     for path, data in zip(paths, found, strict=True):
         _check_whole(data, path)
     _check_format(found[0], paths[0])
     return [events.decode(data, path) for path, data in zip(paths, found, strict=True)]
+
+
+def count(run_dir: str, pauses: Sequence[float] | None = None) -> int:
+    """How many events there are. Raises LogError for a gap that stays."""
+    return _complete(run_dir, LIST_AGAIN if pauses is None else pauses)
 
 
 _seen: dict[str, list[bytes]] = {}
@@ -117,9 +127,17 @@ def _numbers(run_dir: str) -> set[int]:
     return {int(match[1]) for match in matches if match}
 
 
+@functools.lru_cache(16)
+def _expected(count: int) -> list[str]:
+    return sorted(os.path.basename(event_file(number)) for number in range(1, count + 1))
+
+
 def _complete(run_dir: str, pauses: Sequence[float]) -> int:
     """How many events there are, once their numbers have no gap."""
     missing = 0
+    names = storage.names(f"{run_dir}/{EVENTS_DIR}")
+    if names == _expected(len(names)):  # as nearly always
+        return len(names)
     for pause in (*pauses, None):
         numbers = _numbers(run_dir)
         last = max(numbers, default=0)
@@ -193,8 +211,10 @@ def heartbeat(run_dir: str, watcher: Watcher) -> None:
 
 
 def watchers(run_dir: str) -> list[Watcher]:
-    """All heartbeats that can be read, the newest first; `is_alive` says which of them still watch."""
-    readable = [watcher for _, watcher in _watchers(run_dir) if isinstance(watcher, Watcher)]
+    """All heartbeats that can be read, of who watches the run or all of its folder (`orchestrator.many`), the newest
+    first; `is_alive` says which of them still watch."""
+    places = (run_dir, f"{os.path.dirname(run_dir)}/{FOLDER}")
+    readable = [watcher for place in places for _, watcher in _watchers(place) if isinstance(watcher, Watcher)]
     return sorted(readable, key=lambda watcher: -watcher.seen_at)
 
 

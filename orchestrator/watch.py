@@ -1,5 +1,8 @@
-"""Staying with a run: tick, show, stop on Ctrl-C, until it is over. What `submit` and `resume` do in the foreground,
-and `dinoctl watch` (started by `--detach`) without a screen to look at."""
+"""Staying with a run: tick and show until it is over. What `submit` and `resume` do in the foreground, and `dinoctl
+watch` (started by `--detach`) without a screen to look at.
+
+Ctrl-C stops a run of this machine; from a cluster's it only detaches, as its jobs are not this terminal's.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 
 from rich.console import Console
 
 from model import contract, storage
-from orchestrator import control, launchers, render, report, status, tracking
-from orchestrator.control import Controller
+from orchestrator import control, launchers, render, report, status, store, tracking
+from orchestrator.control import Controller, TickResult
 from orchestrator.screen import Follower, Screen, screen
 from orchestrator.state import State
 
 TICK_SECONDS, BUCKET_TICK_SECONDS = 1.0, 3.0
+CLUSTER_TICK_SECONDS = 10.0  # between two questions to a cluster that others use too
 OUT_OF_REACH_SECONDS = 600.0  # a store that does not answer for this long ends the watch, not the run
 DISK_FULL_SECONDS = 30.0
 SHIPPER_SECONDS = 20.0  # how long a finished run waits for MLflow before it says where it stands
@@ -40,11 +44,15 @@ class Signals:
         self.asked.set()
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM)
+DETACHES = (*STOPS, signal.SIGHUP)
+
+
 @contextmanager
-def _signals() -> Iterator[Signals]:
-    """SIGINT and SIGTERM are requests while this lasts."""
+def _signals(numbers: Sequence[signal.Signals]) -> Iterator[Signals]:
+    """These signals are requests while this lasts."""
     signals = Signals()
-    before = {number: signal.signal(number, signals.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, signals.handle) for number in numbers}
     try:
         yield signals
     finally:
@@ -52,45 +60,105 @@ def _signals() -> Iterator[Signals]:
             signal.signal(number, handler)
 
 
-def stay(run_dir: str, console: Console, command: str) -> State:
-    """Keep the run going and show it until it is over; the state it ends in.
+class Detached(Exception):  # noqa: N818 - not an error: somebody left
+    """The user left a cluster's run; the message says who keeps it going."""
 
-    The first SIGINT or SIGTERM asks for a stop with a sealed checkpoint, the second for one at once, the third leaves.
+
+def stay(run_dir: str, console: Console, command: str) -> State:
+    """Keep the run going and show it until it is over; the state it ends in, or is in when the user detaches.
+
+    On this machine the first SIGINT or SIGTERM asks for a stop with a sealed checkpoint, the second for one at once,
+    the third leaves. On a cluster any of them, and SIGHUP, detaches.
     Raises storage.StoreError if the run directory stays out of reach, KeyboardInterrupt on the third signal.
     """
-    every = BUCKET_TICK_SECONDS if storage.is_uri(run_dir) else TICK_SECONDS
-    this = control.controller(run_dir, launchers.launcher_for, command=command, every=every)
     run = control.load(run_dir)
+    every = BUCKET_TICK_SECONDS if storage.is_uri(run_dir) else TICK_SECONDS
+    beat = every if is_local(run) else max(every, CLUSTER_TICK_SECONDS)
+    this = control.controller(run_dir, launchers.launcher_for, command=command, every=beat)
     follower = Follower(run_dir)
     follower.begin(run)
     shipper = tracking.start(run_dir) if run.spec["tracking"]["enabled"] else None
-    with _signals() as signals, screen(console) as shown:
-        end = _loop(this, follower, shown, signals)
+    try:
+        with _signals(STOPS if is_local(run) else DETACHES) as signals, screen(console) as shown:
+            end = _loop(this, follower, shown, signals, every, detaches=not is_local(run))
+    except Detached as left:
+        if shipper is not None:
+            shipper.returncode = 0  # it goes on by itself, and is nobody's child to wait for
+        with suppress(OSError):  # the terminal may be gone
+            _say(console, str(left))
+        return control.load(run_dir)
     if shipper is not None:
         _wait_for_mlflow(run_dir, end, shipper, console)
     return end
 
 
-def _loop(this: Controller, follower: Follower, shown: Screen, signals: Signals) -> State:
-    said, failing_since, heeded = "", None, 0
+def is_local(run: State) -> bool:
+    return bool(run.cluster["launcher"] == "local")
+
+
+def pause(result: TickResult) -> float:
+    """Seconds until the next tick: at once where something was done, and a cluster is not asked every second."""
+    return result.pause if is_local(result.state) or not result.pause else CLUSTER_TICK_SECONDS
+
+
+def _loop(
+    this: Controller, follower: Follower, shown: Screen, signals: Signals, every: float, *, detaches: bool
+) -> State:
+    """Show what is new every so many seconds; tick when that is due."""
+    said, failing_since, heeded, result, due = "", None, 0, None, 0.0
     while True:
         signals.asked.clear()  # before the look at them: one that comes after it ends the wait below
+        if detaches and signals.names:
+            raise Detached(_how_it_goes_on(this, result))
         try:
-            heeded = _heed(this.run_dir, signals, heeded, shown)
-            result = control.tick(this, contract.now())
-            for note in follower.look(result.state):
+            asked, heeded = heeded, _heed(this.run_dir, signals, heeded, shown)
+            if result is None or heeded > asked or time.monotonic() >= due or _has_said_its_end(this, result):
+                result = control.tick(this, contract.now())
+                due = time.monotonic() + min(pause(result), this.me.every)
+            for note in follower.look(result.state, result.launch):
                 shown.note(note)
         except storage.StoreError as error:
             failing_since = failing_since or time.monotonic()
             said = _out_of_reach(error, failing_since, shown, said)
-            signals.asked.wait(2 * this.me.every)
+            signals.asked.wait(2 * every)
             continue
         failing_since, said = None, ""
         if follower.view is not None:
             shown.show(follower.view, time.monotonic())
         if result.state.status != "running":
             return result.state
-        signals.asked.wait(min(result.pause, this.me.every))
+        signals.asked.wait(min(max(due - time.monotonic(), 0.0), every))
+
+
+def _has_said_its_end(this: Controller, result: TickResult) -> bool:
+    live = result.state.live
+    return live is not None and storage.exists(f"{this.run_dir}/{contract.outcome_file(live.number)}")
+
+
+def _how_it_goes_on(this: Controller, result: TickResult | None) -> str:
+    """Who keeps the run going once we leave, for the user. A process in the background, if something is due now."""
+    others = [w for w in store.watchers(this.run_dir) if (w.host, w.pid) != (this.me.host, this.me.pid)]
+    alive = [watcher for watcher in others if store.is_alive(watcher, contract.now())]
+    if alive:
+        keeper = f"process {alive[0].pid} on {alive[0].host} ({alive[0].command}) keeps it going"
+    elif result is not None and result.settled:
+        keeper = "its jobs keep it going: each looks what is due when it ends"
+    else:
+        keeper = f"process {detach(this.run_dir)} in the background keeps it going (log: {log_file(this.run_dir)})"
+    run = this.run_dir
+    return f"detached, and the run goes on: {keeper}\n" + "\n".join(
+        f"  dinoctl {command} {run}{' ' * (8 - len(command))}{what}"
+        for command, what in (("watch", "comes back to it"), ("status", "says where it is"), ("stop", "stops it"))
+    )
+
+
+def keep_all(runs: str) -> None:
+    """Keep all live runs of a folder going until SIGINT, SIGTERM or SIGHUP, and say what happens to them."""
+    from orchestrator import many
+
+    this = many.keeper(runs, launchers.launcher_for, command="watch", every=CLUSTER_TICK_SECONDS)
+    with _signals(DETACHES) as signals:
+        many.keep(this, signals.asked, lambda line: print(line, flush=True), CLUSTER_TICK_SECONDS)
 
 
 def _out_of_reach(error: storage.StoreError, since: float, shown: Screen, said: str) -> str:
@@ -139,7 +207,9 @@ def _wait_for_mlflow(run_dir: str, end: State, shipper: subprocess.Popen[bytes],
 
 
 def conclude(run_dir: str, end: State, console: Console) -> int:
-    """Say how it ended, where everything is and how to go on; the exit code."""
+    """Say how it ended, where everything is and how to go on; the exit code. One that still runs was left."""
+    if end.status == "running":
+        return 130
     view = status.detail(run_dir, contract.now())
     if end.status == "done":
         _done(view, end, console)

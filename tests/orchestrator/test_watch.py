@@ -21,7 +21,7 @@ from tests.orchestrator.pretend import Job, PretendLauncher, request, tiny_code
 
 @dataclass
 class Willing(PretendLauncher):
-    """Each time somebody looks, `before` has its way, then the job trains two steps or does what it was asked; or, if
+    """Each time somebody looks, `before` has its way, then the job trains a step or does what it was asked; or, if
     it is `deaf`, nothing."""
 
     before: Callable[[Job], None] = lambda job: None
@@ -39,7 +39,7 @@ class Willing(PretendLauncher):
         if job.asked:
             job.end(Cause.STOPPED)
         else:
-            job.train(2)
+            job.train(1)
             if job.finished():
                 job.end(Cause.DONE)
 
