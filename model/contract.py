@@ -22,6 +22,7 @@ A run's directory, every path relative to it:
     pins/<phase>-<n>-<step>-<by>.json   another run takes that checkpoint, or a person wants it: it is never pruned
     bad/<phase>-<n>-<step>.json         that checkpoint cannot be read: nobody takes it
     watchers/<id>.json                  who keeps this run going, and when they last looked
+    folded.msgpack                      what the log folds to, read where it is still true; may be removed
     report/, tracking/, watch.log       table and pictures; how far the MLflow shipper got; what a watcher said
 """
 

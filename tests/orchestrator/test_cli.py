@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from model import storage
-from model.contract import Cause, ContractError, manifest_file
+from model.contract import ContractError, manifest_file
 from model.storage import DiskFullError, StoreError
 from orchestrator import cli, commands, mistakes
 from tests.orchestrator.written import Run
@@ -24,6 +24,7 @@ COMMANDS = [
     "schema",
     "status",
     "logs",
+    "stop",
     "cancel",
     "resume",
     "watch",
@@ -214,68 +215,6 @@ def test_a_launcher_that_is_not_there_yet_is_said(capsys: pytest.CaptureFixture[
     assert "the kubernetes launcher is not there yet" in capsys.readouterr().err
 
 
-# --- on a run ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("command", ["status", "logs", "cancel", "resume", "watch", "tick"])
-def test_an_unknown_run(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Run(tmp_path / "runs" / "known")
-    assert cli.main([command, "unknown"]) == 2
-    assert "no run 'unknown'; runs in runs: known" in capsys.readouterr().err
-
-
-def test_status_of_all_and_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("one", "two"):
-        Run(tmp_path / "elsewhere" / name).launch(1, "pretrain")
-    assert cli.main(["status"]) == 0
-    assert "no runs in runs" in capsys.readouterr().out
-    for words in ([], ["--json"]):
-        assert cli.main(["status", "--runs", "elsewhen", *words]) == 2
-        assert "no such folder of runs: elsewhen" in capsys.readouterr().err
-    assert cli.main(["status", "--runs", "elsewhere"]) == 0
-    assert "one" in capsys.readouterr().out
-    assert cli.main(["status", "--runs", "elsewhere", "--json"]) == 0
-    assert [run["run"] for run in parsed(capsys)] == ["one", "two"]
-    assert cli.main(["status", "elsewhere/one", "--json"]) == 0
-    view = parsed(capsys)
-    assert view["summary"]["stage"] == "pretrain"
-    assert view["attempts"][0]["status"] == "launched"
-    assert cli.main(["status", "two", "--runs", "elsewhere"]) == 0
-    assert "two: running" in capsys.readouterr().out
-
-
-def test_a_run_that_is_done_needs_no_watcher(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("orchestrator.watch.detach", lambda run_dir: pytest.fail(f"{run_dir} is watched"))
-    run = Run(tmp_path / "runs" / "tiny")
-    run.done()
-    assert commands._go_on(run.path, cli.parse(["submit", "job.yaml", "--detach"])) == 0
-    assert f"the run is done, there is nothing left to watch; dinoctl status {run.path}" in capsys.readouterr().out
-
-
-def test_a_log_that_contradicts_itself_is_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Run(tmp_path / "runs" / "tiny").done()
-    files = sorted((tmp_path / "runs" / "tiny" / "events").iterdir())
-    files[2].write_bytes(files[1].read_bytes())
-    assert cli.main(["status", "tiny"]) == 2
-    assert "contradicts itself" in capsys.readouterr().err
-
-
-def test_a_torn_heartbeat_blocks_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Run(tmp_path / "runs" / "tiny").watched(host="elsewhere")
-    torn = tmp_path / "runs" / "tiny" / "watchers" / "torn.json"
-    torn.write_text("{")
-    assert cli.main(["status"]) == 0
-    assert "unreadable" not in capsys.readouterr().out
-    assert cli.main(["status", "tiny"]) == 0
-    said = capsys.readouterr().out
-    assert f"cannot be read: {torn}" in said
-    assert "tiny: running" in said
-    assert cli.main(["cancel", "tiny"]) == 0
-    assert not torn.exists()
-
-
 # --- what is of another run -------------------------------------------------------------------------------------------
 
 
@@ -307,60 +246,6 @@ def test_checkpoints_of_other_runs_are_looked_for(
     if why and "torn" not in reference:
         assert cli.main(job("submit", f"phases.pretrain.weights={reference}", "--run=new")) == 2
         assert why.format(runs=tmp_path / "runs") in capsys.readouterr().err
-
-
-def test_the_folder_of_runs_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Run(tmp_path / "elsewhere" / "one")
-    monkeypatch.setenv("DINOCTL_RUNS", str(tmp_path / "elsewhere"))
-    assert cli.main(["status", "one"]) == 0
-
-
-def test_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = Run(tmp_path / "runs" / "tiny")
-    assert cli.main(["logs", "tiny"]) == 2
-    assert "has no attempts yet" in capsys.readouterr().err
-    run.launch(1, "pretrain")
-    run.log(1, "first\n")
-    run.end(1, Cause.KILLED, [])
-    run.launch(2, "pretrain")
-    run.log(2, "zweiter: ä\n")
-    assert cli.main(["logs", "tiny"]) == 0
-    assert capsys.readouterr().out == "zweiter: ä\n"
-    assert cli.main(["logs", "tiny", "--attempt", "1", "--follow"]) == 0
-    assert capsys.readouterr().out == "first\n"
-    for attempt in ("7", "0"):
-        assert cli.main(["logs", "tiny", "--attempt", attempt]) == 2
-        assert f"no attempt {attempt}" in capsys.readouterr().err
-    assert cli.main(["logs", "tiny", "--rank", "3"]) == 2
-    assert "there are: agent.log" in capsys.readouterr().err
-    assert cli.main(["logs", "tiny", "--attempt", "1", "--rank", "3", "--follow"]) == 2  # it is over: none will come
-    assert "no such log" in capsys.readouterr().err
-
-
-def test_a_run_of_a_newer_version_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = Run(tmp_path / "runs" / "tiny")
-    first = next(Path(run.path).glob("events/*.json"))
-    newer = first.read_text().replace('"format":1', '"format":999')
-    first.unlink()
-    first.write_text(newer)
-    assert cli.main(["status", "tiny"]) == 2
-    said = capsys.readouterr().err
-    assert "format 999" in said
-    assert "Traceback" not in said
-
-
-def test_nothing_to_resume_or_cancel_when_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Run(tmp_path / "runs" / "tiny").done()
-    assert cli.main(["resume", "tiny"]) == 2
-    assert "is done" in capsys.readouterr().err
-    assert cli.main(["cancel", "tiny"]) == 2
-    assert "is done" in capsys.readouterr().err
-
-
-def test_cancel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Run(tmp_path / "runs" / "tiny")
-    assert cli.main(["cancel", "tiny"]) == 0
-    assert "run tiny is cancelled" in capsys.readouterr().out
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

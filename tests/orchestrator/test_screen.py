@@ -10,6 +10,8 @@ from rich.console import Console
 
 from model.contract import Cause
 from orchestrator import control
+from orchestrator import screen as screens
+from orchestrator.launchers.base import LaunchState, Observation
 from orchestrator.screen import LEAST_BAR, SAME_LINE_SECONDS, Bars, Follower, Lines, View, line, screen
 from tests.orchestrator.written import Run
 
@@ -106,3 +108,36 @@ def test_figures_give_way_to_the_bar(width: int, figures: str) -> None:
     last = next(line for line in reversed(out.getvalue().splitlines()) if "pretrain" in line)
     assert figures in last
     assert len(last.partition("pretrain (1 of 5) ")[2].partition(figures)[0]) >= LEAST_BAR
+
+
+# --- on a cluster -----------------------------------------------------------------------------------------------------
+
+
+def test_the_queue_and_then_the_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screens, "now", lambda: 1000.0)
+    run = Run(tmp_path / "tiny", launcher="slurm")
+    follower = Follower(run.path)
+    run.launch(1, "pretrain")
+    state = control.load(run.path)
+    waits = Observation(LaunchState.PENDING, detail="Resources", starts_at=1300.0)
+    assert follower.look(state, waits) == []
+    assert follower.view is not None
+    assert line(follower.view) == (
+        "phase pretrain (1 of 3), step 0/6, in the queue: Resources; expected to start in 5 min, attempt 1"
+    )
+    runs = Observation(LaunchState.RUNNING, nodes=("node1", "node2"))
+    assert follower.look(state, runs) == ["attempt 1 runs on node1, node2"]
+    assert follower.look(state, runs) == []
+    assert follower.view.queue == ""
+
+
+@pytest.mark.parametrize("width", [60, 120])
+def test_a_queue_that_is_too_long_for_the_terminal_is_cut(width: int) -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=True, legacy_windows=False)
+    with Bars(console) as bars:
+        bars.show(View("pretrain", 1, 3, steps=6, queue="in the queue: " + "ReqNodeNotAvail, " * 9), 0.0)
+    text = out.getvalue()
+    assert "0/6" in text
+    assert "in the" in text
+    assert "..." in text

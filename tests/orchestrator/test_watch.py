@@ -15,6 +15,7 @@ from rich.console import Console
 from model import storage
 from model.contract import Cause
 from orchestrator import control, launchers, watch
+from orchestrator.decide import Wait
 from orchestrator.launchers.base import Observation, Query
 from tests.orchestrator.pretend import Job, PretendLauncher, request, tiny_code
 
@@ -139,3 +140,90 @@ def test_a_disk_that_stays_full_ends_the_watch(run: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(watch, "DISK_FULL_SECONDS", 0.05)
     with pytest.raises(storage.DiskFullError):
         stay(run, Willing(), monkeypatch)
+
+
+# --- on a cluster -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    tiny_code(tmp_path, monkeypatch)
+    monkeypatch.setattr(watch, "TICK_SECONDS", 0.01)
+    monkeypatch.setattr(watch, "CLUSTER_TICK_SECONDS", 0.02)
+    monkeypatch.setattr(watch, "detach", lambda run_dir: 4711)
+    run_dir = str(tmp_path / "runs" / "far")
+    control.submit(run_dir, request(run="far", launcher="slurm"), by="a test")
+    return run_dir
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_detaches_and_stops_nothing(
+    on_a_cluster: str, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    looks: list[int] = []
+
+    def leave(job: Job) -> None:
+        looks.append(1)
+        if len(looks) == 2:
+            os.kill(os.getpid(), number)
+
+    launcher = Willing(before=leave)
+    before = signal.getsignal(number)
+    code, text = stay(on_a_cluster, launcher, monkeypatch)
+    assert code == 130
+    assert (launcher.job.asked, launcher.job.running) == ([], True)
+    assert control.load(on_a_cluster).status == "running"
+    assert "detached, and the run goes on: its jobs keep it going: each looks what is due when it ends" in text
+    for command in ("watch", "status", "stop"):
+        assert f"dinoctl {command} {on_a_cluster}" in text
+    assert signal.getsignal(number) is before
+
+
+def test_who_leaves_before_all_is_under_way_leaves_somebody_behind(
+    on_a_cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher took the job and did not say so: whether it is there has still to be found out."""
+    launcher = Willing(mute=True, blind=True)
+    submit = launcher.submit
+
+    def submitted(*arguments: object) -> dict[str, object]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return submit(*arguments)  # type: ignore[arg-type]
+
+    launcher.submit = submitted  # type: ignore[method-assign]
+    _, text = stay(on_a_cluster, launcher, monkeypatch)
+    assert "process 4711 in the background keeps it going" in text
+
+
+def test_another_watcher_is_named(on_a_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from model.contract import Watcher, now
+    from orchestrator import store
+
+    other = Watcher(
+        host="login2", boot_id="b", pid=7, started=1.0, command="watch", seen_at=now(), every=600.0
+    )  # fmt: skip
+    store.heartbeat(on_a_cluster, other)
+    _, text = stay(on_a_cluster, Willing(before=press), monkeypatch)
+    assert "process 7 on login2 (watch) keeps it going" in text
+
+
+def test_the_end_of_a_clusters_run_is_seen_and_the_queue_before_it(
+    on_a_cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = Willing(told={"detail": "Priority", "nodes": ("node1", "node2")}, before=begin)
+    launcher.on_submit = lambda attempt: None
+    code, text = stay(on_a_cluster, launcher, monkeypatch)
+    assert code == 0
+    assert "attempt 1 runs on node1, node2" in text
+    assert text.count("attempt 1 runs on") == 1
+
+
+def begin(job: Job) -> None:
+    job.pending = False
+
+
+def test_a_tick_of_a_cluster_is_not_due_every_second(on_a_cluster: str) -> None:
+    run = control.load(on_a_cluster)
+    rested = control.TickResult(run, Wait(1.0, "it runs"), 1.0)
+    acted = control.TickResult(run, Wait(1.0, "it was launched"), 0.0)
+    assert (watch.pause(rested), watch.pause(acted)) == (watch.CLUSTER_TICK_SECONDS, 0.0)

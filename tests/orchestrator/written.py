@@ -39,7 +39,12 @@ class Run:
     """`created` is when its first event says that it began."""
 
     def __init__(
-        self, folder: Path | str, created: float = 1000.0, checkpoints: dict[str, int] | None = None, **tracking: Any
+        self,
+        folder: Path | str,
+        created: float = 1000.0,
+        checkpoints: dict[str, int] | None = None,
+        launcher: str = "local",
+        **tracking: Any,
     ) -> None:
         self.path = str(folder)
         self.count = 0
@@ -49,16 +54,16 @@ class Run:
             spec["phases"] = {name: {**phase, "checkpoints": checkpoints} for name, phase in SPEC["phases"].items()}
         self.add(
             events.RunCreated, format=contract.FORMAT, run=str(folder).rsplit("/", 1)[-1], run_id="ab" * 16, spec=spec,
-            cluster={"launcher": "local"}, spec_digest="d" * 64, code_digest="c" * 64, version="0",
+            cluster={"launcher": launcher}, spec_digest="d" * 64, code_digest="c" * 64, version="0",
         )  # fmt: skip
 
     def add(self, kind: Any, **fields: Any) -> None:
         self.count += 1
         store.append(self.path, self.count, kind(at=self.at, nonce=contract.new_nonce(), **fields))
 
-    def launch(self, attempt: int, phase: str) -> None:
+    def launch(self, attempt: int, phase: str, nodes: int | None = None) -> None:
         intent = {"attempt": attempt, "phase": phase, "launch_name": "n", "digest": "", "owner": "me", "lease_until": 0}
-        self.add(events.AttemptIntended, **intent)
+        self.add(events.AttemptIntended, nodes=nodes, **intent)
         self.add(events.AttemptLaunched, attempt=attempt, handle={"pid": 1})
 
     def told(self, attempt: int, phase: str, resume: list[CheckpointRef]) -> None:
