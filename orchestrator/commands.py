@@ -115,7 +115,8 @@ def submit(options: Options) -> int:
     for change in done.changes:
         print(f"amended: {change}")
     shown = done.what == "attached" and not options.detach
-    more = ", and is shown (Ctrl-C stops it, as it does where it was submitted)" if shown else ""
+    key = "stops it, as it does where it was submitted" if cluster.launcher == "local" else "leaves it running"
+    more = f", and is shown (Ctrl-C {key})" if shown else ""
     print(f"run {name} {_WHAT[done.what]}{more}: {run_dir}", flush=True)
     return _go_on(run_dir, options)
 

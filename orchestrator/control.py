@@ -262,7 +262,8 @@ def follow(this: Controller, *, clock: Callable[[], float] = now, sleep: Callabl
     """
     while True:
         result = tick(this, clock())
-        others = [w for w in store.watchers(this.run_dir) if (w.host, w.pid) != (this.me.host, this.me.pid)]
+        known = store.watchers(this.run_dir, of_folder=result.state.cluster["launcher"] != "local")
+        others = [watcher for watcher in known if (watcher.host, watcher.pid) != (this.me.host, this.me.pid)]
         watched = isinstance(result.action, Wait) and any(store.is_alive(watcher, clock()) for watcher in others)
         if result.settled or watched:
             return result.state

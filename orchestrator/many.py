@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from model import storage
-from model.contract import ContractError, now
+from model.contract import ContractError, hostname, now
 from model.storage import StoreError
 from orchestrator import control, folded, store
 from orchestrator.control import Controller, LauncherFor, TickResult
@@ -91,7 +91,7 @@ def _groups(this: Keeper, settled: frozenset[str], errors: dict[str, str]) -> li
             continue
         try:
             state = folded.load(run_dir)
-            if state is None or state.status != "running":
+            if state is None or state.status != "running" or _is_elsewhere(state):
                 continue
             profile = msgspec.json.encode(state.cluster)
             if profile not in groups:
@@ -100,6 +100,13 @@ def _groups(this: Keeper, settled: frozenset[str], errors: dict[str, str]) -> li
         except FAILURES as error:
             errors[run_dir] = str(error)
     return list(groups.values())
+
+
+def _is_elsewhere(state: State) -> bool:
+    """Whether it is a run of another machine itself: its next attempt is to be launched there."""
+    handle = state.attempts[-1].handle if state.attempts else None
+    host = (handle or {}).get("host", hostname())
+    return bool(state.cluster["launcher"] == "local" and host != hostname())
 
 
 def follow(this: Keeper, *, clock: Callable[[], float] = now, sleep: Callable[[float], None] = time.sleep) -> Pass:

@@ -176,7 +176,7 @@ def _summary(run_dir: str, run: State, now: float) -> Summary:
     stages = run.stages
     current = run.next_stage or stages[-1]
     last = run.attempts[-1] if run.attempts else None
-    watch = _watch(run_dir, now) if run.status == "running" else None
+    watch = _watch(run_dir, run, now) if run.status == "running" else None
     cause, message = _why(run)
     return Summary(
         run=run.created.run,
@@ -195,8 +195,9 @@ def _summary(run_dir: str, run: State, now: float) -> Summary:
     )
 
 
-def _watch(run_dir: str, now: float) -> Watch:
-    watchers, unreadable = store.watchers(run_dir), store.unreadable_watchers(run_dir)
+def _watch(run_dir: str, run: State, now: float) -> Watch:
+    watchers = store.watchers(run_dir, of_folder=run.cluster["launcher"] != "local")
+    unreadable = store.unreadable_watchers(run_dir)
     for watcher in watchers:
         if store.is_alive(watcher, now):
             return Watch(host=watcher.host, pid=watcher.pid, since=watcher.started, unreadable=unreadable)

@@ -210,10 +210,13 @@ def heartbeat(run_dir: str, watcher: Watcher) -> None:
     storage.replace(f"{run_dir}/{WATCHERS_DIR}/{mine}", encode(watcher))
 
 
-def watchers(run_dir: str) -> list[Watcher]:
-    """All heartbeats that can be read, of who watches the run or all of its folder (`orchestrator.many`), the newest
-    first; `is_alive` says which of them still watch."""
-    places = (run_dir, f"{os.path.dirname(run_dir)}/{FOLDER}")
+def watchers(run_dir: str, *, of_folder: bool = False) -> list[Watcher]:
+    """All heartbeats that can be read, the newest first; `is_alive` says which of them still watch.
+
+    of_folder: also those of who watches all runs of its folder (`orchestrator.many`). They count for a cluster's runs
+    alone: one of this machine launches the next attempt where it is.
+    """
+    places = (run_dir, f"{os.path.dirname(run_dir)}/{FOLDER}") if of_folder else (run_dir,)
     readable = [watcher for place in places for _, watcher in _watchers(place) if isinstance(watcher, Watcher)]
     return sorted(readable, key=lambda watcher: -watcher.seen_at)
 

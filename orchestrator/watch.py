@@ -137,7 +137,8 @@ def _has_said_its_end(this: Controller, result: TickResult) -> bool:
 
 def _how_it_goes_on(this: Controller, result: TickResult | None) -> str:
     """Who keeps the run going once we leave, for the user. A process in the background, if something is due now."""
-    others = [w for w in store.watchers(this.run_dir) if (w.host, w.pid) != (this.me.host, this.me.pid)]
+    known = store.watchers(this.run_dir, of_folder=True)
+    others = [watcher for watcher in known if (watcher.host, watcher.pid) != (this.me.host, this.me.pid)]
     alive = [watcher for watcher in others if store.is_alive(watcher, contract.now())]
     if alive:
         keeper = f"process {alive[0].pid} on {alive[0].host} ({alive[0].command}) keeps it going"

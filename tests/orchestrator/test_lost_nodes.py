@@ -176,6 +176,24 @@ def test_after_a_node_was_lost_the_largest_number_that_fits_goes_on_and_then_all
     assert after_losing(bench, cause=Cause.STOPPED, seconds=25 * HOUR) == 4
 
 
+def test_a_number_whose_yaml_is_for_other_nodes_is_skipped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its controller died before the intent; by now the node is back."""
+    bench.launcher.there, bench.launcher.down = NODES, {"node2"}
+    bench.submit(wide())
+    bench.tick()
+    bench.launcher.job.end(Cause.VANISHED, ["node2"])
+    bench.tick()
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "append", lambda *of: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            bench.tick(seconds=10.0)
+    bench.launcher.there = (*NODES, "node5")
+    bench.launcher.down.clear()
+    bench.tick()
+    attempt = bench.launcher.job.attempt
+    assert (attempt.attempt, attempt.nodes, attempt.exclude) == (3, 4, ["node2"])
+
+
 @pytest.mark.parametrize(
     ("min_nodes", "batch_size", "down", "nodes"),
     [

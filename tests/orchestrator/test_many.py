@@ -107,6 +107,14 @@ def _spec() -> dict[str, Any]:
     return job_spec()
 
 
+def test_a_run_of_another_machine_itself_is_left_to_that_machine(runs: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit = runs.launcher.submit
+    monkeypatch.setattr(runs.launcher, "submit", lambda *of: {**submit(*of), "host": "a-workstation"})
+    pass_over(runs, keeper(runs))
+    assert len(runs.launcher.jobs) == 3
+    assert pass_over(runs, keeper(runs)).results == {}
+
+
 def test_following_leaves_once_each_run_is_under_way(runs: Bench) -> None:
     slept: list[float] = []
     done = many.follow(keeper(runs), clock=lambda: runs.now, sleep=slept.append)
@@ -118,8 +126,9 @@ def test_who_keeps_the_folder_watches_each_of_its_runs(runs: Bench) -> None:
     this = keeper(runs, every=10.0)
     pass_over(runs, this)
     for name in NAMES:
-        (watcher,) = store.watchers(runs.dir(name))
+        (watcher,) = store.watchers(runs.dir(name), of_folder=True)
         assert store.is_alive(watcher, runs.now)
+        assert store.watchers(runs.dir(name)) == []
     assert not (runs.folder / "one" / "watchers").exists(), "one heartbeat for all"
 
 
