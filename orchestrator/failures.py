@@ -3,8 +3,8 @@
 A budget counts ends of one cause without progress: an attempt that sealed a newer checkpoint makes the counts fresh.
 
 What is nobody's fault who wrote the job (VANISHED, STORE_LOST, NOT_LAUNCHED) has budgets of its own, large enough for a
-bad night of a cluster: 20 ends, with two hours of waiting between them. They are bounded all the same: a job that brings
-down each node it runs on looks like this too, and would go through the whole cluster.
+bad night of a cluster: 20 ends, with two hours of waiting between them. They are bounded all the same: a job that
+brings down each node it runs on looks like this too, and would go through the whole cluster.
 """
 
 from __future__ import annotations

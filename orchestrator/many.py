@@ -7,9 +7,11 @@ the others go on.
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -109,6 +111,18 @@ def _is_elsewhere(state: State) -> bool:
     return bool(state.cluster["launcher"] == "local" and host != hostname())
 
 
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """A thousand states are made and none is dropped: the collector would go through all of them again and again, for
+    a third of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@_without_collection()
 def follow(this: Keeper, *, clock: Callable[[], float] = now, sleep: Callable[[float], None] = time.sleep) -> Pass:
     """Pass over the runs until each can be left (`control.follow`); the last result of each."""
     results: dict[str, TickResult] = {}
