@@ -79,7 +79,7 @@ def stay(run_dir: str, console: Console, command: str) -> State:
     follower.begin(run)
     shipper = tracking.start(run_dir) if run.spec["tracking"]["enabled"] else None
     try:
-        with _signals(STOPS if is_local(run) else DETACHES) as signals, screen(console) as shown:
+        with _signals(STOPS if is_local(run) else DETACHES) as signals, _shown(console) as shown:
             end = _loop(this, follower, shown, signals, every, detaches=not is_local(run))
     except Detached as left:
         if shipper is not None:
@@ -90,6 +90,23 @@ def stay(run_dir: str, console: Console, command: str) -> State:
     if shipper is not None:
         _wait_for_mlflow(run_dir, end, shipper, console)
     return end
+
+
+@contextmanager
+def _shown(console: Console) -> Iterator[Screen]:
+    """A screen that lets go of a terminal that is gone: who hangs up cannot be shown anything more."""
+    left = None
+    try:
+        with screen(console) as shown:
+            try:
+                yield shown
+            except Detached as detached:
+                left = detached
+                raise
+    except OSError as error:
+        if left is None:
+            raise
+        raise left from error
 
 
 def is_local(run: State) -> bool:
@@ -144,6 +161,8 @@ def _how_it_goes_on(this: Controller, result: TickResult | None) -> str:
         keeper = f"process {alive[0].pid} on {alive[0].host} ({alive[0].command}) keeps it going"
     elif result is not None and result.settled:
         keeper = "its jobs keep it going: each looks what is due when it ends"
+    elif this.me.command == "watch":  # it was there for just that, and is told to go
+        keeper = "but something is due now, and nobody is there to do it until somebody watches or ticks"
     else:
         keeper = f"process {detach(this.run_dir)} in the background keeps it going (log: {log_file(this.run_dir)})"
     run = this.run_dir

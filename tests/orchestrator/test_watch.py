@@ -17,6 +17,7 @@ from model.contract import Cause
 from orchestrator import control, launchers, watch
 from orchestrator.decide import Wait
 from orchestrator.launchers.base import Observation, Query
+from orchestrator.screen import Lines
 from tests.orchestrator.pretend import Job, PretendLauncher, request, tiny_code
 
 
@@ -65,12 +66,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return run_dir
 
 
-def stay(run: str, launcher: PretendLauncher, patch: pytest.MonkeyPatch) -> tuple[int, str]:
+def stay(run: str, launcher: PretendLauncher, patch: pytest.MonkeyPatch, command: str = "submit") -> tuple[int, str]:
     """The exit code and everything that was printed."""
     patch.setattr(launchers, "launcher_for", launcher)
     out = io.StringIO()
     console = Console(file=out, width=200)
-    end = watch.stay(run, console, "submit")
+    end = watch.stay(run, console, command)
     return watch.conclude(run, end, console), out.getvalue()
 
 
@@ -179,8 +180,12 @@ def test_a_signal_detaches_and_stops_nothing(
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [("submit", "process 4711 in the background keeps it going"), ("watch", "nobody is there to do it until")],
+)
 def test_who_leaves_before_all_is_under_way_leaves_somebody_behind(
-    on_a_cluster: str, monkeypatch: pytest.MonkeyPatch
+    on_a_cluster: str, monkeypatch: pytest.MonkeyPatch, command: str, said: str
 ) -> None:
     """The launcher took the job and did not say so: whether it is there has still to be found out."""
     launcher = Willing(mute=True, blind=True)
@@ -191,8 +196,19 @@ def test_who_leaves_before_all_is_under_way_leaves_somebody_behind(
         return submit(*arguments)  # type: ignore[arg-type]
 
     launcher.submit = submitted  # type: ignore[method-assign]
-    _, text = stay(on_a_cluster, launcher, monkeypatch)
-    assert "process 4711 in the background keeps it going" in text
+    _, text = stay(on_a_cluster, launcher, monkeypatch, command)
+    assert said in text
+
+
+def test_a_terminal_that_is_gone_does_not_keep_anybody(on_a_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(Lines):
+        def __exit__(self, *_: object) -> None:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(watch, "screen", Gone)
+    code, text = stay(on_a_cluster, Willing(before=press), monkeypatch)
+    assert code == 130
+    assert "detached" in text
 
 
 def test_another_watcher_is_named(on_a_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
