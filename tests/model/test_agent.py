@@ -278,7 +278,7 @@ def test_nothing_outlives_the_agent_or_torchrun(tmp_path: Path, victim: str) -> 
 @pytest.mark.jobs
 def test_a_crash_and_a_hang_among_ranks(tmp_path: Path) -> None:
     crash = make(tmp_path / "crash", ["deaf", "raise"], phase="pretrain")
-    hang = make(tmp_path / "hang", ["hang", "hang"], phase="pretrain", stall=15.0)
+    hang = make(tmp_path / "hang", ["hang", "hang"], phase="pretrain", stall=40.0)
     processes = agent(crash), agent(hang)
     assert processes[0].wait(60) == contract.EXIT_CODES[Cause.CRASHED]
     assert crash.outcome.message == "rank 1: ValueError: the stand-in was told to raise"
