@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -77,6 +78,7 @@ class Job:
     name: str = "tiny"
     environment: Mapping[str, str] = field(default_factory=dict)
     bucket: str = ""
+    temporary: tuple[Path, ...] = ()  # the temporary folder of each node, where they are not this process's own
 
     @property
     def runs(self) -> Path:
@@ -178,6 +180,16 @@ class Job:
 
     # its processes
 
+    def scratch(self, launch_name: str) -> list[Path]:
+        """The folder of an attempt on each node."""
+        own = contract.scratch_dir(launch_name)
+        return [folder / own.relative_to(tempfile.gettempdir()) for folder in self.temporary] or [own]
+
+    def rank_pids(self, launch_name: str) -> dict[int, int]:
+        """rank -> pid, as far as they have begun, on whichever node."""
+        files = [file for folder in self.scratch(launch_name) for file in folder.glob("pid-*")]
+        return {int(file.name.removeprefix("pid-")): int(file.read_text()) for file in files}
+
     def processes(self) -> list[psutil.Process]:
         """Every process, zombies aside, that belongs to this run or to its dinoctl; not what brings it to MLflow."""
         found = []
@@ -222,15 +234,15 @@ class Moment:
     phase: str
     attempt: int
     sealed: int
-    launch_name: str
     ranks: tuple[int, ...]
+    scratch: tuple[Path, ...]
 
     def kill_rank(self, rank: int) -> None:
         os.kill(self.ranks[rank], signal.SIGKILL)
 
     def asked(self) -> bool:
-        """Whether the agent has passed on a request to stop."""
-        return contract.stop_file(self.launch_name).exists()
+        """Whether an agent has passed on a request to stop."""
+        return any((folder / "stop").exists() for folder in self.scratch)
 
     def let_go(self) -> None:
         for pid in self.ranks:
@@ -238,12 +250,14 @@ class Moment:
                 os.kill(pid, signal.SIGCONT)
 
 
-def hold(job: Job, phase: str, step: int = EVERY, *, between: bool = True, ranks: int = 2) -> Moment:
+def hold(
+    job: Job, phase: str, step: int = EVERY, *, between: bool = True, ranks: int = 2, every: int = EVERY
+) -> Moment:
     """Wait until the phase's newest attempt has sealed `step` or a later one, then stop its ranks in their tracks.
 
     between: only once steps were trained since the last seal, so that a strike has something to destroy. Not by
     counting steps, which a busy machine gets wrong: the pulse of a step is younger than the last seal.
-    And not while the next save can be seen to be under way beside training.
+    And not while the next save (`every` steps later) can be seen to be under way beside training.
     """
 
     def sealed_by_the_newest() -> dict[str, Any] | None:
@@ -252,16 +266,18 @@ def hold(job: Job, phase: str, step: int = EVERY, *, between: bool = True, ranks
         return newest if newest is not None and newest["attempt"] in sealed else None
 
     intent = wait_until(sealed_by_the_newest, f"{phase}@{step} to be sealed", pause=0.001)
-    name = intent["launch_name"]
-    pids = tuple(int(contract.pid_file(name, rank).read_text()) for rank in range(ranks))
+    scratch = tuple(job.scratch(intent["launch_name"]))
+    pids = tuple(pid for _, pid in sorted(job.rank_pids(intent["launch_name"]).items()))
+    assert len(pids) == ranks
     while True:
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
         wait_until(lambda: all(psutil.Process(p).status() == psutil.STATUS_STOPPED for p in pids), "the ranks to halt")
         sealed, attempt = job.sealed(phase)[-1]
-        moment = Moment(phase, intent["attempt"], sealed, name, pids)
-        trained = contract.pulse_file(name, 0).stat().st_mtime > job.manifest(phase, attempt, sealed).sealed_at
-        following = f"{job.where}/{contract.checkpoint_dir(phase, attempt, sealed + EVERY)}"
+        moment = Moment(phase, intent["attempt"], sealed, pids, scratch)
+        pulse = max(file.stat().st_mtime for folder in scratch for file in folder.glob("pulse-0"))
+        trained = pulse > job.manifest(phase, attempt, sealed).sealed_at
+        following = f"{job.where}/{contract.checkpoint_dir(phase, attempt, sealed + every)}"
         if not between or (trained and not storage.names(following)):
             return moment
         moment.let_go()
@@ -291,7 +307,7 @@ def cleaned_up(job: Job) -> Iterator[Job]:
 # --- comparing --------------------------------------------------------------------------------------------------------
 
 
-def went_on_exactly(job: Job, phase: str, since: Moment) -> None:
+def went_on_exactly(job: Job, phase: str, since: Moment, every: int = EVERY) -> None:
     """The attempt after `since` began with the step after the last sealed one, and nobody trained more again: of the
     saves that had fallen due at most one was lost, that which was under way."""
     following = job.attempt(next(number for number in job.attempts(phase) if number > since.attempt))
@@ -299,7 +315,7 @@ def went_on_exactly(job: Job, phase: str, since: Moment) -> None:
     assert resumed == max(job.end(since.attempt)["steps"]) >= since.sealed
     assert job.steps(following.attempt)[0] == resumed + 1
     repeated = [step for step in job.steps(since.attempt) if step > resumed]
-    assert len(repeated) < 2 * EVERY
+    assert len(repeated) < 2 * every
 
 
 def each_phase_ran_once(job: Job, stages: Sequence[str] = STAGES) -> None:

@@ -1,0 +1,117 @@
+"""All phases of jobs/ci.yaml on two nodes of two processes of a real Slurm: preempted in each phase, one node killed,
+the controller killed. They end with the weights of a run on the same layout that nobody disturbed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.jobs.harness import (
+    PATIENCE,
+    PHASES,
+    ROOT,
+    Job,
+    Moment,
+    cleaned_up,
+    each_phase_ran_once,
+    hold,
+    same_weights,
+    wait_until,
+    went_on_exactly,
+)
+from tests.slurm.cluster import Cluster, running
+
+pytestmark = [
+    pytest.mark.jobs,
+    pytest.mark.requires("slurm"),
+    pytest.mark.requires("stamps"),
+    pytest.mark.timeout(1800),
+]
+
+NODES = 3
+"""One more than a job takes: a node that failed is left out of the run's next attempts."""
+
+EVERY = 5
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with running(tmp_path_factory.mktemp("slurm"), nodes=NODES) as cluster:
+        yield cluster
+
+
+def make_job(folder: Path, cluster: Cluster, name: str) -> Job:
+    profile = {"name": "test", "launcher": "slurm", "gpus_per_node": 8, "slurm": {"partition": "low"}}
+    (folder / "test.yaml").write_text(yaml.safe_dump(profile))
+    nodes = tuple(cluster.node_tmp(f"node{number}") for number in range(1, NODES + 1))
+    return Job(folder, "", ROOT / "jobs" / "ci.yaml", name, environment=cluster.environment(), temporary=nodes)
+
+
+def submitted(job: Job) -> list[str]:
+    layout = ["resources.nodes=2", "resources.processes_per_node=2", f"checkpoints.every={EVERY}"]
+    return ["submit", str(job.file), "--run", job.name, "--cluster", str(job.folder / "test.yaml"), *layout]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Iterator[Job]:
+    job = make_job(tmp_path_factory.mktemp("undisturbed"), cluster, "undisturbed")
+    with cleaned_up(job):
+        assert job.start(submitted(job)).wait(2 * PATIENCE) == 0, job.output()
+        yield job
+
+
+def at_work(cluster: Cluster) -> str:
+    """The nodes of the job that runs, as Slurm writes them: node[1-2]."""
+    return cluster.run("squeue", "--noheader", "--states=R", "--partition=low", "--format=%N").split()[0]
+
+
+def preempt(cluster: Cluster, moment: Moment) -> None:
+    """A job of a partition with a higher priority takes the nodes away; the ranks, held still, then learn of it."""
+    words = ("--partition=high", "--exclusive", f"--nodelist={at_work(cluster)}", "--output=/dev/null")
+    cluster.run("sbatch", *words, "--wrap=sleep 1")
+    wait_until(moment.asked, "an agent to be asked to stop")
+    moment.let_go()
+
+
+def held(job: Job, phase: str, step: int) -> Moment:
+    return hold(job, phase, step, ranks=4, every=EVERY)
+
+
+def test_preempted_in_each_phase_a_node_and_the_controller_killed(
+    cluster: Cluster, undisturbed: Job, tmp_path: Path
+) -> None:
+    with cleaned_up(make_job(tmp_path, cluster, "ci")) as job:
+        dinoctl = job.start(submitted(job))
+        preempted = [held(job, "pretrain", 5)]
+        preempt(cluster, preempted[0])
+
+        moment = held(job, "pretrain", 10)
+        dinoctl.kill()
+        dinoctl.wait()
+        moment.let_go()
+        preempted.append(held(job, "gram", 5))  # begun by the agent's last act: no other process of ours was there
+        preempt(cluster, preempted[-1])
+        wait_until(lambda: len(job.attempts("gram")) > 1, "the next attempt, though nobody watches")
+        dinoctl = job.start(["resume", job.name])
+
+        preempted.append(held(job, "highres", 5))
+        preempt(cluster, preempted[-1])
+        preempted.append(held(job, "text", 5))
+        preempt(cluster, preempted[-1])
+
+        lost = held(job, "text", 10)
+        node = cluster.run("scontrol", "show", "hostnames", at_work(cluster)).split()[-1]  # not that of rank 0
+        cluster.kill_node(node)
+        lost.let_go()
+        assert dinoctl.wait(2 * PATIENCE) == 0, job.output()
+
+        for moment in [*preempted, lost]:
+            went_on_exactly(job, moment.phase, moment, EVERY)
+        assert [job.end(moment.attempt)["cause"] for moment in preempted] == ["stopped"] * len(PHASES)
+        assert job.end(lost.attempt)["bad_nodes"] == [node]
+        assert job.attempt(job.attempts("text")[-1]).exclude == [node]
+        each_phase_ran_once(job)
+        same_weights(job, undisturbed)
