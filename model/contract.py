@@ -17,7 +17,8 @@ A run's directory, every path relative to it:
     attempts/<n>/progress/<chunk>.jsonl what happened at each step (rank 0)
     attempts/<n>/recorded/              steps written down whole, for `dinoctl replay`
     attempts/<n>/log/                   agent.log, agent-<node>.log, rank-<rank>.log; in a bucket folders of chunks
-    checkpoints/<phase>/<n>/<step>/     shards, then manifest.json: no manifest, no checkpoint
+    checkpoints/<phase>/<n>/<step>/     shards, then manifest.json: no manifest, no checkpoint;
+                                        <part>.dropped: that part is gone, as only others are kept
     data/                               the index of the images
     pins/<phase>-<n>-<step>-<by>.json   another run takes that checkpoint, or a person wants it: it is never pruned
     bad/<phase>-<n>-<step>.json         that checkpoint cannot be read: nobody takes it
@@ -31,6 +32,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -146,7 +148,7 @@ class Attempt(Record, frozen=True):
     settings: dict[str, Any]  # model.config's phase of that kind, or its Evaluate
     inputs: dict[str, CheckpointRef]  # init, weights, gram_teacher, vision_tower: those the phase names, pinned
     resume: list[CheckpointRef]  # of this phase, newest first: the one to go on from and its fallbacks; empty: step 0
-    keep_steps: list[int]  # checkpoints of this phase that something refers to: never pruned
+    keep_steps: list[int]  # checkpoints of this phase that something refers to: sealed in any case, never pruned
     nodes: int
     processes_per_node: int
     threads: int
@@ -154,6 +156,7 @@ class Attempt(Record, frozen=True):
     on_end: list[str]  # the command that the agent runs as its last act (a tick), in its own environment
     spec_digest: str
     code_digest: str
+    keep_parts: dict[int, list[str]] = {}  # the parts that stay of a keep step, once it is old; not named: all of them
     exclude: list[str] = []  # nodes that the launcher is not to place it on, as they failed this run lately
     files: dict[str, str] = {}  # inputs that are no checkpoint of a run: path or URI of a file or folder of weights
     watch_seconds: float = 1.0  # how often the agent looks at its processes; progress chunks are at most this frequent
@@ -273,6 +276,14 @@ def decode(data: bytes | str, kind: type[T], where: str) -> T:
         raise ContractError(f"{where}: not a {kind.__name__} that this version of dinoctl writes: {error}") from error
 
 
+def read_manifest(data: bytes, names: Iterable[str], where: str) -> Manifest:
+    """The manifest that `data` holds, without the parts that are gone on purpose. names: what lies in its folder,
+    looked at after the manifest was read. Raises ContractError."""
+    manifest = decode(data, Manifest, where)
+    gone = kept.dropped(names)
+    return msgspec.structs.replace(manifest, parts={part: f for part, f in manifest.parts.items() if part not in gone})
+
+
 class ContractError(ValueError):
     """A file in a run directory is torn or was written by another version."""
 
@@ -353,6 +364,11 @@ def bad_file(phase: str, attempt: int, step: int) -> str:
 
 def manifest_file(phase: str, attempt: int, step: int) -> str:
     return f"{checkpoint_dir(phase, attempt, step)}/manifest.json"
+
+
+def dropped_file(phase: str, attempt: int, step: int, part: str) -> str:
+    """The note that a part is gone, on purpose (`kept.DROPPED`)."""
+    return f"{checkpoint_dir(phase, attempt, step)}/{part}{kept.DROPPED}"
 
 
 EVENTS_DIR, ATTEMPTS_DIR, PINS_DIR, BAD_DIR, WATCHERS_DIR = "events", "attempts", "pins", "bad", "watchers"

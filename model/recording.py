@@ -235,6 +235,8 @@ def weights_of(recorded: RecordedStep) -> State:
         "teacher_heads": "teacher.",
         "gram_teacher": "gram_teacher.backbone.",
     }
+    if gone := sealed.dropped(ref) & prefixes.keys():
+        raise sealed.CheckpointError(f"{ref} has no {', '.join(sorted(gone))} any more: removed, as nothing kept it")
     return {
         prefix + name: tensor
         for part, prefix in prefixes.items()

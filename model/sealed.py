@@ -58,12 +58,12 @@ def mark(ref: CheckpointRef, why: str, attempt: Attempt) -> None:
 
 
 def read_manifest(ref: CheckpointRef) -> Manifest:
-    """The manifest of a checkpoint. Raises DamagedError if there is none or a torn one, CheckpointError for one that
-    this version cannot read."""
+    """The manifest of a checkpoint, with the parts that are still there. Raises DamagedError if there is none or a torn
+    one, CheckpointError for one that this version cannot read."""
     where = f"{ref.run}/{contract.manifest_file(ref.phase, ref.attempt, ref.step)}"
     try:
         data = storage.read(where)
-        manifest = contract.decode(data, Manifest, where)
+        manifest = contract.read_manifest(data, storage.names(ref.path), where)
     except FileNotFoundError as error:
         raise DamagedError(ref, f"{ref} was never sealed, or was pruned: {where} is not there") from error
     except contract.ContractError as error:
@@ -75,6 +75,11 @@ def read_manifest(ref: CheckpointRef) -> Manifest:
     if (manifest.phase, manifest.attempt, manifest.step) != (ref.phase, ref.attempt, ref.step):
         raise CheckpointError(f"{where}: is the manifest of {manifest.phase}@{manifest.step}, not of {ref}")
     return manifest
+
+
+def dropped(ref: CheckpointRef) -> set[str]:
+    """The parts of a checkpoint that were removed on purpose, as only others of it are kept."""
+    return contract.kept.dropped(storage.names(ref.path))
 
 
 def load(ref: CheckpointRef, part: str) -> State:
@@ -98,7 +103,10 @@ def open_part(ref: CheckpointRef, manifest: Manifest, part: str) -> dict[str, St
     or the files do not hold all rows.
     """
     if part not in manifest.parts:
-        raise CheckpointError(f"{ref} has no part {part!r}, only {', '.join(sorted(manifest.parts))}")
+        raise CheckpointError(
+            f"{ref} has no part {part!r}, only {', '.join(sorted(manifest.parts))}"
+            + ("; it was removed, as nothing kept it" if part in dropped(ref) else "")
+        )
     pieces: dict[str, list[_Piece]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for file in manifest.parts[part]:
@@ -111,6 +119,10 @@ def open_part(ref: CheckpointRef, manifest: Manifest, part: str) -> dict[str, St
         if sum(piece.rows for piece in one.pieces) != one.rows:
             raise DamagedError(ref, f"{ref}: the files of {part} do not hold all rows of {one.name}")
     return stored
+
+
+def _files(manifest: Manifest) -> list[File]:
+    return [file for files in manifest.parts.values() for file in files]
 
 
 @dataclass(frozen=True)
@@ -187,6 +199,8 @@ class _Content:
         try:
             return storage.read(self.where, start, length)
         except FileNotFoundError as error:
+            if dropped(self.ref) and self.file not in _files(read_manifest(self.ref)):
+                raise CheckpointError(f"{self.where} was removed meanwhile, as nothing kept that part") from error
             raise self._damaged(f"{self.where} is not there, though the manifest names it") from error
 
     def _verified(self) -> bytes:

@@ -24,7 +24,8 @@ __all__ = [
     "NO_SPACE", "S3_OPTIONS", "AlreadyPublished", "DiskFullError", "NoAccessError", "StoreError",
     "be_patient", "contents", "digest", "exists", "fetch", "foreign", "is_uri", "local", "local_file", "matching",
     "modified", "names", "own_scratch", "publish", "publish_many", "publish_pieces", "put", "read", "read_many",
-    "read_range", "reading", "remove", "remove_folder_of", "remove_tree", "replace", "size", "sync_dir",
+    "read_range", "read_there", "reading", "remove", "remove_behind", "remove_folder_of", "remove_tree", "replace",
+    "size", "sync_dir",
 ]  # fmt: skip
 
 
@@ -180,6 +181,15 @@ def read_many(paths: Sequence[str]) -> list[bytes]:
     return [read(path) for path in paths]
 
 
+def read_there(folder: str) -> dict[str, bytes]:
+    """The files of a folder, each whole, by path; what is removed meanwhile is left out."""
+    found = {}
+    for path in [f"{folder}/{name}" for name in names(folder)]:
+        with suppress(FileNotFoundError):
+            found[path] = read(path)
+    return found
+
+
 def exists(path: str) -> bool:
     return bucket.exists(path) if _in_bucket(path) else Path(path).exists()
 
@@ -245,6 +255,25 @@ def remove_folder_of(first: str, but: Collection[str] = (), unless: Callable[[],
             remove(path)
     if not but:
         remove_tree(folder)
+    return True
+
+
+def remove_behind(notes: Collection[str], files: Collection[str], unless: Callable[[], bool]) -> bool:
+    """Remove files once empty `notes` are published which say that they are gone, so that whoever misses a file finds
+    out that it was meant to go. Returns whether they are gone.
+
+    unless: asked once the notes are there; if it says so, those that were made here are taken back and nothing is
+    removed. Whoever lays claim to the files and then finds no note is thus sure to keep them.
+    """
+    made = [note for note in notes if not exists(note)]
+    for note in made:
+        publish(note, b"")
+    if unless():
+        for note in made:
+            remove(note)
+        return False
+    for file in files:
+        remove(file)
     return True
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -62,6 +62,7 @@ def build(
         inputs=resolve_inputs(state, run_dir, phase, dry=dry),
         resume=[] if evaluation else retention.resume_points(run_dir, state, phase),
         keep_steps=[] if evaluation else handoff.keep_steps(state.spec, phase),
+        keep_parts={} if evaluation else _keep_parts(state, phase),
         nodes=1 if evaluation else nodes or int(resources["nodes"]),
         processes_per_node=1 if evaluation else int(resources["processes_per_node"]),
         threads=int(resources["threads"]),
@@ -73,6 +74,11 @@ def build(
         exclude=list(state.excluded(state.at)),
         watch_seconds=BUCKET_WATCH_SECONDS if storage.is_uri(run_dir) else WATCH_SECONDS,
     )
+
+
+def _keep_parts(state: State, phase: str) -> dict[int, list[str]]:
+    parts = handoff.keep_parts(state.spec, phase).items()
+    return {step: [part for part in PARTS if part in named] for step, named in sorted(parts) if named is not None}
 
 
 def to_yaml(attempt: Attempt) -> tuple[bytes, str]:
@@ -121,9 +127,10 @@ def sealed_steps(run_dir: str, phase: str, attempt: int) -> list[int]:
 def resolve_inputs(state: State, run_dir: str, phase: str, *, dry: bool = False) -> dict[str, CheckpointRef]:
     """The checkpoint behind each input of `phase`; those of other runs are pinned there. Raises HandoffError."""
     names: dict[Reference, list[str]] = {}
-    for name, written in handoff.references(state.spec, phase).items():
+    written_as = handoff.references(state.spec, phase)
+    for name, written in written_as.items():
         names.setdefault(inherit(state, written), []).append(name)
-    return handoff.inputs(
+    found = handoff.inputs(
         state.spec,
         phase,
         state.accepted(),
@@ -134,6 +141,9 @@ def resolve_inputs(state: State, run_dir: str, phase: str, *, dry: bool = False)
         refer=lambda reference: inherit(state, reference),
         is_bad=is_bad,
     )
+    for name, ref in found.items():
+        must_have(written_as[name], ref, handoff.PARTS_TAKEN.get(name, ()))
+    return found
 
 
 def inherit(state: State, reference: Reference) -> Reference:
@@ -156,7 +166,17 @@ def take(run_id: str, run_dir: str, reference: Reference, names: Sequence[str]) 
     by = "-".join([run_id, *(names or ["fork"])])
     storage.publish(f"{found.run}/{pin_file(found.phase, found.attempt, found.step, by)}", encode(pin))
     must_be_there(reference, found)
+    must_have(reference, found, parts)
     return found
+
+
+def must_have(reference: Reference, found: CheckpointRef, parts: Collection[str]) -> None:
+    """Raises HandoffError if retention has removed any of these parts, as only others were kept."""
+    if gone := sorted(retention.dropped(found) & set(parts)):
+        raise HandoffError(
+            f"{reference}: {', '.join(gone)} of that checkpoint went, as nothing kept them; name another one, of which "
+            f"all is there: `dinoctl ckpt ls {found.run}` shows what each still has"
+        )
 
 
 def must_be_there(reference: Reference, found: CheckpointRef) -> None:

@@ -44,7 +44,8 @@ LONGEST_HEADER = 100_000_000
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """A checkpoint. `bytes`: of the files that it names, those included that it shares with others (`shared`)."""
+    """A checkpoint. `bytes`: of the files of the `parts` that are there, those included that it shares with others
+    (`shared`)."""
 
     phase: str
     step: int
@@ -55,6 +56,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     sealed_at: float
     parts: dict[str, int]  # bytes
     kept: list[str]  # why it stays; none: it may go
+    may_go: dict[str, int]  # the parts that may go, and the bytes of them that it shares with no other
     bad: str  # why it was marked; "" if it was not
     counts: bool  # whether the log says so, or its attempt is live
 
@@ -77,19 +79,29 @@ def rows(run_dir: str, state: State) -> list[Row]:
 def _row(ref: CheckpointRef, manifest: Manifest, state: State, stay: retention.Kept) -> Row:
     one = (ref.attempt, ref.step)
     files = [file for files in manifest.parts.values() for file in files]
+    why, parts = stay.reasons.get(one, ((), frozenset()))
     return Row(
         phase=ref.phase,
         step=ref.step,
         attempt=ref.attempt,
         path=ref.path,
         bytes=sum(file.bytes for file in files),
-        shared=sum(file.bytes for file in files if not f"{ref.run}/{file.path}".startswith(f"{ref.path}/")),
+        shared=sum(file.bytes for file in files if not _is_own(ref, file)),
         sealed_at=manifest.sealed_at,
         parts={part: sum(file.bytes for file in files) for part, files in manifest.parts.items()},
-        kept=[said for reason in stay.reasons.get(one, ()) for said in _said(reason, ref, state)],
+        kept=[said for reason in why for said in _said(reason, ref, state)],
+        may_go={
+            part: sum(file.bytes for file in files if _is_own(ref, file))
+            for part, files in manifest.parts.items()
+            if parts is not None and part not in parts
+        },
         bad=retention.why_bad(ref) if one in stay.bad else "",
         counts=one in stay.counted,
     )
+
+
+def _is_own(ref: CheckpointRef, file: File) -> bool:
+    return f"{ref.run}/{file.path}".startswith(f"{ref.path}/")
 
 
 def _said(reason: str, ref: CheckpointRef, state: State) -> list[str]:
@@ -147,9 +159,12 @@ class FileView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True):
+    """`dropped`: parts that it had, and that nothing kept."""
+
     path: str
     manifest: Manifest
     parts: dict[str, list[FileView]]
+    dropped: list[str]
     pins: list[str]
     bad: str
 
@@ -161,6 +176,7 @@ def view(ref: CheckpointRef) -> View:
         path=ref.path,
         manifest=manifest,
         parts={part: [_file_view(ref, file) for file in files] for part, files in manifest.parts.items()},
+        dropped=sorted(retention.dropped(ref)),
         pins=[pin_said(pin) for pin in pins(ref).values()],
         bad=retention.why_bad(ref) if retention.is_bad(ref) else "",
     )
@@ -234,8 +250,8 @@ def verify_one(ref: CheckpointRef, known: dict[str, str] | None = None) -> Verif
         if where not in known:
             known[where] = _wrong(where, file)
     wrong = [known[f"{ref.run}/{file.path}"] for file in files if known[f"{ref.run}/{file.path}"]]
-    if wrong and not storage.exists(path):  # pruned while we read it
-        return None
+    if wrong and (again := retention.read_manifest(ref)) != manifest:  # it, or parts of it, went while we read it
+        return verify_one(ref, known) if again else None
     return Verified(ref=ref, bytes=sum(f.bytes for f in files), files=len(files), wrong=wrong, was_marked=marked)
 
 

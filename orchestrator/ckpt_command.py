@@ -80,17 +80,15 @@ def _table(rows: Sequence[Row], clock: float) -> str:
     lines = [HEAD, *(_line(row, clock) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    own, may_go = (
-        sum(row.bytes - row.shared for row in rows),
-        sum(row.bytes - row.shared for row in rows if not row.kept),
-    )
+    own, may_go = sum(row.bytes - row.shared for row in rows), sum(sum(row.may_go.values()) for row in rows)
     total = f"{len(rows)} checkpoints, {overview.size(own)}"
     return "\n".join([*padded, total + (f"; {overview.size(may_go)} of them may go" if may_go else "")])
 
 
 def _line(row: Row, clock: float) -> tuple[str, ...]:
+    rest = f"; its {', '.join(row.may_go)} may go" if row.may_go else ""
     why = (
-        ", ".join(row.kept)
+        ", ".join(row.kept) + rest
         if row.kept
         else "may go"
         if row.counts
@@ -114,6 +112,8 @@ def inspect(options: Options, runs: str) -> int:
     print("loop: " + ", ".join(f"{name} {value}" for name, value in manifest.loop.items()))
     for said in view.pins:
         print(said)
+    if view.dropped:
+        print(f"its {', '.join(view.dropped)} went, as nothing kept them")
     if view.bad:
         print(f"marked as bad: {view.bad}")
     for part, files in view.parts.items():
@@ -171,23 +171,31 @@ def prune(options: Options, runs: str) -> int:
     act = retention.doomed if options.dry_run else retention.prune
     gone = [one for phase in state.spec["phases"] for one in act(run_dir, state, phase)]
     for one in gone:
-        print(f"{'would remove' if options.dry_run else 'removed'} {one.ref}: {one.why}, {overview.size(one.bytes)}")
+        print(f"{'would remove' if options.dry_run else 'removed'} {one.what}: {one.why}, {overview.size(one.bytes)}")
     if not gone:
         print("nothing to remove: all that lies there is kept (`dinoctl ckpt ls` says why)")
     return 0
 
 
 def pin(options: Options, runs: str) -> int:
-    """Pinned first and looked at afterwards, so that no pruning comes between."""
-    ref = find(options.checkpoint, runs)
+    """Pinned first and looked at afterwards, so that no pruning comes between. A pin that keeps nothing is removed."""
+    ref, parts = find(options.checkpoint, runs), tuple(options.parts or PARTS)
+    if unknown := set(parts) - set(PARTS):
+        raise ControlError(f"no such part: {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
     path = f"{ref.run}/{pin_file(ref.phase, ref.attempt, ref.step, USER)}"
     try:
-        storage.publish(path, encode(Pin(run="", run_id="", parts=PARTS, by=_me(), why=options.why)))
+        storage.publish(path, encode(Pin(run="", run_id="", parts=parts, by=_me(), why=options.why)))
     except storage.AlreadyPublished as error:
         said = checkpoints.pin_said(checkpoints.pins(ref)[path])
         raise ControlError(f"{ref} is {said} already; `dinoctl ckpt unpin` first to say why anew") from error
-    attempts.must_be_there(handoff.parse(options.checkpoint), ref)
-    print(f"pinned {ref}: it stays until `dinoctl ckpt unpin {options.checkpoint}`")
+    try:
+        attempts.must_be_there(handoff.parse(options.checkpoint), ref)
+        attempts.must_have(handoff.parse(options.checkpoint), ref, parts)
+    except HandoffError:
+        storage.remove(path)
+        raise
+    what = f"{', '.join(options.parts)} of {ref}" if options.parts else str(ref)
+    print(f"pinned {what}: it stays until `dinoctl ckpt unpin {options.checkpoint}`")
     return 0
 
 

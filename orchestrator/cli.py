@@ -205,6 +205,7 @@ def _add_ckpt(commands: Commands) -> None:
         _add_json(action)
 
     pin = _add_checkpoint(actions, "pin", "keep one, whatever retention says")
+    pin.add_argument("--parts", nargs="+", metavar="PART", help="keep these parts only; all if absent")
     pin.add_argument("--why", default="", metavar="TEXT", help="for whoever asks later")
     unpin = _add_checkpoint(actions, "unpin", "leave it to retention again")
     unpin.add_argument("--force", action="store_true", help="remove the pins of other runs too")

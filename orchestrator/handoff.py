@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from model.contract import EVALUATE, PARTS, CheckpointRef
+from model.contract import EVALUATE, PARTS, CheckpointRef, kept
 from model.storage import is_uri
 
 SSL_KINDS = ("pretrain", "gram", "highres")
@@ -169,12 +169,20 @@ def nearest_saved(spec: Spec, phase: str, step: int) -> list[int]:
 
 def keep_steps(spec: Spec, phase: str) -> list[int]:
     """The steps of `phase` that are never pruned, ascending: its last, and those that another phase refers to."""
-    kept = {int(spec["phases"][phase]["steps"])}
+    return sorted(keep_parts(spec, phase))
+
+
+def keep_parts(spec: Spec, phase: str) -> dict[int, kept.Parts]:
+    """What stays of them once they are no longer among the newest: all of the last, and the parts that are taken of
+    the others."""
+    last = int(spec["phases"][phase]["steps"])
+    found: dict[int, kept.Parts] = {last: None}
     for other in spec["phases"]:
-        for reference in references(spec, other).values():
+        for name, reference in references(spec, other).items():
             if reference.run is None and reference.phase == phase:
-                kept.add(step_of(spec, reference))
-    return sorted(kept)
+                step = step_of(spec, reference)
+                found[step] = kept.together([found.get(step, frozenset()), frozenset(PARTS_TAKEN[name])])
+    return found
 
 
 def inputs(

@@ -167,25 +167,31 @@ def _views(phase: AnyPhase) -> tuple[str, ...]:
 
 def _disk(spec: Mapping[str, Any], name: str, phase: AnyPhase, model: Model) -> Disk:
     """A frozen part lies there once, and not again where an earlier phase of the run holds it; everything else in each
-    checkpoint. Before the last checkpoint is sealed, the one that it pushes out of the newest ones is still there."""
+    checkpoint, but that of one which only a later phase refers to just those parts stay that are taken. Before the last
+    checkpoint is sealed, the one that it pushes out of the newest ones is still there, with all parts."""
     parts = accounting.checkpoint_bytes(model, phase)
     frozen = sum(parts[part] for part in accounting.frozen_parts(phase))
-    each = sum(parts.values()) - frozen
+    each = sum(parts.values()) - frozen  # with all parts
     once = 0 if _holds_already(spec, name) else frozen
     reasons, cadence = _reasons(spec, name), phase.checkpoints
-    left = len(reasons) * each + once
+    own = {part: size for part, size in parts.items() if part not in accounting.frozen_parts(phase)}
+    stays = {
+        step: sum(size for part, size in own.items() if named is None or part in named)
+        for step, (_, named) in reasons.items()
+    }
+    left = sum(stays.values()) + once
     by: dict[str, list[int]] = {}
-    for step, rule in reasons.items():
+    for step, (rule, _) in reasons.items():
         by.setdefault(rule, []).append(step)
-    keeps = [Keeps(rule, tuple(steps), len(steps) * each) for rule, steps in by.items()]
+    keeps = [Keeps(rule, tuple(steps), sum(stays[step] for step in steps)) for rule, steps in by.items()]
     keeps += [Keeps("a frozen network, once", (), once)] if once else []
     if cadence.every == "auto":  # the newest but the last are at steps that nobody knows yet
         others = (cadence.keep_last - 1) * each
         keeps += [Keeps(f"keep_last {cadence.keep_last}", (), others)] if others else []
         return Disk(each + frozen, tuple(reasons), tuple(keeps), left + others + each, left + others)
     newest = list(range(cadence.every, phase.steps, cadence.every))[-cadence.keep_last :]
-    pushed_out = len([step for step in newest if step not in reasons])
-    return Disk(each + frozen, tuple(reasons), tuple(keeps), left + pushed_out * each, left)
+    pushed_out = sum(each - stays.get(step, 0) for step in newest)
+    return Disk(each + frozen, tuple(reasons), tuple(keeps), left + pushed_out, left)
 
 
 def _holds_already(spec: Mapping[str, Any], name: str) -> bool:
@@ -200,8 +206,8 @@ def kept_steps(spec: Mapping[str, Any], name: str) -> tuple[int, ...]:
     return tuple(_reasons(spec, name))
 
 
-def _reasons(spec: Mapping[str, Any], name: str) -> dict[int, str]:
-    """Those, each with the first rule that keeps it, as if no attempt were ever interrupted."""
+def _reasons(spec: Mapping[str, Any], name: str) -> dict[int, tuple[str, kept.Parts]]:
+    """Those, each with the first rule that keeps it and the parts that stay, as if no attempt were ever interrupted."""
     phase = spec["phases"][name]
     cadence, last = phase["checkpoints"], phase["steps"]
     every, newest = cadence["keep_every"], cadence["keep_last"]
@@ -213,11 +219,11 @@ def _reasons(spec: Mapping[str, Any], name: str) -> dict[int, str]:
         [(1, step) for step in sealed],
         keep_last=newest,
         keep_every=every,
-        keep_steps=handoff.keep_steps(spec, name),
+        keep_steps=handoff.keep_parts(spec, name),
     )
-    rules = {"referred to": "a later phase", f"every {every}": f"keep_every {every}", "newest": f"keep_last {newest}"}
-    first = {step: next(rules[rule] for rule in rules if rule in found) for (_, step), found in why.items()}
-    return {step: "final" if step == last else first[step] for step in sorted(first)}
+    rules = {f"every {every}": f"keep_every {every}", "newest": f"keep_last {newest}", "referred to": "a later phase"}
+    first = {step: next(rules[rule] for rule in rules if rule in found.why) for (_, step), found in why.items()}
+    return {step: ("final" if step == last else first[step], why[1, step].parts) for step in sorted(first)}
 
 
 def _cadences(job: Job) -> Iterator[str]:

@@ -158,3 +158,4 @@ def _check_references(state: State, run_dir: str) -> None:
             elif reference.phase in over and reference.run is None:
                 own = handoff.own(state.spec, reference, state.accepted(), run_dir, retention.is_bad)
                 attempts.must_be_there(reference, own)
+                attempts.must_have(reference, own, handoff.PARTS_TAKEN.get(name, ()))

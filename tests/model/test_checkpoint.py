@@ -236,6 +236,51 @@ def test_a_file_that_a_kept_manifest_needs_outlives_its_own_checkpoint(tmp_path:
     assert storage.names(f"{tmp_path}/checkpoints/pretrain/1") == ["4"]
 
 
+def test_the_parts_that_nobody_takes_go_once_a_checkpoint_is_old(tmp_path: Path) -> None:
+    attempt = make_attempt(tmp_path, keep_steps=[1, 2], keep_parts={1: ["student"]})
+    settings, left = Checkpoints(every=1, keep_last=1), {1: seal(attempt, 1)}
+    assert retention.prune(attempt, settings, left) == left, "the newest has all of them"
+    left |= {2: seal(attempt, 2), 3: seal(attempt, 3)}
+    left = retention.prune(attempt, settings, left)
+    assert {step: sorted(manifest.parts) for step, manifest in left.items()} == {
+        1: ["student"], 2: ["optimizer", "student"], 3: ["optimizer", "student"],
+    }  # fmt: skip
+    assert storage.names(ref(attempt, 1).path) == ["manifest.json", "optimizer.dropped", "student.safetensors"]
+    assert left == {step: sealed.read_manifest(ref(attempt, step)) for step in left}
+    with pytest.raises(sealed.CheckpointError, match="no part 'optimizer', only student; it was removed"):
+        sealed.load(ref(attempt, 1), "optimizer")
+    assert retention.prune(attempt, settings, left) == left
+
+
+def test_a_part_that_is_frozen_stays_for_those_that_name_it(tmp_path: Path) -> None:
+    attempt = make_attempt(tmp_path, keep_steps=[1, 2], keep_parts={1: ["student"], 2: ["student"]})
+    settings = Checkpoints(every=1, keep_last=1)
+    left = {1: checkpoint.seal(attempt, 1, {**PARTS, "gram_teacher": PARTS["student"]}, {}, {}, {})}
+    frozen = left[1].parts["gram_teacher"]
+    for step in (2, 3):
+        left[step] = seal(attempt, step, gram_teacher=frozen)
+        left = retention.prune(attempt, settings, left)
+    assert [sorted(left[step].parts) for step in (1, 2)] == [["student"], ["student"]]
+    assert sealed.load(ref(attempt, 3), "gram_teacher")["w"].equal(PARTS["student"]["w"])
+    assert "gram_teacher.safetensors" in storage.names(ref(attempt, 1).path)
+
+
+def test_a_pin_that_comes_meanwhile_keeps_the_worker_from_the_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt = make_attempt(tmp_path, keep_steps=[1], keep_parts={1: ["student"]})
+    left, real = {step: seal(attempt, step) for step in (1, 2)}, storage.publish
+
+    def pinned_first(path: str, data: bytes) -> None:
+        monkeypatch.undo()
+        storage.publish(f"{tmp_path}/{contract.pin_file('pretrain', 1, 1, 'c0ffee-init')}", b'{"parts": ["optimizer"]}')
+        real(path, data)
+
+    monkeypatch.setattr(storage, "publish", pinned_first)
+    assert retention.prune(attempt, Checkpoints(every=1, keep_last=1), left) == left
+    assert sealed.load(ref(attempt, 1), "optimizer")
+
+
 TWO_RANKS = """
 import resource, sys
 from pathlib import Path

@@ -177,6 +177,28 @@ def test_pin_and_unpin(run: Run, dinoctl: Shell) -> None:
     assert "removed pretrain@2" in dinoctl("prune", "tiny")
 
 
+def test_parts(run: Run, dinoctl: Shell, tmp_path: Path) -> None:
+    """Of a pinned checkpoint the parts that the pin names stay, and every command knows."""
+    dinoctl("pin", "tiny#pretrain@2", "--parts", "teacher_backbone")
+    assert "; its student, optimizer may go" in dinoctl("ls", "tiny").splitlines()[1]
+    assert "would remove student, optimizer of pretrain@2 (attempt 1): " in dinoctl("prune", "tiny", "--dry-run")
+    assert "removed student, optimizer of pretrain@2 (attempt 1): " in dinoctl("prune", "tiny")
+    (row,) = [row for row in json.loads(dinoctl("ls", "tiny", "--json")) if row["step"] == 2 and row["phase"] != "gram"]
+    assert (list(row["parts"]), row["may_go"]) == (["teacher_backbone"], {})
+    assert "its optimizer, student went, as nothing kept them" in dinoctl("inspect", "tiny#pretrain@2")
+    assert "pretrain@2 (attempt 1): whole, 71 B in 1 files" in dinoctl("verify", "tiny#pretrain@2")
+    dinoctl("unpin", "tiny#pretrain@2")
+    assert "student of that checkpoint went" in dinoctl("pin", "tiny#pretrain@2", "--parts", "student", exits=2)
+    assert "no such part: head" in dinoctl("pin", "tiny#pretrain@2", "--parts", "head", exits=2)
+    assert "has no student; it has teacher_backbone" in dinoctl(
+        "copy", "tiny#pretrain@2", str(tmp_path / "copy"), "--parts", "student", exits=2
+    )
+    dinoctl("copy", "tiny#pretrain@2", str(tmp_path / "copy"))
+    made = CheckpointRef(str(tmp_path / "copy"), "pretrain", 1, 2)
+    assert storage.names(made.path) == ["manifest.json", "teacher_backbone.safetensors"]
+    assert "whole" in dinoctl("verify", made.path)
+
+
 # --- taking out -------------------------------------------------------------------------------------------------------
 
 

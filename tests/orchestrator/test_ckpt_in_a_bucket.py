@@ -40,6 +40,15 @@ def test_all_that_it_does(
     assert left(run.path, "pretrain") == ["2/4", "3/6"]
     assert "a reason" in dinoctl("inspect", f"{run.path}#pretrain@4")
 
+    dinoctl("unpin", f"{run.path}#pretrain@4")
+    dinoctl("pin", f"{run.path}#pretrain@4", "--parts", "student")
+    assert dinoctl("prune", run.path).startswith("removed optimizer, teacher_backbone of pretrain@4 (attempt 2): ")
+    names = storage.names(CheckpointRef(run.path, "pretrain", 2, 4).path)
+    assert names == ["manifest.json", "optimizer.dropped", "student.safetensors", "teacher_backbone.dropped"]
+    assert dinoctl("verify", run.path).count(": whole, ") == 2
+    with pytest.raises(sealed.CheckpointError, match="it was removed, as nothing kept it"):
+        sealed.load(CheckpointRef(run.path, "pretrain", 2, 4), "optimizer")
+
     dinoctl("copy", f"{run.path}#pretrain@6", str(tmp_path / "copy"))
     dinoctl("copy", f"{tmp_path}/copy/checkpoints/pretrain/3/6", f"{s3}/copy", "--parts", "student")
     back = CheckpointRef(f"{s3}/copy", "pretrain", 3, 6)

@@ -100,13 +100,24 @@ def test_what_keeps_the_7bs_checkpoints(v3_7b: Plan) -> None:
     assert v3_7b.disk_left / 1e12 == pytest.approx(3.26, abs=0.01)
     by = [{keeps.rule: len(keeps.steps) for keeps in phase.disk.kept_by} for phase in v3_7b.phases]
     assert by == [
-        {"keep_every 50000": 18, "a later phase": 1, "keep_last 3": 2, "final": 1},
+        {"keep_every 50000": 19, "keep_last 3": 2, "final": 1},
         {"keep_last 3": 2, "final": 1},
         {"keep_last 3": 2, "final": 1},
         {"keep_last 3": 2, "final": 1},
     ]
     for phase in v3_7b.phases:
         assert sum(keeps.bytes for keeps in phase.disk.kept_by) == phase.disk.left
+
+
+def test_of_a_gram_candidate_the_teachers_backbone_stays() -> None:
+    disk = plan("jobs/v3_7b.yaml", "checkpoints.keep_every=null").phases[0].disk
+    candidate = next(keeps for keeps in disk.kept_by if keeps.rule == "a later phase")
+    assert (candidate.steps, candidate.bytes) == ((200_000,), 4 * 6_716_043_264)
+    assert disk.left == 3 * disk.checkpoint + candidate.bytes
+    assert disk.most == disk.left + disk.checkpoint
+    young = plan("tests/jobs/tiny.yaml", "phases.gram.gram_teacher=pretrain@12").phases[0].disk
+    assert young.kept == (12, 18, 20)
+    assert young.most == 3 * young.checkpoint, "it still has all parts when the last one is sealed"
 
 
 def test_a_gram_teacher_is_stored_once_unless_it_is_refreshed() -> None:
@@ -122,8 +133,9 @@ def test_saves_at_steps_that_nobody_knows_yet() -> None:
     tiny = plan("tests/jobs/tiny.yaml", auto, "phases.gram.gram_teacher=pretrain@7")
     disk = tiny.phases[0].disk
     assert disk.kept == (7, 20)
-    assert disk.left == 4 * disk.checkpoint
-    assert disk.most == 5 * disk.checkpoint
+    teacher = 4 * tiny.backbone_parameters
+    assert disk.left == 3 * disk.checkpoint + teacher
+    assert disk.most == 4 * disk.checkpoint + teacher
     assert "a failure every 6,000 h (6,000 h a node, 1 of them)" in tiny.notes[-1]
 
 
@@ -135,7 +147,7 @@ def test_the_fullest_moment_counts_what_earlier_phases_left() -> None:
 
 def test_as_text_and_as_json(v3_7b: Plan) -> None:
     text = as_text(v3_7b)
-    kept = "2.47 TB: 2.02 TB keep_every 50000 (18), 225 GB keep_last 3 (2), 112 GB a later phase, 112 GB final"
+    kept = "2.47 TB: 2.14 TB keep_every 50000 (19), 225 GB keep_last 3 (2), 112 GB final"
     teacher = "gram_teacher: pretrain@200000 (teacher_backbone)"
     for said in ("1. pretrain", teacher, "32 nodes, 256 processes", kept):
         assert said in text

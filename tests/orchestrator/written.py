@@ -36,7 +36,7 @@ def row(score: str = "linear probe accuracy", **changes: Any) -> dict[str, Any]:
 
 
 class Run:
-    """`created` is when its first event says that it began."""
+    """`created` is when its first event says that it began; `inputs`: what gram takes."""
 
     def __init__(
         self,
@@ -44,6 +44,7 @@ class Run:
         created: float = 1000.0,
         checkpoints: dict[str, int] | None = None,
         launcher: str = "local",
+        inputs: dict[str, str] | None = None,
         **tracking: Any,
     ) -> None:
         self.path = str(folder)
@@ -52,6 +53,8 @@ class Run:
         spec = {**SPEC, "tracking": {**SPEC["tracking"], **tracking}}
         if checkpoints:
             spec["phases"] = {name: {**phase, "checkpoints": checkpoints} for name, phase in SPEC["phases"].items()}
+        if inputs:
+            spec["phases"] = {**spec["phases"], "gram": {**spec["phases"]["gram"], **inputs}}
         self.add(
             events.RunCreated, format=contract.FORMAT, run=str(folder).rsplit("/", 1)[-1], run_id="ab" * 16, spec=spec,
             cluster={"launcher": launcher}, spec_digest="d" * 64, code_digest="c" * 64, version="0",
