@@ -265,7 +265,7 @@ def _publish(save: Save, written: dict[str, list[File]]) -> str:
     manifest = _manifest(save, {**written, **save.stored})
     try:
         _refuse_if_closed(save.attempt)
-        storage.publish(_manifest_path(save.attempt, save.step), contract.encode(manifest))
+        storage.publish(_manifest_path(save.attempt, save.step), contract.seal_manifest(manifest))
     except Exception as error:
         return _failure(error)
     return contract.encode(Verdict(manifest=manifest)).decode()

@@ -29,7 +29,9 @@ A run's directory, every path relative to it:
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import socket
 import time
 from collections.abc import Iterable
@@ -167,7 +169,7 @@ PARTS = ("student", "optimizer", "teacher_backbone", "teacher_heads", "gram_teac
 
 
 class Manifest(Record, frozen=True):
-    """`manifest.json`: published last, and alone what makes a folder a checkpoint."""
+    """`manifest.json`, by `seal_manifest`: published last, and alone what makes a folder a checkpoint."""
 
     format: int
     run_id: str
@@ -183,6 +185,7 @@ class Manifest(Record, frozen=True):
     versions: dict[str, str]  # torch, numpy, python
     sealed_at: float
     nonce: str
+    sha256: str = ""  # of all of it that comes before, see `seal_manifest`; empty once it is read
 
 
 class Claim(Record, frozen=True):
@@ -276,10 +279,28 @@ def decode(data: bytes | str, kind: type[T], where: str) -> T:
         raise ContractError(f"{where}: not a {kind.__name__} that this version of dinoctl writes: {error}") from error
 
 
+def seal_manifest(manifest: Manifest) -> bytes:
+    """A manifest as it is published: its last field is the sha256 of the same JSON with that field empty."""
+    return _with_sha256(encode(msgspec.structs.replace(manifest, sha256="")))
+
+
+def _with_sha256(body: bytes) -> bytes:
+    return body[: -len('"}')] + hashlib.sha256(body).hexdigest().encode() + b'"}'
+
+
+_ITS_SHA256 = re.compile(rb'(?<=,"sha256":")[0-9a-f]{64}(?="}\Z)')
+
+
 def read_manifest(data: bytes, names: Iterable[str], where: str) -> Manifest:
     """The manifest that `data` holds, without the parts that are gone on purpose. names: what lies in its folder,
-    looked at after the manifest was read. Raises ContractError."""
-    manifest = decode(data, Manifest, where)
+    looked at after the manifest was read. Raises ContractError, also if any of it was altered: its checksum is looked
+    at first (those of earlier versions have none)."""
+    body = _ITS_SHA256.sub(b"", data)
+    if body != data != _with_sha256(body):
+        raise ContractError(f"{where}: it was altered: it is not what its own sha256 says")
+    manifest = decode(body, Manifest, where)
+    if manifest.sha256:
+        raise ContractError(f"{where}: it was altered: its own sha256 is none")
     gone = kept.dropped(names)
     return msgspec.structs.replace(manifest, parts={part: f for part, f in manifest.parts.items() if part not in gone})
 

@@ -27,6 +27,7 @@ from model.contract import (
     kept,
     manifest_file,
     now,
+    seal_manifest,
 )
 from orchestrator import handoff, retention
 from orchestrator.perform import ControlError
@@ -242,7 +243,7 @@ def verify_one(ref: CheckpointRef, known: dict[str, str] | None = None) -> Verif
     path = f"{ref.run}/{manifest_file(ref.phase, ref.attempt, ref.step)}"
     manifest, marked = retention.read_manifest(ref), retention.is_bad(ref)
     if manifest is None:
-        says = "torn, or of another version" if storage.exists(path) else "not there, though the log counts it"
+        says = "torn, altered, or of another version" if storage.exists(path) else "not there, though the log counts it"
         return Verified(ref=ref, bytes=0, files=0, wrong=[f"{path}: {says}"], was_marked=marked)
     files = [file for files in manifest.parts.values() for file in files]
     for file in files:
@@ -316,7 +317,7 @@ def copy(ref: CheckpointRef, target: str, parts: Collection[str]) -> CheckpointR
             if not storage.exists(f"{target}/{file.path}"):
                 new.append(f"{target}/{file.path}")
             _copy(f"{ref.run}/{file.path}", f"{target}/{file.path}", file)
-        storage.publish(path, encode(msgspec.structs.replace(manifest, parts=taken)))
+        storage.publish(path, seal_manifest(msgspec.structs.replace(manifest, parts=taken)))
     except BaseException:
         for one in new:
             storage.remove(one)

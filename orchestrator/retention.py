@@ -210,7 +210,7 @@ def _own_files(ref: CheckpointRef, manifest: Manifest) -> dict[str, int]:
 
 
 def _why_gone(ref: CheckpointRef, manifest: Manifest | None, stay: Kept) -> str:
-    if manifest is None:
+    if manifest is None and (ref.attempt, ref.step) not in stay.bad:
         return "never finished"
     if (ref.attempt, ref.step) not in stay.counted:
         return "sealed after its attempt was closed"

@@ -170,7 +170,7 @@ class Job:
 
     def manifest(self, phase: str, attempt: int, step: int) -> contract.Manifest:
         path = f"{self.where}/{contract.manifest_file(phase, attempt, step)}"
-        return contract.decode(storage.read(path), contract.Manifest, path)
+        return contract.read_manifest(storage.read(path), (), path)
 
     def final(self, phase: str) -> tuple[dict[str, Any], dict[str, list[str]]]:
         """The last checkpoint of a phase: its loop, and the checksums of all its parts. Equal means bit for bit."""

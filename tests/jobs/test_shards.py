@@ -101,5 +101,5 @@ def test_a_text_phase_reads_its_captions_from_shards(
     (tokenizer,) = (job.run_dir / "data").glob("tokenizer-*.json")
     step, attempt = job.sealed("text")[-1]
     path = job.run_dir / contract.manifest_file("text", attempt, step)
-    manifest = contract.decode(path.read_bytes(), contract.Manifest, str(path))
+    manifest = contract.read_manifest(path.read_bytes(), (), str(path))
     assert manifest.model["tokenizer"] == tokenizer.read_text()

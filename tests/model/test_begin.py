@@ -160,13 +160,19 @@ def flip_a_name(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
-@pytest.mark.parametrize("how", ["missing", "torn", "flipped", "renamed", "no manifest", "half a manifest"])
+@pytest.mark.parametrize(
+    "how", ["missing", "torn", "flipped", "renamed", "no manifest", "half a manifest", "loop of a manifest"]
+)
 def test_a_damaged_one_is_named_marked_and_passed_over(first: Attempt, images: Path, how: str) -> None:
     ref = ref_of(first, 8)
     manifest, shard = Path(ref.path, "manifest.json"), Path(ref.path, "student.safetensors")
     file = manifest if "manifest" in how else shard
     if how == "renamed":
         flip_a_name(shard)
+    elif how == "loop of a manifest":
+        whole = manifest.read_bytes()
+        manifest.write_bytes(whole.replace(b'"loop":{"step":8', b'"loop":{"step":9'))
+        assert manifest.read_bytes() != whole
     else:
         damage(file, {"no manifest": "missing", "half a manifest": "torn"}.get(how, how))
     with begun(following(first, images, 8, 4)) as job:
@@ -215,7 +221,9 @@ def test_a_store_that_fails_is_no_damage(first: Attempt, images: Path, monkeypat
 
 def test_what_another_version_wrote_is_no_damage(first: Attempt, images: Path) -> None:
     manifest = Path(ref_of(first, 8).path, "manifest.json")
-    manifest.write_text(json.dumps({**json.loads(manifest.read_bytes()), "format": contract.FORMAT + 1}))
+    newer = {**json.loads(manifest.read_bytes()), "format": contract.FORMAT + 1}
+    del newer["sha256"]
+    manifest.write_text(json.dumps(newer))
     with begun(following(first, images, 8, 4)) as job:
         assert job.loop.step == 4
     assert marked(first.run_dir) == []

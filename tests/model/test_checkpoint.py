@@ -89,6 +89,7 @@ def test_manifests_that_cannot_be_read(tmp_path: Path) -> None:
     seal(attempt, 5)
     path = tmp_path / contract.manifest_file("pretrain", 1, 5)
     whole = json.loads(path.read_bytes())
+    del whole["sha256"]
     with pytest.raises(sealed.CheckpointError, match="never sealed, or was pruned"):
         sealed.read_manifest(ref(attempt, 6))
     for text, says in [
@@ -99,6 +100,23 @@ def test_manifests_that_cannot_be_read(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(sealed.CheckpointError, match=says):
             sealed.read_manifest(ref(attempt, 5))
+
+
+def test_a_manifest_in_which_anything_was_altered_is_damaged(tmp_path: Path) -> None:
+    """Its loop state, its checksums of the files, its own checksum: each digit of it."""
+    attempt = make_attempt(tmp_path)
+    manifest = seal(attempt, 5)
+    path = tmp_path / contract.manifest_file("pretrain", 1, 5)
+    whole = path.read_bytes()
+    assert json.loads(whole)["loop"] == {"step": 5}, "it is JSON like any other"
+    name_of_its_own = whole.rindex(b'"sha256"')
+    digits = [at for at, byte in enumerate(whole) if chr(byte).isdecimal()]
+    for at in [at for at in digits if not name_of_its_own < at < name_of_its_own + 8]:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(sealed.DamagedError, match="it was altered"):
+            sealed.read_manifest(ref(attempt, 5))
+    path.write_bytes(contract.encode(manifest))  # as versions before wrote them
+    assert sealed.read_manifest(ref(attempt, 5)) == manifest
 
 
 def test_a_part_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:

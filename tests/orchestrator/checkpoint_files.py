@@ -31,7 +31,7 @@ def seal(run_dir: str, phase: str, attempt: int, step: int, **stored: list[File]
         "spec_digest": "s", "code_digest": "c", "versions": {"torch": "2"}, "sealed_at": 1000.0, "nonce": "n",
     }  # fmt: skip
     manifest = Manifest(**fields)
-    storage.publish(f"{run_dir}/{contract.manifest_file(phase, attempt, step)}", contract.encode(manifest))
+    storage.publish(f"{run_dir}/{contract.manifest_file(phase, attempt, step)}", contract.seal_manifest(manifest))
     return manifest
 
 

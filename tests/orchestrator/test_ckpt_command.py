@@ -48,9 +48,7 @@ def run(tmp_path: Path) -> Run:
         run.end(number, Cause.KILLED, steps)
     run.launch(3, "gram")
     run.told(3, "gram", resume=[])
-    frozen = contract.decode(
-        storage.read(f"{run.path}/{contract.manifest_file('pretrain', 1, 4)}"), contract.Manifest, ""
-    ).parts["teacher_backbone"]
+    frozen = sealed.read_manifest(ref(run, "pretrain", 1, 4)).parts["teacher_backbone"]
     seal(run.path, "gram", 3, 2, gram_teacher=frozen)
     return run
 
@@ -144,11 +142,15 @@ def test_what_was_repaired_is_whole_again(run: Run, dinoctl: Shell) -> None:
 
 def test_verify_misses_a_manifest_that_should_be_there(run: Run, dinoctl: Shell) -> None:
     manifest = Path(ref(run, "pretrain", 2, 6).path, "manifest.json")
+    whole = manifest.read_bytes()
     manifest.unlink()
     assert f"{manifest}: not there, though the log counts it" in dinoctl("verify", "tiny", exits=1)
     manifest.write_bytes(b"{")
+    said = json.loads(dinoctl("verify", "tiny", "--json", exits=1))
+    assert "torn" in next(one for one in said if one["wrong"])["wrong"][0]
+    manifest.write_bytes(whole.replace(b'"loop":{"step":6}', b'"loop":{"step":7}'))
     (found,) = [one for one in json.loads(dinoctl("verify", "tiny", "--json", exits=1)) if one["wrong"]]
-    assert "torn" in found["wrong"][0]
+    assert "altered" in found["wrong"][0]
 
 
 # --- keeping and removing ---------------------------------------------------------------------------------------------

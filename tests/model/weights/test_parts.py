@@ -31,6 +31,7 @@ def cut_in_two(folder: Path, part: str) -> None:
         about = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         files.append({"path": str(path.relative_to(folder.parents[3])), **about})
     manifest["parts"][part] = files
+    del manifest["sha256"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
