@@ -65,12 +65,12 @@ def _stages(stages: Sequence[StageView]) -> Table:
         table.add_column(name, no_wrap=True)
     table.add_column("step", justify="right", no_wrap=True)
     table.add_column("attempts")
-    table.add_column("checkpoints that count")
+    table.add_column("checkpoints that are there")
     for stage in stages:
         shown = steps(stage.step, stage.steps) if stage.step is not None else ""
         numbers = [str(number) for number in stage.attempts]
-        sealed = [str(step) for step in stage.sealed]
-        table.add_row(stage.name, _styled(stage.status), shown, _short(numbers), _short(sealed))
+        there = [str(step) for step in stage.there]
+        table.add_row(stage.name, _styled(stage.status), shown, _short(numbers), _short(there))
     return table
 
 

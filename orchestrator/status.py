@@ -60,7 +60,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StageView(msgspec.Struct, frozen=True, kw_only=True):
-    """A phase or the evaluation: waiting, running, done or inherited. `sealed`: steps of the checkpoints that count."""
+    """A phase or the evaluation: waiting, running, done or inherited. `sealed`: steps of the checkpoints that count;
+    `there`: of these, those that retention has not removed."""
 
     name: str
     status: str
@@ -68,6 +69,7 @@ class StageView(msgspec.Struct, frozen=True, kw_only=True):
     steps: int | None
     attempts: list[int]
     sealed: list[int]
+    there: list[int]
 
 
 class AttemptView(msgspec.Struct, frozen=True, kw_only=True):
@@ -266,12 +268,13 @@ def _stage(run_dir: str, run: State, stage: Stage) -> StageView:
         status = "running"
     else:
         status = "begun" if attempts else "waiting"
-    sealed = {step for _, step in run.accepted().get(stage.name, [])}
+    counts = set(run.accepted().get(stage.name, []))
     if run.live and run.live.phase == stage.name:
-        sealed |= set(_sealed(run_dir, run.live))
+        counts |= {(run.live.number, step) for step in _sealed(run_dir, run.live)}
     step = reached(run_dir, run, stage) if attempts or status == "inherited" else None
     return StageView(
-        name=stage.name, status=status, step=step, steps=stage.last, attempts=attempts, sealed=sorted(sealed)
+        name=stage.name, status=status, step=step, steps=stage.last, attempts=attempts,
+        sealed=sorted({step for _, step in counts}), there=_there(run_dir, stage.name, counts),
     )  # fmt: skip
 
 
@@ -282,6 +285,15 @@ def _sealed(run_dir: str, attempt: AttemptState) -> list[int]:
     from orchestrator import attempts  # here, as the table of many runs does without
 
     return attempts.sealed_steps(run_dir, attempt.phase, attempt.number)
+
+
+def _there(run_dir: str, phase: str, counts: set[tuple[int, int]]) -> list[int]:
+    """The steps of those checkpoints (attempt, step) that are there."""
+    from orchestrator import attempts
+
+    numbers = {number for number, _ in counts}
+    there = {(number, step) for number in numbers for step in attempts.sealed_steps(run_dir, phase, number)}
+    return sorted({step for _, step in counts & there})
 
 
 def _attempt(run_dir: str, run: State, attempt: AttemptState) -> AttemptView:

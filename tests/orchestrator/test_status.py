@@ -47,6 +47,19 @@ def test_what_a_live_attempt_has_sealed_is_shown_before_it_ends(tmp_path: Path) 
     assert (view.stages[0].sealed, view.attempts[0].sealed) == ([], [])
 
 
+def test_of_the_checkpoints_that_count_those_that_are_there_are_told_apart(tmp_path: Path) -> None:
+    run = Run(tmp_path / "tiny")
+    for attempt, counted in ((1, [2, 4]), (2, [5])):
+        run.launch(attempt, "pretrain")
+        for step in (4, 5) if attempt == 1 else (5,):  # 2 was pruned; the first 5 is a zombie's
+            storage.publish(f"{run.path}/{manifest_file('pretrain', attempt, step)}", b"{}")
+        run.end(attempt, Cause.KILLED, counted)
+    stage = status.detail(run.path, NOW).stages[0]
+    assert (stage.sealed, stage.there) == ([2, 4, 5], [4, 5])
+    storage.remove(f"{run.path}/{manifest_file('pretrain', 2, 5)}")
+    assert status.detail(run.path, NOW).stages[0].there == [4]
+
+
 def test_nobody_watches_any_more(tmp_path: Path) -> None:
     run = Run(tmp_path / "tiny")
     run.launch(1, "pretrain")
