@@ -114,6 +114,8 @@ def fetch(uri: str, target: Path) -> None:
         with fsspec.open(uri, "rb") as source, temporary.open("xb") as copy:
             shutil.copyfileobj(source, copy, 1 << 23)
         temporary.replace(target)
+    except FileNotFoundError as error:
+        raise StoreError(errno.ENOENT, f"fetching {uri}: there is no such file") from error
     except OSError as error:
         kind = DiskFullError if error.errno in NO_SPACE else StoreError
         raise kind(error.errno, f"fetching {uri}: {error.strerror or error}") from error

@@ -231,7 +231,7 @@ class Checkpoints(Section):
     keep_last: PositiveInt = 2
     keep_every: PositiveInt | None = Field(None, description="keep each checkpoint at a multiple of this")
     node_mtbf_hours: Positive | None = Field(
-        None, description="auto: hours that one node runs from failure to failure, on average"
+        None, description="auto: hours that one node runs from failure to failure; null: as the cluster's profile says"
     )
     upload_limit_mb_s: Positive | None = Field(
         None, description="MB (10^6 bytes) a second that each process writes of a checkpoint at most; null: no limit"
@@ -241,8 +241,9 @@ class Checkpoints(Section):
     def _auto(self) -> Checkpoints:
         if self.every == "auto" and self.node_mtbf_hours is None:
             raise ValueError(
-                "every: auto needs node_mtbf_hours, how often a node fails: Llama 3's 16,384 H100 had 419 unexpected "
-                "interruptions in 54 days (arXiv 2407.21783), which is 6,300 h for a node of 8"
+                "every: auto needs node_mtbf_hours, here or in the cluster's profile, how often a node fails: Llama "
+                "3's 16,384 H100 had 419 unexpected interruptions in 54 days (arXiv 2407.21783), which is 6,300 h for a "
+                "node of 8"
             )
         return self
 

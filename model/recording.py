@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -192,7 +194,8 @@ def _provenance(job: Job, moment: Moment) -> dict[str, Any]:
 
 
 def read(path: str) -> RecordedStep:
-    """A recorded step, on the CPU. Raises RecordingError if the file is none or lacks something."""
+    """A recorded step in a file or at a URI, on the CPU. Raises RecordingError if it is none or lacks something,
+    StoreError for a URI that cannot be read."""
     header, tensors = _read(path)
     kind = kinds.of(header.added)
     try:
@@ -245,14 +248,28 @@ def weights_of(recorded: RecordedStep) -> State:
     }
 
 
+@contextmanager
+def _here(path: str) -> Iterator[Path]:
+    """The file, or for as long as it is needed a copy of what lies at a URI."""
+    if not storage.is_uri(path):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="dinoctl-") as folder:
+        copy = Path(folder, "recorded.safetensors")
+        storage.fetch(path, copy)
+        yield copy
+
+
 def _read(path: str) -> tuple[Header, State]:
     try:
-        with safe_open(Path(path), framework="pt") as file:
+        with _here(path) as there, safe_open(there, framework="pt") as file:
             text = (file.metadata() or {}).get(HEADER)
             if text is None:
                 raise RecordingError(f"{path}: its header has no {HEADER!r}: this is no recorded step")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         header = msgspec.json.decode(text, type=Header)
+    except storage.StoreError:
+        raise
     except (OSError, SafetensorError, msgspec.DecodeError, msgspec.ValidationError) as error:
         raise RecordingError(f"{path}: not a recorded step that this version reads: {error}") from error
     if header.format != FORMAT:

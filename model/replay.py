@@ -20,6 +20,7 @@ from model.objectives.base import copy_strictly
 from model.objectives.pure import Inputs, StepNetworks
 from model.recording import RecordedStep
 from model.sealed import CheckpointError
+from model.storage import StoreError
 
 SAME, DIFFERENT, WRONG_INPUT = 0, 1, 2
 
@@ -99,8 +100,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         recorded = recording.read(options.file)
         replayed = replay(recorded, options.device, double=options.double)
-    except (ValueError, CheckpointError) as error:  # RecordingError and pydantic's errors are ValueErrors
-        print(f"dinoctl: {options.file} cannot be replayed: {error}", file=sys.stderr)
+    except (ValueError, CheckpointError, StoreError) as error:  # RecordingError and pydantic's errors are ValueErrors
+        said = error.strerror if isinstance(error, StoreError) else error
+        print(f"dinoctl: {options.file} cannot be replayed: {said}", file=sys.stderr)
         return WRONG_INPUT
     tolerance = options.tolerance or TOLERANCES[recorded.inputs.scalars.compute]
     rows = compare(recorded.results, replayed)
@@ -116,7 +118,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -P -m model.replay", description=__doc__)
-    parser.add_argument("file", metavar="FILE", help="a recorded step")
+    parser.add_argument("file", metavar="FILE", help="a recorded step: a path or a URI")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
     parser.add_argument("--tolerance", type=float, metavar="X", help="relative; 1e-4, or 2e-2 for bf16 products")
     parser.add_argument("--double", action="store_true", help="compute in float64, to tell rounding from a fault")

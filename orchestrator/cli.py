@@ -173,7 +173,7 @@ def _add_run_commands(commands: Commands) -> None:
 
 def _add_step_commands(commands: Commands) -> None:
     replay = _add(commands, "replay", "compute a recorded step again and compare; exits 1 if a number differs")
-    replay.add_argument("file", metavar="FILE", help="attempts/<n>/recorded/*.safetensors of a run (docs/replay.md)")
+    replay.add_argument("file", metavar="FILE", help="RUN/attempts/<n>/recorded/*.safetensors, a path or a URI")
     replay.add_argument("--device", help="cpu, cuda, cuda:1; a GPU where there is one if absent")
     replay.add_argument("--tolerance", metavar="X", help="relative; 1e-4 if absent, or 2e-2 for bf16 products")
     replay.add_argument("--double", action="store_true", help="compute in float64, to tell rounding from a fault")

@@ -113,6 +113,9 @@ class ClusterProfile(Section):
     sustained_tflops: Positive | None = Field(
         None, description="what one process reaches, in TFLOP/s; `plan` derives hours from it and says so"
     )
+    node_mtbf_hours: Positive | None = Field(
+        None, description="hours that one node runs from failure to failure, on average: for `checkpoints.every: auto`"
+    )
     slurm: Slurm | None = None
     kubernetes: Kubernetes | None = None
 

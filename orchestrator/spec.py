@@ -85,7 +85,11 @@ def read_job(
     problems += _unknown_keys(values)
     merged, unused = layers.merge({k: v for k, v in values.items() if k in TOP_KEYS}, source)
     merged, unread = normalisation.resolve(merged)
-    draft, mistakes = _draft(merged)
+    mistakes: list[Problem] = []
+    cluster = _cluster(merged.get("cluster", "local"), mistakes)
+    _take_from_profile(merged, cluster)
+    draft, more = _draft(merged, cluster)
+    mistakes = [*more, *mistakes]
     if check_runs:
         draft = replace(draft, runs=runs or str(merged.get("runs", DEFAULT_RUNS)))
     problems += [*unused, *unread, *mistakes, *checks.all_problems(draft, check_data=check_data)]
@@ -174,11 +178,22 @@ def _unknown_keys(values: Mapping[str, Any]) -> list[Problem]:
     return problems
 
 
-def _draft(merged: dict[str, Any]) -> tuple[Draft, list[Problem]]:
+def _take_from_profile(merged: Mapping[str, Any], cluster: ClusterProfile | None) -> None:
+    """How often nodes fail, for phases that need to know and do not say."""
+    phases = merged.get("phases")
+    for phase in phases.values() if isinstance(phases, dict) else ():
+        saves = phase.get("checkpoints") if isinstance(phase, dict) else None
+        if not (cluster and isinstance(saves, dict) and saves.get("every") == "auto"):
+            continue
+        if saves.get("node_mtbf_hours") is None:
+            phase["checkpoints"] = {**saves, "node_mtbf_hours": cluster.node_mtbf_hours}
+
+
+def _draft(merged: dict[str, Any], cluster: ClusterProfile | None) -> tuple[Draft, list[Problem]]:
     """The job with its cluster, as far as both could be read, and the problems of the rest."""
     draft, problems = _sections(merged)
     problems += runs_problems(merged.get("runs"), merged.get("tracking") or {})
-    return replace(draft, cluster=_cluster(merged.get("cluster", "local"), problems)), problems
+    return replace(draft, cluster=cluster), problems
 
 
 def _sections(merged: Mapping[str, Any]) -> tuple[Draft, list[Problem]]:

@@ -23,7 +23,7 @@ PARTS = {
 }
 
 
-def make_attempt(run_dir: Path, number: int = 1, **changes: Any) -> Attempt:
+def make_attempt(run_dir: Path | str, number: int = 1, **changes: Any) -> Attempt:
     values: dict[str, Any] = {
         "format": contract.FORMAT, "run": "r", "run_id": "ab" * 16, "run_dir": str(run_dir), "attempt": number,
         "phase": "pretrain", "launch_name": "r-abababab-pretrain-1", "seed": 0, "model": {}, "settings": {},

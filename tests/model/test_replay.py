@@ -173,7 +173,7 @@ def test_files_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 # --- as training does it ----------------------------------------------------------------------------------------------
 
 
-def job(run_dir: Path, own: Any, last: CheckpointRef | None = None) -> Job:
+def job(run_dir: Path | str, own: Any, last: CheckpointRef | None = None) -> Job:
     attempt = make_attempt(run_dir, model=tiny.MODEL.model_dump(mode="json"))
     nothing: Any = None
     return Job(
@@ -191,7 +191,7 @@ def job(run_dir: Path, own: Any, last: CheckpointRef | None = None) -> Job:
     )
 
 
-def seal(own: Any, run_dir: Path) -> CheckpointRef:
+def seal(own: Any, run_dir: Path | str) -> CheckpointRef:
     attempt = make_attempt(run_dir)
     checkpoint.seal(attempt, 3, own.state(), {}, {"step": 3}, {})
     return CheckpointRef(run=str(run_dir), phase=attempt.phase, attempt=1, step=3)
@@ -209,6 +209,24 @@ def test_large_networks_are_left_in_their_checkpoint(tmp_path: Path, monkeypatch
     with pytest.raises(CheckpointError, match="was never sealed, or was pruned"):
         replay.replay(recorded)
     assert replay.main([path]) == 2
+
+
+@pytest.mark.jobs
+@pytest.mark.requires("s3")
+def test_a_step_of_a_run_in_a_bucket(
+    s3: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The file, and the checkpoint that it names, by the URI."""
+    monkeypatch.setattr(recording, "MOST_WEIGHTS", 1000)
+    own, run = gram_objective(), f"{s3}/run"
+    recording.record(job(run, own, seal(own, run)), tiny.batch(), tiny.MOMENT)
+    path = f"{run}/{contract.recorded_file(1, 4, 0)}"
+    assert cli.main(["replay", path, "--device", "cpu"]) == 0, capfd.readouterr()
+    assert cli.main(["replay", f"{path}x", "--device", "cpu"]) == 2
+    assert f"{path}x cannot be replayed: fetching {path}x: there is no such file" in capfd.readouterr().err
+    storage.publish(f"{run}/{contract.dropped_file('pretrain', 1, 3, 'student')}", b"")
+    assert cli.main(["replay", path, "--device", "cpu"]) == 2
+    assert "has no student any more" in capfd.readouterr().err
 
 
 def test_large_networks_before_the_first_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

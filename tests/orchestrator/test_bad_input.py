@@ -199,6 +199,19 @@ class TestReferences:
         assert problem.path == "checkpoints"
         assert "every: auto needs node_mtbf_hours" in problem.message
 
+    def test_how_often_nodes_fail_may_come_from_the_cluster_and_the_job_knows_better(self, tmp_path: Path) -> None:
+        profile = tmp_path / "flaky.yaml"
+        profile.write_text("name: flaky\nlauncher: local\nnode_mtbf_hours: 500\n")
+        words = (f"cluster={profile}", "phases.pretrain.checkpoints.every=auto")
+        Path("job.yaml").write_text(TINY)
+        job = read_job("job.yaml", words, check_data=False)
+        assert [phase.checkpoints.node_mtbf_hours for phase in job.phases.values()] == [500, None, None, None]
+        job = read_job("job.yaml", [*words, "phases.pretrain.checkpoints.node_mtbf_hours=20"], check_data=False)
+        assert job.phases["pretrain"].checkpoints.node_mtbf_hours == 20
+        assert "or in the cluster's profile" in only(TINY, words[1]).message
+        profile.write_text("name: flaky\nlauncher: local\nnode_mtbf_hours: 0\n")
+        assert only(TINY, words[0]).path == "node_mtbf_hours"
+
     def test_a_cycle_is_named(self) -> None:
         problem = only(TINY, "phases.pretrain.init=highres@4")
         assert (

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
+from model import contract, storage
 from model.contract import Cause
 from orchestrator import events, overview, render, status
 from tests.orchestrator.written import Run
@@ -41,6 +42,8 @@ def test_the_table_of_runs(tmp_path: Path) -> None:
 def test_one_run_that_failed(tmp_path: Path) -> None:
     run = Run(tmp_path / "tiny")
     run.launch(1, "pretrain")
+    for step in (2, 4):
+        storage.publish(f"{run.path}/{contract.manifest_file('pretrain', 1, step)}", b"{}")
     run.end(1, Cause.CRASHED, [2, 4], "ValueError: wrong", detail="Traceback\nValueError: wrong")
     run.add(events.RunFailed, cause=Cause.CRASHED, message="ValueError: wrong. See runbooks/crashed.md")
     shown = text(render.detail(status.detail(run.path, NOW), NOW))
