@@ -242,8 +242,8 @@ class Checkpoints(Section):
         if self.every == "auto" and self.node_mtbf_hours is None:
             raise ValueError(
                 "every: auto needs node_mtbf_hours, here or in the cluster's profile, how often a node fails: Llama "
-                "3's 16,384 H100 had 419 unexpected interruptions in 54 days (arXiv 2407.21783), which is 6,300 h for a "
-                "node of 8"
+                "3's 16,384 H100 had 419 unexpected interruptions in 54 days (arXiv 2407.21783), which is 6,300 h for "
+                "a node of 8"
             )
         return self
 
