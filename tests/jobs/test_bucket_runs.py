@@ -11,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
+import yaml
 
 from model import contract, storage
 from tests.jobs.harness import (
@@ -157,3 +159,92 @@ def test_the_job_of_ci_yaml(make_job: Callable[..., Job], s3: str) -> None:
     assert job.start(["resume", job.where]).wait(2 * PATIENCE) == 0, job.output()
     each_phase_ran_once(job)
     assert {"report.json", "pca.png"} <= set(storage.names(f"{job.where}/report"))
+
+
+# --- attempts that the store, or somebody, takes for dead -------------------------------------------------------------
+
+
+def altered(job: Job, folder: Path, *lines: str) -> Job:
+    """The same job, whose dinoctl and agents begin with these lines of Python: constants that a test shortens. Ranks
+    run the run's own copy of the code, and are not altered."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text("\n".join(lines) + "\n")
+    return replace(job, environment={**job.environment, "PYTHONPATH": str(folder)})
+
+
+def test_a_store_that_is_away_for_longer_than_an_attempt_waits(
+    job: Job, undisturbed: Job, tmp_path: Path, s3_store: Store
+) -> None:
+    """The agent gives up, and cannot even say so; whoever watches goes on once the store is back."""
+    short = "link.OUT_OF_REACH_SECONDS, s3.PATIENCE.seconds = 5.0, 2.0"
+    impatient = altered(job, tmp_path / "site", "from model import link, s3", short)
+    dinoctl = impatient.start(impatient.submit())
+    moment = hold(job, "pretrain")
+    agent = job.agent(1)
+    s3_store.kill()
+    moment.let_go()
+    try:
+        wait_until(lambda: is_gone(agent), "the agent to give up")
+    finally:
+        s3_store.start()
+    assert dinoctl.wait(PATIENCE) == 0, job.output()
+    assert job.end(1)["cause"] in ("store-lost", "vanished")
+    went_on_exactly(job, "pretrain", moment)
+    each_phase_ran_once(job, PHASES)
+    same_weights(job, undisturbed, PHASES)
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_a_zombie_that_goes_on_sealing_and_pruning_beside_its_successor(
+    job: Job, undisturbed: Job, tmp_path: Path
+) -> None:
+    """Its machine was suspended, another one took over, and it looked at `closed.json` just before that was there."""
+    dinoctl = job.start(job.submit())
+    moment = hold(job, "pretrain")
+    dinoctl.kill()
+    dinoctl.wait(PATIENCE)
+    zombie = [one for one in job.processes() if one.pid not in moment.ranks]
+    for process in zombie:
+        process.suspend()
+    another = altered(
+        elsewhere(job, tmp_path / "elsewhere"), tmp_path / "site",
+        "from model import contract", "contract.hostname = lambda: 'elsewhere'",
+        "from orchestrator.launchers import local", "local.SILENT_SECONDS = 2.0",
+    )  # fmt: skip
+    resumed = another.start(["resume", job.where])
+    wait_until(lambda: job.attempts("pretrain") == [1, 2] and job.steps(2), "the successor to train")
+    storage.remove(f"{job.where}/{contract.closed_file(1)}")
+    for process in zombie:
+        process.resume()
+    moment.let_go()
+    wait_until(lambda: is_gone(job.agent(1)), "the zombie to end")
+    assert resumed.wait(PATIENCE) == 0, another.output()
+    assert (job.steps(1)[-1], job.end(1)["steps"]) == (20, [moment.sealed]), "it trained to the end, and nothing counts"
+    went_on_exactly(job, "pretrain", moment)
+    each_phase_ran_once(job, PHASES)
+    same_weights(job, undisturbed, PHASES)
+
+
+def test_a_phase_that_begins_from_copies(make_job: Callable[..., Job], undisturbed: Job, tmp_path: Path) -> None:
+    """Of one that it goes on from, and of the part that is left of the one with its Gram teacher."""
+    made = [
+        undisturbed.dinoctl(["ckpt", "copy", f"{undisturbed.name}#pretrain@{step}", str(tmp_path / "copy")])
+        for step in ("final", "6")
+    ]
+    assert [one.returncode for one in made] == [0, 0], made
+    final, sixth = (one.stdout.splitlines()[0] for one in made)
+    assert storage.names(sixth) == ["manifest.json", "teacher_backbone.safetensors"]
+    file = part_of_tiny(tmp_path / "gram.yaml", ["gram"])
+    spec = yaml.safe_load(file.read_text())
+    spec["phases"]["gram"] |= {"init": final, "gram_teacher": sixth}
+    file.write_text(yaml.safe_dump(spec, sort_keys=False))
+    job = make_job(file=file, name="copied")
+    assert job.start(job.submit()).wait(PATIENCE) == 0, job.output()
+    assert job.attempt(1).inputs["init"].path == final
+    same_weights(job, undisturbed, ("gram",))
