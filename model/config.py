@@ -13,26 +13,28 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, TypeAdapter, model_validator
 
 from model.architectures import ARCHITECTURES
-from model.data_section import DATASET as DATASET
-from model.data_section import NORMALISATIONS as NORMALISATIONS
-from model.data_section import RGB as RGB
-from model.data_section import Data as Data
-from model.data_section import Jump as Jump
-from model.data_section import Statistics as Statistics
-from model.engine_section import Optim as Optim
-from model.engine_section import Parallel as Parallel
-from model.engine_section import Precision as Precision
-from model.sections import BelowOne as BelowOne
-from model.sections import Count as Count
-from model.sections import Fraction as Fraction
-from model.sections import NonNegative as NonNegative
-from model.sections import Positive as Positive
-from model.sections import Rgb as Rgb
-from model.sections import Schedule as Schedule
-from model.sections import Scheduled as Scheduled
-from model.sections import Section as Section
-from model.sections import constant as constant
-from model.sections import read as read
+from model.data_section import (
+    DATASET as DATASET,
+    NORMALISATIONS as NORMALISATIONS,
+    RGB as RGB,
+    Data as Data,
+    Jump as Jump,
+    Statistics as Statistics,
+)
+from model.engine_section import Optim as Optim, Parallel as Parallel, Precision as Precision
+from model.sections import (
+    BelowOne as BelowOne,
+    Count as Count,
+    Fraction as Fraction,
+    NonNegative as NonNegative,
+    Positive as Positive,
+    Rgb as Rgb,
+    Schedule as Schedule,
+    Scheduled as Scheduled,
+    Section as Section,
+    constant as constant,
+    read as read,
+)
 
 # --- the networks -----------------------------------------------------------------------------------------------------
 

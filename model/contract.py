@@ -20,6 +20,7 @@ A run's directory, every path relative to it:
     checkpoints/<phase>/<n>/<step>/     shards, then manifest.json: no manifest, no checkpoint;
                                         <part>.dropped: that part is gone, as only others are kept
     data/                               the index of the images
+    controller.json                     the job on the cluster that was submitted last to keep this run going
     pins/<phase>-<n>-<step>-<by>.json   another run takes that checkpoint, or a person wants it: it is never pruned
     bad/<phase>-<n>-<step>.json         that checkpoint cannot be read: nobody takes it
     watchers/<id>.json                  who keeps this run going, and when they last looked
@@ -41,23 +42,16 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from model import kept as kept  # a part of this module
-from model.scratch import (
+from model import (
+    kept as kept,  # a part of this module
+    node_report as node_report,  # another
+)
+from model.scratch import (  # and this
     end_file as end_file,
-)
-from model.scratch import (
     pid_file as pid_file,
-)
-from model.scratch import (
     pulse_file as pulse_file,
-)
-from model.scratch import (
     scratch_dir as scratch_dir,
-)  # and this
-from model.scratch import (
     stop_file as stop_file,
-)
-from model.scratch import (
     waiting_file as waiting_file,
 )
 
@@ -255,6 +249,14 @@ class Watcher(Record, frozen=True):
     every: float
 
 
+class ControllerJob(Record, frozen=True):
+    """A job on the cluster that is to keep this run going, as the scheduler knows it."""
+
+    job: str
+    name: str
+    submitted_at: float
+
+
 def read_attempt(data: bytes, where: str) -> Attempt:
     """An attempt from the bytes of its YAML."""
     try:
@@ -395,6 +397,7 @@ def dropped_file(phase: str, attempt: int, step: int, part: str) -> str:
 EVENTS_DIR, ATTEMPTS_DIR, PINS_DIR, BAD_DIR, WATCHERS_DIR = "events", "attempts", "pins", "bad", "watchers"
 REPORT_DIR = "report"
 REPORT_FILE = "report/report.json"
+CONTROLLER_FILE = "controller.json"
 EVALUATE = "evaluate"
 """The stage after the last phase. It has attempts like a phase, and no phase may take its name."""
 

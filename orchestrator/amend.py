@@ -11,7 +11,7 @@ from typing import Any
 from model.contract import EVALUATE
 from orchestrator.state import State
 
-OPERATIONAL = ("cluster", "tracking", "runs")
+OPERATIONAL = ("cluster", "tracking", "runs", "controller")
 """Top-level sections that say how a run is carried out, not what it computes."""
 
 OPERATIONAL_IN_A_PHASE = (

@@ -129,6 +129,18 @@ def _add_job_commands(commands: Commands) -> None:
     submit.add_argument("--fork", metavar="RUN#PHASE@STEP", help="begin a new run with what another has trained")
     _add_runs(submit)
 
+    doctor = _add(commands, "doctor", "look for what goes wrong first on a cluster; exits 1 if something is wrong")
+    doctor.add_argument("file", nargs="?", metavar="FILE", help="a job, to look whether it fits the cluster too")
+    doctor.add_argument("overrides", nargs="*", default=[], metavar="a.b.c=value", help="laid over the file")
+    doctor.add_argument("--cluster", metavar="NAME_OR_FILE", help="a profile; the job's if absent, or this machine")
+    doctor.add_argument("--no-jobs", dest="jobs", action="store_false", help="ask the scheduler only; start nothing")
+    doctor.add_argument("--nodes", type=int, default=2, metavar="N", help="that the checks by jobs take; 2 if absent")
+    doctor.add_argument(
+        "--timeout", type=float, default=300.0, metavar="SECONDS", help="of these checks, queue included; 300 if absent"
+    )
+    _add_runs(doctor)
+    _add_json(doctor)
+
     _add(commands, "schema", "print the JSON Schema of a job file, for editors")
 
 

@@ -55,6 +55,10 @@ class Slurm(Section):
     """What sbatch is told. A job overrides any of it under `resources.slurm`, for all phases or for one."""
 
     partition: str | None = None
+    control_partition: str | None = Field(
+        None, description="where dinoctl's own one-core jobs run (a controller, a tick after an end); null: as attempts"
+    )
+    end_job: bool = Field(True, description="a one-core job after each attempt takes its end in, whatever it was")
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
@@ -115,6 +119,11 @@ class ClusterProfile(Section):
     )
     node_mtbf_hours: Positive | None = Field(
         None, description="hours that one node runs from failure to failure, on average: for `checkpoints.every: auto`"
+    )
+    write_mb_s: Positive | None = Field(
+        None,
+        description="MB (10^6 bytes) a second that one node writes to the folder of runs, as `dinoctl doctor` measures "
+        "it; `plan` derives from it how long a save takes",
     )
     slurm: Slurm | None = None
     kubernetes: Kubernetes | None = None

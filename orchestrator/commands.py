@@ -12,13 +12,13 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from model import contract, storage
-from orchestrator import logs as attempt_logs
-from orchestrator import status as statuses
+from orchestrator import logs as attempt_logs, status as statuses
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,10 +77,11 @@ def schema(options: Options) -> int:
 
 
 def plan(options: Options) -> int:
-    from orchestrator import plan as plans
+    from orchestrator import plan as plans, stakes
 
     job, cluster = _read(options, check_runs=True)
     planned = plans.make_plan(job, cluster)
+    planned = replace(planned, preemption=tuple(stakes.lines(job, cluster, f"{job.runs}/{job.name}")))
     if options.json:
         print_json(planned.as_mapping())
     else:
@@ -163,10 +164,15 @@ def ckpt(options: Options) -> int:
 
 def _go_on(run_dir: str, options: Options) -> int:
     """Stay with the run, or leave it to a process in the background."""
-    from orchestrator import watch as watching
+    from orchestrator import controller_job, watch as watching
 
     if options.detach and statuses.load(run_dir).status == "done":
         print(f"the run is done, there is nothing left to watch; dinoctl status {run_dir}")
+        return 0
+    on_the_cluster = controller_job.start(run_dir)
+    if on_the_cluster:
+        print(f"{on_the_cluster}; dinoctl status {run_dir}", flush=True)
+    if options.detach and on_the_cluster:
         return 0
     if options.detach:
         pid = watching.detach(run_dir)
@@ -337,6 +343,27 @@ def _is_over(run_dir: str, attempt: int) -> bool:
     return storage.exists(f"{run_dir}/{contract.outcome_file(attempt)}") or any(
         one.number == attempt and one.end for one in statuses.load(run_dir).attempts
     )
+
+
+# --- before the first run --------------------------------------------------------------------------------------------
+
+
+def doctor(options: Options) -> int:
+    """Each finding is printed when it is there: the checks by jobs may wait in a queue."""
+    from orchestrator import control, doctor
+    from orchestrator.cluster import read_cluster
+
+    job, cluster = _read(options) if options.file else (None, read_cluster(options.cluster or "local"))
+    runs = control.absolute(_runs(options, job.runs if job else DEFAULT_RUNS))
+    patient = doctor.Patient(cluster, job, runs, options.nodes)
+    findings = []
+    for finding in doctor.examine(patient, jobs=options.jobs, seconds=options.timeout):
+        findings.append(finding)
+        if not options.json:
+            print(finding, flush=True)
+    if options.json:
+        print_json(doctor.as_mapping(cluster, findings))
+    return 1 if any(finding.level == "wrong" for finding in findings) else 0
 
 
 # --- what needs torch: processes of their own -------------------------------------------------------------------------

@@ -41,9 +41,10 @@ def watched(watch: Watch | None, now: float) -> str:
     """Who keeps a run going and since when; empty once nobody needs to."""
     if watch is None:
         return ""
+    job = f"; {watch.job}" if watch.job else ""
     if watch.pid is None:
-        return f"nobody for {duration(now - watch.since)}" if watch.since else "nobody"
-    return f"{watch.host}/{watch.pid} for {duration(now - (watch.since or now))}"
+        return (f"nobody for {duration(now - watch.since)}" if watch.since else "nobody") + job
+    return f"{watch.host}/{watch.pid} for {duration(now - (watch.since or now))}{job}"
 
 
 def queued(state: str, detail: str, starts_at: float | None, now: float) -> str:

@@ -80,6 +80,7 @@ class Plan:
     evaluate: tuple[Input, ...] | None  # None: no evaluation
     tflops: float | None  # sustained, of one process, by the cluster's profile
     notes: tuple[str, ...]
+    preemption: tuple[str, ...] = ()  # what the cluster says of it, and what it costs; asked by whoever prints the plan
 
     @property
     def disk_most(self) -> int:
@@ -258,7 +259,7 @@ def as_text(plan: Plan) -> str:
     if plan.evaluate is not None:
         taken = ", ".join(f"{given.name}: {given.reference}" for given in plan.evaluate)
         stages.append(f"{len(stages) + 1}. evaluate\n   takes      {taken}")
-    return "\n\n".join([head, *stages, _disk_text(plan), "\n".join(plan.notes)])
+    return "\n\n".join([head, *stages, _disk_text(plan), "\n".join([*plan.preemption, *plan.notes])])
 
 
 def _disk_text(plan: Plan) -> str:

@@ -12,9 +12,9 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from model import contract, storage
 from model.config import (
@@ -60,6 +60,17 @@ class Tracking(Section):
     experiment: str = "dinoctl"
 
 
+class Control(Section):
+    """Who keeps the run going when the process that submitted it is gone."""
+
+    on: Literal["here", "cluster"] = Field(
+        "here", description="cluster: a one-core job there that renews itself; here: the process that submits"
+    )
+    time_limit_minutes: PositiveInt | None = Field(
+        None, description="of that job; the next one takes over then; null: the partition's"
+    )
+
+
 class Job(Section):
     """A job, resolved: every phase says all that it needs."""
 
@@ -71,6 +82,7 @@ class Job(Section):
     phases: dict[PhaseName, Phase] = Field(description="in the order in which they run")
     evaluate: Evaluate | None = None
     tracking: Tracking = Tracking()
+    controller: Control = Control()
 
 
 def read_job(
@@ -144,6 +156,10 @@ def not_there_yet(job: Job, cluster: ClusterProfile) -> list[Problem]:
     for name, phase in job.phases.items():
         for feature, path in _features(phase, cluster):
             asked.setdefault(feature, []).append(("phases", name, *path))
+    if job.controller.on == "cluster" and cluster.launcher != "slurm":
+        asked.setdefault(
+            f"a controller on {cluster.name}, whose launcher is {cluster.launcher} and not slurm", []
+        ).append(("controller", "on"))
     if job.evaluate is not None and storage.is_uri(job.evaluate.data.shown):
         asked.setdefault(_ON_A_BUCKET, []).append(("evaluate", "data", "path"))
     return [

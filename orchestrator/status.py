@@ -30,12 +30,13 @@ class RunNotFoundError(LookupError):
 
 class Watch(msgspec.Struct, frozen=True, kw_only=True):
     """Who keeps a run going. Nobody: `host` and `pid` are None and `since` is when somebody last looked, if ever.
-    `unreadable`: heartbeats that cannot be read, and why."""
+    `unreadable`: heartbeats that cannot be read, and why; `job`: the controller's job on the cluster, if it has one."""
 
     host: str | None
     pid: int | None
     since: float | None
     unreadable: list[str] = []
+    job: str = ""
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
@@ -202,9 +203,20 @@ def _watch(run_dir: str, run: State, now: float) -> Watch:
     unreadable = store.unreadable_watchers(run_dir)
     for watcher in watchers:
         if store.is_alive(watcher, now):
-            return Watch(host=watcher.host, pid=watcher.pid, since=watcher.started, unreadable=unreadable)
+            job = watcher.command if watcher.command.startswith("job ") else ""
+            return Watch(host=watcher.host, pid=watcher.pid, since=watcher.started, unreadable=unreadable, job=job)
     since = watchers[0].seen_at if watchers else None
-    return Watch(host=None, pid=None, since=since, unreadable=unreadable)
+    return Watch(host=None, pid=None, since=since, unreadable=unreadable, job=_controller(run_dir))
+
+
+def _controller(run_dir: str) -> str:
+    """The job that is to watch, where the run has one: it may wait in the queue."""
+    path = f"{run_dir}/{contract.CONTROLLER_FILE}"
+    try:
+        job = contract.decode(storage.read(path), contract.ControllerJob, path)
+    except (FileNotFoundError, contract.ContractError):
+        return ""
+    return f"job {job.job} ({job.name}) is to, once the cluster starts it"
 
 
 def _why(run: State) -> tuple[Cause | None, str]:

@@ -11,7 +11,7 @@ from orchestrator import failures
 
 ROOT = Path(__file__).parents[1]
 PAGES = [cause.value for cause in Cause if cause is not Cause.DONE]
-ALERTS = ["save-skipped"]
+ALERTS = ["nobody-watches", "notice-too-short", "save-skipped"]
 """What goes on all the same, and somebody should look at."""
 
 

@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model import config
-from model.data import index as folders
-from model.data import shards
+from model.data import index as folders, shards
 from model.data.captions import Captions
 from model.data.errors import DataError
 from model.data.images import Picture, decode

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from model import config, storage
-from model.data import index as folders
-from model.data import shards
+from model.data import index as folders, shards
 from model.data.errors import DataError
 from model.data.images import Picture, decode
 from model.data.patterns import absolute

@@ -13,8 +13,7 @@ import numpy as np
 
 from model import config, contract, sealed, storage, worker
 from model.contract import REPORT_DIR, REPORT_FILE, Attempt, Cause, RankEnd
-from model.data import index as images
-from model.data import splits
+from model.data import index as images, splits
 from model.data.index import Entry, Index
 from model.evaluate import features, pixels, report, tasks
 from model.evaluate.report import LeftOut, Report, Row, Scored

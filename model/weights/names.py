@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from model.config import Backbone
-from model.weights import entries as entry
-from model.weights import networks
+from model.weights import entries as entry, networks
 from model.weights.entries import Entries, Entry, WeightsError, compare, shapes
 
 QUERY, KEY, VALUE = 0, 1, 2

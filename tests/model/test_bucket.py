@@ -10,8 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from model import bucket, storage
-from model import s3 as asking
+from model import bucket, s3 as asking, storage
 from orchestrator import store
 from tests.stores.proxy import Fault, Proxy, every, proxied
 from tests.stores.weed import Store

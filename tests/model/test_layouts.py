@@ -19,6 +19,7 @@ from orchestrator import progress
 from tests.model import test_train as tiny
 from tests.model.test_train import (
     Ran,
+    after_step as once_after_step,
     assert_same_tensors,
     describe,
     images,
@@ -27,7 +28,6 @@ from tests.model.test_train import (
     ref,
     train,
 )
-from tests.model.test_train import after_step as once_after_step
 
 __all__ = ["images"]
 

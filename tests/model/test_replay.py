@@ -20,10 +20,8 @@ from model.job import Job, Loop
 from model.objectives.step import SslInputs, step
 from model.recording import RecordingError
 from model.sealed import CheckpointError
-from orchestrator import cli
-from orchestrator import progress as told
-from tests.model import test_ssl_objective as tiny
-from tests.model import test_train as jobs
+from orchestrator import cli, progress as told
+from tests.model import test_ssl_objective as tiny, test_train as jobs
 from tests.model.test_checkpoint import make_attempt
 
 images = jobs.images  # the fixture

@@ -16,11 +16,8 @@ from model import contract, parallel, recording, replay, storage
 from model.objectives import kinds
 from model.objectives.pure import Outputs
 from model.objectives.text_step import TextInputs, step
-from orchestrator import cli
-from orchestrator import progress as told
-from tests.model import test_replay as replays
-from tests.model import test_text_objective as tiny
-from tests.model import test_train as jobs
+from orchestrator import cli, progress as told
+from tests.model import test_replay as replays, test_text_objective as tiny, test_train as jobs
 
 images = jobs.images  # the fixture
 

@@ -215,6 +215,11 @@ def test_a_launcher_that_is_not_there_yet_is_said(capsys: pytest.CaptureFixture[
     assert "the kubernetes launcher is not there yet" in capsys.readouterr().err
 
 
+def test_a_controller_on_a_cluster_without_jobs_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(job("submit", "controller.on=cluster")) == 2
+    assert "not there yet: a controller on local, whose launcher is local and not slurm" in capsys.readouterr().err
+
+
 # --- what is of another run -------------------------------------------------------------------------------------------
 
 

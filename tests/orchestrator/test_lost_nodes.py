@@ -15,8 +15,7 @@ from orchestrator.events import AttemptEnded, AttemptIntended
 from orchestrator.launchers.base import LaunchState, Observation
 from orchestrator.spec import read_job, resolved
 from orchestrator.state import fold
-from tests.orchestrator.logs import attempt, intended, launched, run, stopping
-from tests.orchestrator.logs import stop as stop_asked
+from tests.orchestrator.logs import attempt, intended, launched, run, stop as stop_asked, stopping
 from tests.orchestrator.pretend import Bench, job_spec
 
 HOUR = 3600.0

@@ -9,8 +9,7 @@ import pytest
 from rich.console import Console
 
 from model.contract import Cause
-from orchestrator import control
-from orchestrator import screen as screens
+from orchestrator import control, screen as screens
 from orchestrator.launchers.base import LaunchState, Observation
 from orchestrator.screen import LEAST_BAR, SAME_LINE_SECONDS, Bars, Follower, Lines, View, line, screen
 from tests.orchestrator.written import Run

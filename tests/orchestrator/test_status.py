@@ -8,7 +8,7 @@ import pytest
 
 from model import storage
 from model.contract import Cause, checkpoint_dir, manifest_file
-from orchestrator import events, status
+from orchestrator import events, overview, status
 from tests.orchestrator.written import Run
 
 NOW = 1005.0
@@ -67,6 +67,16 @@ def test_nobody_watches_any_more(tmp_path: Path) -> None:
     summary = status.summary(run.path, NOW + 3600)
     assert summary.watch == status.Watch(host=None, pid=None, since=1000.0)
     assert summary.advice == f"dinoctl resume {run.path}"
+
+
+def test_a_controller_that_is_a_job_is_named_while_it_watches_and_while_it_waits(tmp_path: Path) -> None:
+    run = Run(tmp_path / "tiny")
+    run.launch(1, "pretrain")
+    storage.publish(f"{run.path}/controller.json", b'{"job":"57","name":"tiny-12345678-controller","submitted_at":1.0}')
+    waits = status.summary(run.path, NOW).watch
+    assert overview.watched(waits, NOW) == "nobody; job 57 (tiny-12345678-controller) is to, once the cluster starts it"
+    run.watched(command="job 57")
+    assert overview.watched(status.summary(run.path, NOW).watch, NOW) == "elsewhere/7 for 1 min; job 57"
 
 
 def test_a_phase_that_is_resumed_is_where_it_was_sealed(tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ import pytest
 
 from model import storage
 from model.contract import CheckpointRef, manifest_file
-from orchestrator import control, dry_run, store
-from orchestrator import spec as specs
+from orchestrator import control, dry_run, spec as specs, store
 from orchestrator.amend import digest
 from orchestrator.cluster import read_cluster
 from orchestrator.control import ControlError, SpecChangedError

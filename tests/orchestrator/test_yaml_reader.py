@@ -7,8 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from orchestrator.problems import SpecError
 from orchestrator.yaml_reader import MAX_BYTES, MAX_DEPTH, dump, parse_value, parse_yaml, read_yaml

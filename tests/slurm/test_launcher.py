@@ -16,8 +16,7 @@ import pytest
 
 from model import contract
 from model.contract import Cause
-from orchestrator.launchers import slurm as slurm_launcher
-from orchestrator.launchers import slurm_queue
+from orchestrator.launchers import slurm as slurm_launcher, slurm_queue
 from orchestrator.launchers.base import LaunchError, LaunchState, UnansweredError
 from tests.model.standin.attempts import Case, make, wait_for
 from tests.slurm.attempts import PROFILE, ask, impostor, jobs_of, launcher, look, trains, wait_until

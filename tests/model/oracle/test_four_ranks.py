@@ -15,8 +15,7 @@ from torch.nn import functional as F
 
 from model import parallel
 from model.losses.contrastive import contrastive
-from tests.model.oracle import formulas
-from tests.model.oracle import test_versions as versions
+from tests.model.oracle import formulas, test_versions as versions
 from tests.model.oracle.engine import BATCH, Case, assert_same_steps, batch
 from tests.model.oracle.test_text import aligned, assert_same_tensors, expected_alignment
 

@@ -11,8 +11,7 @@ from model import config, parallel
 from model.data.batch import PairBatch
 from model.objectives.base import Moment
 from model.objectives.build import build
-from tests.model.oracle import formulas
-from tests.model.oracle import test_versions as versions
+from tests.model.oracle import formulas, test_versions as versions
 from tests.model.oracle.engine import BATCH, assert_close
 from tests.model.oracle.network import Disturbed, tokens
 from tests.model.oracle.text import text_tower, vision_head

@@ -21,13 +21,13 @@ from tests.model.oracle.engine import (
     assert_close,
     assert_same_state,
     assert_same_steps,
+    backbone as backbone_settings,
     batch,
     copied,
     engine,
     engine_step,
     oracle_step,
 )
-from tests.model.oracle.engine import backbone as backbone_settings
 from tests.model.oracle.network import HEADS, backbone
 
 GROUP, STEPS = 4, 3

@@ -15,8 +15,7 @@ from model.networks.vit import VisionTransformer
 from model.weights import __main__ as command
 from orchestrator import progress
 from tests.model.test_checkpoint import make_attempt
-from tests.model.test_train import MODEL, phase_settings, train
-from tests.model.test_train import images as images
+from tests.model.test_train import MODEL, images as images, phase_settings, train
 from tests.model.weights.test_outside import apart, ours, seen
 
 pytestmark = pytest.mark.jobs

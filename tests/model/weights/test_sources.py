@@ -21,8 +21,7 @@ from model import checkpoint, config, storage
 from model.config import Backbone
 from model.networks.init import create
 from model.networks.vit import VisionTransformer
-from model.weights import __main__ as command
-from model.weights import networks, start, stream
+from model.weights import __main__ as command, networks, start, stream
 from model.weights.convert import convert
 from model.weights.entries import WeightsError, of
 from model.weights.outside import Prepared
