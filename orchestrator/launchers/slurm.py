@@ -50,12 +50,15 @@ class SlurmLauncher:
         return slurm_script.script(self.cluster, attempt, digest)
 
     def submit(self, attempt: Attempt, digest: str) -> dict[str, Any]:
-        """sbatch, through submitit. Raises UnansweredError if the cluster may have taken the job or not."""
-        from orchestrator.launchers import slurm_script, slurm_submit
+        """sbatch, through submitit, and once more for the small job that takes in the end, whatever it is. Raises
+        UnansweredError if the cluster may have taken the attempt's job or not."""
+        from orchestrator.launchers import slurm_control, slurm_script, slurm_submit
 
         executor = slurm_script.executor(self.cluster, attempt, digest)
         try:
-            return slurm_submit.submit(executor, attempt)
+            handle = slurm_submit.submit(executor, attempt)
+            options = slurm_script.options(self.cluster, attempt).model_dump()
+            return handle | slurm_control.cover_end(attempt, options, handle["job"])
         finally:
             slurm_queue.forget()
 
