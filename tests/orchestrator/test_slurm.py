@@ -147,7 +147,7 @@ def problems(*overrides: str) -> list[Problem]:
 def test_an_unknown_key_is_told_with_its_path_and_what_was_meant() -> None:
     (problem,) = problems("phases.gram.resources.slurm={partitoin: gpu}")
     assert problem.path == "phases.gram.resources.slurm.partitoin"
-    assert "did you mean partition?" in problem.hint
+    assert "did you mean partition" in problem.hint
     (problem,) = problems("resources.slurm={notice_seconds: soon}")
     assert problem.path == "resources.slurm.notice_seconds"
     (problem,) = problems("evaluate.resources.slurm={gpu: false}")
