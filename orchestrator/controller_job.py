@@ -19,10 +19,10 @@ from typing import Any
 from model import contract, storage
 from model.contract import ControllerJob
 from orchestrator import control, launchers, tracking
+from orchestrator.asking_slurm import NoAnswerError
 from orchestrator.control import Controller
 from orchestrator.launchers import slurm_control
 from orchestrator.launchers.base import LaunchError
-from orchestrator.slurm_cluster import NoAnswerError
 from orchestrator.state import State
 
 TICK_SECONDS = 5.0

@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 from model import storage
 from orchestrator import slurm_cluster, stakes
+from orchestrator.asking_slurm import NoAnswerError, ask
 from orchestrator.cluster import ClusterProfile, Slurm
 from orchestrator.notice import Notice
 from orchestrator.problems import listed
-from orchestrator.slurm_cluster import Fields, NoAnswerError, Node
+from orchestrator.slurm_cluster import Fields, Node
 from orchestrator.spec import Job
 
 Level = Literal["ok", "warning", "wrong"]
@@ -217,7 +218,7 @@ def _would_take(patient: Patient) -> Finding:
     """sbatch itself on a job like ours, which it does not start."""
     words = ["sbatch", "--test-only", *attempt_options(patient, patient.nodes), "--wrap", "true"]
     try:
-        slurm_cluster.ask(*words)
+        ask(*words)
     except NoAnswerError as error:
         return wrong("sbatch", str(error), "what it says is about the profile's slurm section")
     return ok("sbatch", f"would take a job of {patient.nodes} nodes with the profile's options")

@@ -19,12 +19,12 @@ import msgspec
 
 from model import contract, storage
 from model.contract import node_report
-from orchestrator import slurm_cluster, stakes
+from orchestrator import stakes
+from orchestrator.asking_slurm import NoAnswerError, ask
 from orchestrator.doctor import Finding, Patient, about_saves, attempt_options, ok, warning, wrong
 from orchestrator.launchers import slurm_control
 from orchestrator.launchers.slurm_control import Small
 from orchestrator.problems import listed
-from orchestrator.slurm_cluster import NoAnswerError
 
 BYTES = 256 << 20
 """That each node writes to measure how fast the folder of runs is."""
@@ -100,7 +100,7 @@ def _by_slurm(patient: Patient, folder: str, seconds: float) -> Seen:
         nonlocal asked, state
         if time.monotonic() - asked > ASK_SECONDS:
             with suppress(NoAnswerError):
-                state = slurm_cluster.ask("squeue", "-h", "-j", job, "-t", "all", "-o", "%T %r").strip() or GONE
+                state = ask("squeue", "-h", "-j", job, "-t", "all", "-o", "%T %r").strip() or GONE
             asked = time.monotonic()
         return state
 
@@ -108,7 +108,7 @@ def _by_slurm(patient: Patient, folder: str, seconds: float) -> Seen:
         return _wait(patient, folder, seconds, standing)
     finally:
         with suppress(NoAnswerError):
-            slurm_cluster.ask("scancel", job)
+            ask("scancel", job)
 
 
 def _here(patient: Patient, folder: str, seconds: float) -> Seen:

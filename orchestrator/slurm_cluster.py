@@ -6,27 +6,17 @@ Text with named fields throughout: `--json` changes its shape with every release
 from __future__ import annotations
 
 import getpass
-import os
 import re
 import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from orchestrator.asking_slurm import ask
 
 COMMANDS = ("sbatch", "srun", "squeue", "sacct", "scancel", "scontrol", "sinfo")
 """What dinoctl calls; `sacctmgr` only where accounting is on."""
 
-ASK_SECONDS = 20.0
-"""How long a controller may take to answer. Slurm's own commands wait for minutes."""
-
-ABOUT_A_JOB = re.compile("(SLURM|SLURMD|SBATCH|SRUN|SALLOC|SQUEUE|SACCT|SCANCEL|SINFO|SUBMITIT|PMI)_")
-KEPT = ("SLURM_CONF", "SLURM_JWT")
-
 Fields = dict[str, str]
-
-
-class NoAnswerError(RuntimeError):
-    """A command of Slurm's is not there, failed, or took too long; the message says which and what it said."""
 
 
 @dataclass(frozen=True)
@@ -50,30 +40,6 @@ class Node:
 def missing() -> list[str]:
     """Those of Slurm's commands that are not on the PATH."""
     return [command for command in COMMANDS if shutil.which(command) is None]
-
-
-def ask(*words: str, given: str = "", seconds: float = ASK_SECONDS) -> str:
-    """What a command of Slurm's prints; `given` is its standard input. Raises NoAnswerError."""
-    command = " ".join(words)
-    try:
-        done = subprocess.run(
-            words, input=given, capture_output=True, text=True, errors="replace", timeout=seconds, env=environment(),
-            check=False,
-        )  # fmt: skip
-    except FileNotFoundError:
-        raise NoAnswerError(f"{words[0]} is not here") from None
-    except subprocess.TimeoutExpired:
-        raise NoAnswerError(f"no answer within {seconds:g} s: {command}") from None
-    if done.returncode != 0:
-        said = " ".join((done.stderr or done.stdout).split()) or "it said nothing"
-        raise NoAnswerError(f"{command} failed ({done.returncode}): {said}")
-    return done.stdout
-
-
-def environment() -> dict[str, str]:
-    """Ours, without what a surrounding job or shell says to Slurm's commands: it would count for more than options, and
-    sbatch would hand the numbers of this job on to the next."""
-    return {name: value for name, value in os.environ.items() if name in KEPT or not ABOUT_A_JOB.match(name)}
 
 
 def version() -> str:

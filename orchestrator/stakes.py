@@ -11,10 +11,10 @@ from model.config import AnyPhase, Model
 from model.contract import Step
 from model.storage import StoreError
 from orchestrator import notice, progress, slurm_cluster, store
+from orchestrator.asking_slurm import NoAnswerError
 from orchestrator.cluster import ClusterProfile, Slurm
 from orchestrator.notice import Cost, Notice, Work
 from orchestrator.overview import size
-from orchestrator.slurm_cluster import NoAnswerError
 from orchestrator.spec import Job
 from orchestrator.state import fold
 

@@ -17,9 +17,10 @@ from typing import Any
 
 from model import contract, storage
 from model.contract import Attempt, Claim
+from orchestrator.asking_slurm import NoAnswerError, ask
 from orchestrator.launchers import slurm_queue, slurm_words
 from orchestrator.launchers.base import LaunchError, LaunchState, Observation, Query
-from orchestrator.launchers.slurm_queue import Job, NoAnswerError, label
+from orchestrator.launchers.slurm_queue import Job, label
 
 LAG_SECONDS = 30.0
 """How long accounts may lag: a job that neither squeue nor sacct knows is over once it was not seen for so long."""
@@ -240,7 +241,7 @@ def _cancel(job: Job, *, hard: bool) -> None:
 
 def _scancel(*arguments: str) -> None:
     try:
-        slurm_queue.ask("scancel", *arguments)
+        ask("scancel", *arguments)
     except NoAnswerError as error:
         if not slurm_words.is_over(str(error)):
             raise

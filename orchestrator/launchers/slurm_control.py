@@ -21,9 +21,8 @@ from typing import Any
 
 from model import contract, storage
 from model.contract import Attempt
-from orchestrator import slurm_cluster
+from orchestrator.asking_slurm import NoAnswerError, ask
 from orchestrator.attempts import NAME_LENGTH
-from orchestrator.slurm_cluster import NoAnswerError
 
 END, CONTROLLER = "end", "controller"
 
@@ -92,7 +91,7 @@ def _cancel_earlier(attempt: Attempt) -> None:
     """Only those that wait: one that runs may be who calls."""
     mine = [job for job in queued(attempt.run_id, END) if job.state == "PENDING"]
     if mine:
-        slurm_cluster.ask("scancel", "--state=PENDING", *(job.job for job in mine))
+        ask("scancel", "--state=PENDING", *(job.job for job in mine))
 
 
 # --- a controller of its own ------------------------------------------------------------------------------------------
@@ -130,7 +129,7 @@ def cancel_controllers(run_id: str) -> None:
     here = os.environ.get("SLURM_JOB_ID")
     others = [job.job for job in queued(run_id, CONTROLLER) if job.job != here]
     if others:
-        slurm_cluster.ask("scancel", *others)
+        ask("scancel", *others)
 
 
 # --- both -------------------------------------------------------------------------------------------------------------
@@ -138,7 +137,7 @@ def cancel_controllers(run_id: str) -> None:
 
 def queued(run_id: str, kind: str) -> list[Queued]:
     """The small jobs of a run that wait or run, oldest first. Raises NoAnswerError."""
-    text = slurm_cluster.ask("squeue", "-h", "--me", "-S", "i", "-o", "%i|%T|%j|%k")
+    text = ask("squeue", "-h", "--me", "-S", "i", "-o", "%i|%T|%j|%k")
     rows = [line.split("|", 3) for line in text.splitlines() if line.count("|") >= 3]
     return [
         Queued(job, name, state, comment)
@@ -149,7 +148,7 @@ def queued(run_id: str, kind: str) -> list[Queued]:
 
 def submit(small: Small) -> str:
     """Hand it to sbatch; the job's id. Raises NoAnswerError."""
-    return slurm_cluster.ask("sbatch", "--parsable", *small.options, given=small.script).strip().split(";")[0]
+    return ask("sbatch", "--parsable", *small.options, given=small.script).strip().split(";")[0]
 
 
 def placement(slurm: Mapping[str, Any]) -> list[str]:

@@ -10,17 +10,15 @@ from __future__ import annotations
 import os
 import pwd
 import re
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, TypeVar
 
-T = TypeVar("T")
+from orchestrator.asking_slurm import NoAnswerError, ask
 
-ASK_SECONDS = 20
-"""How long one question may take. A controller that is too busy for it does not answer."""
+T = TypeVar("T")
 
 MOST_NAMES = 100_000
 """Characters of one argument; the kernel takes 131,072 (MAX_ARG_STRLEN)."""
@@ -32,12 +30,6 @@ QUEUE = {
 """Fields of squeue and how wide each is printed, which cuts what is longer. No name of ours has a `|`."""
 
 ACCOUNTS = ("JobIDRaw", "State", "ExitCode", "Submit", "Partition", "NodeList", "JobName", "Comment")
-KEPT_VARIABLES = ("SLURM_CONF", "SLURM_JWT")
-ASKED_OF = re.compile("(SLURM|SLURMD|SBATCH|SRUN|SALLOC|SQUEUE|SACCT|SCANCEL|SINFO|SUBMITIT)_")
-
-
-class NoAnswerError(Exception):
-    """Slurm did not answer, or refused; in its own words."""
 
 
 @dataclass(frozen=True)
@@ -72,30 +64,6 @@ def user(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return str(uid)
-
-
-def without_surroundings() -> list[str]:
-    """A command before the command: env(1) without what a surrounding job or shell says to Slurm's programs, which
-    would count for more than a script's own lines (SBATCH_PARTITION), or be taken for the new job's (SLURM_NODEID)."""
-    found = sorted(name for name in os.environ if ASKED_OF.match(name) and name not in KEPT_VARIABLES)
-    return ["env", *(word for name in found for word in ("-u", name))]
-
-
-def ask(*command: str, seconds: float = ASK_SECONDS) -> str:
-    """What the command prints. Raises NoAnswerError with what it says instead."""
-    alone = [*without_surroundings(), "SLURM_TIME_FORMAT=%s", *command]
-    try:
-        done = subprocess.run(
-            alone, capture_output=True, text=True, errors="replace", timeout=seconds, stdin=subprocess.DEVNULL,
-            check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        raise NoAnswerError(f"{command[0]} has not answered for {seconds:g} s") from error
-    if done.returncode == 127:
-        raise NoAnswerError(f"{command[0]} is not on this machine; ask from a login node of the cluster")
-    if done.returncode:
-        raise NoAnswerError(" ".join(done.stderr.split()) or f"{command[0]} exited {done.returncode}")
-    return done.stdout
 
 
 # --- answers that are kept for a while --------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from submitit.slurm.slurm import SlurmExecutor
 from model import contract, storage
 from model.config import read
 from model.contract import Attempt
+from orchestrator import asking_slurm
 from orchestrator.cluster import Slurm
 from orchestrator.launchers import slurm_queue
 from orchestrator.launchers.base import LaunchError
@@ -45,7 +46,7 @@ class AttemptExecutor(SlurmExecutor):
 
     def _make_submission_command(self, submission_file_path: Path) -> list[str]:
         bounded = ["timeout", "--kill-after=5", str(SBATCH_SECONDS)]
-        return [*bounded, *slurm_queue.without_surroundings(), "sbatch", str(submission_file_path)]
+        return [*bounded, *asking_slurm.without_surroundings(), "sbatch", str(submission_file_path)]
 
 
 def options(cluster: Mapping[str, Any], attempt: Attempt) -> Slurm:

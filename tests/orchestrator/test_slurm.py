@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from model.contract import Cause
-from orchestrator import cli
+from orchestrator import asking_slurm, cli
 from orchestrator.cluster import read_cluster
-from orchestrator.launchers import launcher_for, slurm_queue, slurm_words
+from orchestrator.launchers import launcher_for, slurm_words
 from orchestrator.launchers.base import LaunchError, LaunchState
 from orchestrator.launchers.slurm import SlurmLauncher
 from orchestrator.launchers.slurm_queue import Job, hosts
@@ -123,11 +123,11 @@ def test_only_what_launches_takes_submitit_to_import() -> None:
 
 
 def test_the_surroundings_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if slurm_queue.ASKED_OF.match(name)]:
+    for name in [name for name in os.environ if asking_slurm.SAID_TO_SLURM.match(name)]:
         monkeypatch.delenv(name)
     for name in ("SLURM_JOB_ID", "SBATCH_PARTITION", "SQUEUE_FORMAT", "SLURM_CONF", "SLURM_JWT"):
         monkeypatch.setenv(name, "x")
-    command = slurm_queue.without_surroundings()
+    command = asking_slurm.without_surroundings()
     assert [word for word in command if word.isupper()] == ["SBATCH_PARTITION", "SLURM_JOB_ID", "SQUEUE_FORMAT"]
     seen = subprocess.run([*command, "env"], capture_output=True, text=True, check=True).stdout
     assert "SLURM_CONF=x" in seen
