@@ -3,29 +3,7 @@
 No torch, no pydantic: `dinoctl status` imports this and must answer at once. Records are frozen msgspec structs:
 they refuse unknown fields, and JSON is their only form on disk.
 
-A run's directory, every path relative to it:
-
-    events/000001.json                  the log; the state of the run is its fold
-    code/<digest>/model/                the read-only copy of model/ that the attempts run
-    attempts/<n>/attempt.yaml           all that attempt n is told; its only argument
-    attempts/<n>/claim.json             who trains attempt n (published exclusively, before rendezvous)
-    attempts/<n>/reserve                room that the agent gives up for its last word, should the disk be full
-    attempts/<n>/closed.json            the controller ended attempt n: nothing it seals from now on counts
-    attempts/<n>/outcome.json           how attempt n ended, in its agent's words
-    attempts/<n>/ranks/<rank>.json      how one rank ended, in its own words
-    attempts/<n>/nodes/<node>.json      how one node ended, in its agent's words; node 0 judges them all
-    attempts/<n>/progress/<chunk>.jsonl what happened at each step (rank 0)
-    attempts/<n>/recorded/              steps written down whole, for `dinoctl replay`
-    attempts/<n>/log/                   agent.log, agent-<node>.log, rank-<rank>.log; in a bucket folders of chunks
-    checkpoints/<phase>/<n>/<step>/     shards, then manifest.json: no manifest, no checkpoint;
-                                        <part>.dropped: that part is gone, as only others are kept
-    data/                               the index of the images
-    controller.json                     the job on the cluster that was submitted last to keep this run going
-    pins/<phase>-<n>-<step>-<by>.json   another run takes that checkpoint, or a person wants it: it is never pruned
-    bad/<phase>-<n>-<step>.json         that checkpoint cannot be read: nobody takes it
-    watchers/<id>.json                  who keeps this run going, and when they last looked
-    folded.msgpack                      what the log folds to, read where it is still true; may be removed
-    report/, tracking/, watch.log       table and pictures; how far the MLflow shipper got; what a watcher said
+The files of a run's directory: `model.run_files`.
 """
 
 from __future__ import annotations
@@ -42,11 +20,39 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from model import (
-    kept as kept,  # a part of this module
-    node_report as node_report,  # another
+# All of these are parts of this module: nobody else imports them.
+from model import kept as kept, node_report as node_report
+from model.host_list import hosts as hosts
+from model.run_files import (
+    ATTEMPTS_DIR as ATTEMPTS_DIR,
+    BAD_DIR as BAD_DIR,
+    CONTROLLER_FILE as CONTROLLER_FILE,
+    EVENTS_DIR as EVENTS_DIR,
+    PINS_DIR as PINS_DIR,
+    REPORT_DIR as REPORT_DIR,
+    REPORT_FILE as REPORT_FILE,
+    WATCHERS_DIR as WATCHERS_DIR,
+    agent_log as agent_log,
+    attempt_dir as attempt_dir,
+    attempt_yaml as attempt_yaml,
+    bad_file as bad_file,
+    checkpoint_dir as checkpoint_dir,
+    claim_file as claim_file,
+    closed_file as closed_file,
+    dropped_file as dropped_file,
+    event_file as event_file,
+    log_dir as log_dir,
+    manifest_file as manifest_file,
+    node_file as node_file,
+    outcome_file as outcome_file,
+    pin_file as pin_file,
+    progress_chunk as progress_chunk,
+    progress_dir as progress_dir,
+    rank_file as rank_file,
+    rank_log as rank_log,
+    recorded_file as recorded_file,
 )
-from model.scratch import (  # and this
+from model.scratch import (
     end_file as end_file,
     pid_file as pid_file,
     pulse_file as pulse_file,
@@ -311,93 +317,6 @@ class ContractError(ValueError):
     """A file in a run directory is torn or was written by another version."""
 
 
-# File names, relative to the run directory.
-
-
-def event_file(number: int) -> str:
-    return f"events/{number:06d}.json"
-
-
-def attempt_dir(attempt: int) -> str:
-    return f"attempts/{attempt}"
-
-
-def attempt_yaml(attempt: int) -> str:
-    return f"attempts/{attempt}/attempt.yaml"
-
-
-def claim_file(attempt: int) -> str:
-    return f"attempts/{attempt}/claim.json"
-
-
-def closed_file(attempt: int) -> str:
-    return f"attempts/{attempt}/closed.json"
-
-
-def outcome_file(attempt: int) -> str:
-    return f"attempts/{attempt}/outcome.json"
-
-
-def rank_file(attempt: int, rank: int) -> str:
-    return f"attempts/{attempt}/ranks/{rank}.json"
-
-
-def node_file(attempt: int, node: int) -> str:
-    """A RankEnd: how the node's part ended, as its agent judges it."""
-    return f"attempts/{attempt}/nodes/{node}.json"
-
-
-def progress_dir(attempt: int) -> str:
-    return f"attempts/{attempt}/progress"
-
-
-def progress_chunk(attempt: int, chunk: int) -> str:
-    return f"attempts/{attempt}/progress/{chunk:06d}.jsonl"
-
-
-def recorded_file(attempt: int, step: int, rank: int) -> str:
-    """The update that led to `step`, as that rank computed it."""
-    return f"attempts/{attempt}/recorded/{step}-rank{rank}.safetensors"
-
-
-def log_dir(attempt: int) -> str:
-    return f"attempts/{attempt}/log"
-
-
-def agent_log(attempt: int, node: int = 0) -> str:
-    return f"attempts/{attempt}/log/agent{f'-{node}' if node else ''}.log"
-
-
-def rank_log(attempt: int, rank: int) -> str:
-    return f"attempts/{attempt}/log/rank-{rank}.log"
-
-
-def checkpoint_dir(phase: str, attempt: int, step: int) -> str:
-    return f"checkpoints/{phase}/{attempt}/{step}"
-
-
-def pin_file(phase: str, attempt: int, step: int, by: str) -> str:
-    """Published in the run that holds the checkpoint; `by`: the taker's run id and the input, or `user`."""
-    return f"{PINS_DIR}/{phase}-{attempt}-{step}-{by}.json"
-
-
-def bad_file(phase: str, attempt: int, step: int) -> str:
-    return f"{BAD_DIR}/{phase}-{attempt}-{step}.json"
-
-
-def manifest_file(phase: str, attempt: int, step: int) -> str:
-    return f"{checkpoint_dir(phase, attempt, step)}/manifest.json"
-
-
-def dropped_file(phase: str, attempt: int, step: int, part: str) -> str:
-    """The note that a part is gone, on purpose (`kept.DROPPED`)."""
-    return f"{checkpoint_dir(phase, attempt, step)}/{part}{kept.DROPPED}"
-
-
-EVENTS_DIR, ATTEMPTS_DIR, PINS_DIR, BAD_DIR, WATCHERS_DIR = "events", "attempts", "pins", "bad", "watchers"
-REPORT_DIR = "report"
-REPORT_FILE = "report/report.json"
-CONTROLLER_FILE = "controller.json"
 EVALUATE = "evaluate"
 """The stage after the last phase. It has attempts like a phase, and no phase may take its name."""
 

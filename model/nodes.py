@@ -6,7 +6,6 @@ by no scheduler is node 0 of 1. Another scheduler is one more function beside `_
 
 from __future__ import annotations
 
-import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,36 +43,14 @@ def _on_slurm(environment: Mapping[str, str]) -> Node:
     count = int(next((environment[name] for name in names if name in environment), "1"))
     if number >= count:
         raise ValueError(f"SLURM_NODEID is {number}, and the job's step has {count} nodes: start one task on each node")
-    hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or ""
+    listed = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or ""
     return Node(
         number,
         count,
         environment.get("SLURMD_NODENAME") or contract.hostname(),
         f"{environment['SLURM_JOB_ID']}.{environment.get('SLURM_RESTART_COUNT') or 0}",
-        tuple(expand(hosts)),
+        tuple(contract.hosts(listed)),
     )
-
-
-def expand(hosts: str) -> list[str]:
-    """The names that a host list of Slurm's means: `gpu[01-03,7],login` is gpu01, gpu02, gpu03, gpu7, login."""
-    names = []
-    for item in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", hosts):
-        names += _expand_one(item)
-    return names
-
-
-def _expand_one(item: str) -> list[str]:
-    """One name of the list, with any number of brackets."""
-    found = re.search(r"\[([^\]]*)\]", item)
-    if found is None:
-        return [item]
-    before, after = item[: found.start()], _expand_one(item[found.end() :])
-    numbers = []
-    for part in found[1].split(","):
-        first, _, last = part.partition("-")
-        width = len(first)
-        numbers += [f"{number:0{width}d}" for number in range(int(first), int(last or first) + 1)]
-    return [f"{before}{number}{rest}" for number in numbers for rest in after]
 
 
 def address() -> str:

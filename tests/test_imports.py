@@ -19,7 +19,7 @@ PARTS_OF_CONFIG = {"model.architectures", "model.data_section", "model.engine_se
 PARTS_OF_STORAGE = {"model.anywhere", "model.bucket", "model.s3", "model.store_errors"}
 """What `model.storage` is made of; nobody else's to import."""
 
-PARTS_OF_CONTRACT = {"model.kept", "model.node_report", "model.scratch"}
+PARTS_OF_CONTRACT = {"model.host_list", "model.kept", "model.node_report", "model.run_files", "model.scratch"}
 """What `model.contract` is made of; nobody else's to import, but through it."""
 
 HEAVY = ("torch", "torchvision", "mlflow", "pydantic", "numpy", "fsspec", "submitit", "torchx")

@@ -13,7 +13,6 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any, TypeVar
 
 from orchestrator.asking_slurm import NoAnswerError, ask
@@ -230,22 +229,3 @@ def _exit_code(status: int | None) -> int | None:
     if status is None:
         return None
     return 128 + (status & 0x7F) if status & 0x7F else status >> 8
-
-
-def hosts(nodes: str) -> list[str]:
-    """`rack[1-2]n[01-03],login` as a list of hosts."""
-    found: list[str] = []
-    for part in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", nodes):
-        pieces = re.split(r"(\[[^\]]*\])", part)
-        found += map("".join, product(*(_expanded(piece) for piece in pieces)))
-    return [host for host in found if host not in ("", "None assigned", "(null)")]
-
-
-def _expanded(piece: str) -> list[str]:
-    if not piece.startswith("["):
-        return [piece]
-    numbers: list[str] = []
-    for part in piece.strip("[]").split(","):
-        low, _, high = part.partition("-")
-        numbers += [str(n).zfill(len(low)) for n in range(int(low), int(high or low) + 1)]
-    return numbers

@@ -6,9 +6,9 @@ import re
 import time
 from typing import Any
 
-from model.contract import CAUSES, Cause
+from model.contract import CAUSES, Cause, hosts
 from orchestrator.launchers.base import LaunchState, Observation
-from orchestrator.launchers.slurm_queue import Job, hosts
+from orchestrator.launchers.slurm_queue import Job
 
 PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")

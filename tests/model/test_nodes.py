@@ -73,12 +73,6 @@ def test_slurm_says_which_node_it_is() -> None:
     assert (expected.host(2), expected.host(9)) == ("gpu03", "node 9")
 
 
-def test_a_host_list_is_expanded() -> None:
-    assert nodes.expand("a,b[1-2]-x,c[08-10,3]") == ["a", "b1-x", "b2-x", "c08", "c09", "c10", "c3"]
-    assert nodes.expand("r[0-1]n[1-2]") == ["r0n1", "r0n2", "r1n1", "r1n2"]
-    assert nodes.expand("") == []
-
-
 @pytest.mark.parametrize(
     ("signals", "scheduled", "alone"),
     [

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
+from model import contract
 from model.contract import Cause
 from orchestrator import asking_slurm, cli
 from orchestrator.cluster import read_cluster
 from orchestrator.launchers import launcher_for, slurm_words
 from orchestrator.launchers.base import LaunchError, LaunchState
 from orchestrator.launchers.slurm import SlurmLauncher
-from orchestrator.launchers.slurm_queue import Job, hosts
+from orchestrator.launchers.slurm_queue import Job
 from orchestrator.problems import Problem, SpecError
 from orchestrator.remarks import remarks
 from orchestrator.spec import read_job
@@ -215,7 +216,7 @@ def test_elsewhere_it_says_nothing_and_that_is_said() -> None:
     ],
 )
 def test_lists_of_nodes(written: str, meant: list[str]) -> None:
-    assert hosts(written) == meant
+    assert contract.hosts(written) == meant
 
 
 @pytest.mark.parametrize(
