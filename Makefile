@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+CONTRACT := tests/orchestrator/test_launcher_contract.py
+
 .DEFAULT_GOAL := help
-.PHONY: help setup data data_long demo demo_seeds demo_long ablations test check lint types unit jobs slurm lock clean
+.PHONY: help setup data data_long demo demo_seeds demo_long ablations test check lint types unit jobs jobs_here jobs_slurm slurm lock clean
 
 help:           ## this list
 	@grep -E '^[a-z_]+: .*##|^[a-z_]+:  +##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -47,8 +49,15 @@ types: setup    ## mypy --strict on both houses and the dev cluster
 unit: setup     ## tests that start no jobs, on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m "not jobs" -n 2 --dist loadfile
 
-jobs: setup     ## real torchrun jobs, killed and resumed
-	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m jobs
+# Two at a time: a Slurm mostly lets one wait.
+jobs: setup     ## real torchrun jobs, killed and resumed, here and on a real Slurm
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target jobs_here jobs_slurm
+
+jobs_here: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m jobs --ignore=tests/slurm --deselect=$(CONTRACT)
+
+jobs_slurm: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m jobs tests/slurm $(CONTRACT)
 
 slurm:          ## a real Slurm of two virtual nodes on this machine, as root (clusters/dev/slurm)
 	clusters/dev/slurm/install
