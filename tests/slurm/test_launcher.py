@@ -310,7 +310,7 @@ def test_any_number_of_jobs_is_one_question(
 
 def test_where_only_the_task_is_signalled_a_cancel_works_alike(slurm: Cluster, tmp_path: Path) -> None:
     slurm.configure(proctrack="pgid")
-    soft, hard = make(tmp_path / "soft", ["steps:100000"]), make(tmp_path / "hard", ["children"])
+    soft, hard = (make(tmp_path / name, ["steps:100000"]) for name in ("soft", "hard"))
     handles = [launcher().submit(case.attempt, case.digest) for case in (soft, hard)]
     for case in (soft, hard):
         wait_for(lambda case=case: trains(slurm, case), 60)
