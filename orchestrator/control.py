@@ -260,12 +260,13 @@ def follow(this: Controller, *, clock: Callable[[], float] = now, sleep: Callabl
 
     An agent's last act, and what a detached submit does; of two that follow neither counts on the other (`every` 0).
     """
+    began = clock()
     while True:
         result = tick(this, clock())
         known = store.watchers(this.run_dir, of_folder=result.state.cluster["launcher"] != "local")
         others = [watcher for watcher in known if (watcher.host, watcher.pid) != (this.me.host, this.me.pid)]
-        watched = isinstance(result.action, Wait) and any(store.is_alive(watcher, clock()) for watcher in others)
-        if result.settled or watched:
+        watched = any(store.surely_watches(watcher, began, clock()) for watcher in others)
+        if result.settled or (isinstance(result.action, Wait) and watched):
             return result.state
         sleep(result.pause)
 

@@ -233,6 +233,13 @@ def is_alive(watcher: Watcher, now: float) -> bool:
     return process_is_there(watcher.host, watcher.boot_id, watcher.pid, watcher.started) is not False
 
 
+def surely_watches(watcher: Watcher, since: float, now: float) -> bool:
+    """Whether it can be counted on: its process is there or, on another machine, it has looked after `since`. One that
+    looked before may have died right after."""
+    there = process_is_there(watcher.host, watcher.boot_id, watcher.pid, watcher.started)
+    return is_alive(watcher, now) and (there is True or watcher.seen_at >= since)
+
+
 def process_is_there(host: str, boot: str, pid: int, started: float) -> bool | None:
     """Whether that very process still runs; None if it is of another machine and cannot be seen from here."""
     if host != hostname():

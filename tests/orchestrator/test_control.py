@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from model.contract import EVALUATE, Cause, CheckpointRef
+from model.contract import EVALUATE, Cause, CheckpointRef, Watcher
 from orchestrator import attempts, code, control, store
 from orchestrator.control import ControlError
 from orchestrator.decide import AskToStop, Rest, Wait
@@ -223,6 +224,27 @@ def test_follow_waits_out_a_pause_unless_somebody_watches(bench: Bench) -> None:
     state = control.follow(this, clock=lambda: bench.now, sleep=sleep)
     assert (len(bench.launcher.jobs), state.live and state.live.number) == (2, 2)
     assert sum(slept) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_who_watches_from_another_machine_has_to_look_again_to_be_counted_on(bench: Bench, alive: bool) -> None:
+    bench.submit()
+    bench.tick()
+    there = Watcher(
+        host="elsewhere", boot_id="b", pid=1, started=0.0, command="watch", seen_at=bench.now, every=10.0
+    )  # fmt: skip
+    store.heartbeat(bench.dir(), there)
+    bench.now += 1.0
+    bench.launcher.job.running = False
+    this = control.controller(bench.dir(), bench.launcher, command="tick", every=0.0, settle_seconds=5.0)
+
+    def sleep(seconds: float) -> None:
+        bench.now += seconds
+        if alive:
+            store.heartbeat(bench.dir(), msgspec.structs.replace(there, seen_at=bench.now))
+
+    state = control.follow(this, clock=lambda: bench.now, sleep=sleep)
+    assert [attempt.number for attempt in state.attempts] == ([1] if alive else [1, 2])
 
 
 def test_events_are_in_the_order_that_survives_a_crash(bench: Bench) -> None:
