@@ -70,7 +70,7 @@ def test_a_run_goes_on_with_no_process_of_ours(slurm: Cluster, job: Job, how: st
     wait(lambda: sealed(job), "a checkpoint")
     attempt = str(launched["handle"]["job"])
     if how == "killed with its agent":
-        slurm.run("scancel", "--signal=KILL", "--full", attempt)
+        slurm.run("scancel", "--signal=KILL", f"{attempt}.0")  # the step: a job is sent TERM first
     else:
         slurm.kill_node(slurm.run("squeue", "-h", "-j", attempt, "-o", "%N").strip())
     wait(lambda: len(job.events("AttemptEnded")) == 2, "the second attempt to end", 2 * PATIENCE)
