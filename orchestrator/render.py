@@ -53,7 +53,7 @@ def _head(view: Detail, now: float) -> list[Text]:
     if view.forked_from:
         lines.append(Text(f"forked from {view.forked_from}"))
     if run.watch:
-        style = "" if run.watch.pid else "yellow"  # nobody: the run stands still
+        style = "" if run.watch.pid or run.watch.job else "yellow"  # nobody: the run stands still
         lines.append(Text.assemble("watched by ", (watched(run.watch, now), style)))
         lines += [Text(f"cannot be read: {error}", style="yellow") for error in run.watch.unreadable]
     return [*lines, Text("")]

@@ -30,7 +30,7 @@ class RunNotFoundError(LookupError):
 
 class Watch(msgspec.Struct, frozen=True, kw_only=True):
     """Who keeps a run going. Nobody: `host` and `pid` are None and `since` is when somebody last looked, if ever.
-    `unreadable`: heartbeats that cannot be read, and why; `job`: the controller's job on the cluster, if it has one."""
+    `unreadable`: heartbeats that cannot be read, and why; `job`: what a job on the cluster does for it, if one does."""
 
     host: str | None
     pid: int | None
@@ -206,7 +206,7 @@ def _watch(run_dir: str, run: State, now: float) -> Watch:
             job = watcher.command if watcher.command.startswith("job ") else ""
             return Watch(host=watcher.host, pid=watcher.pid, since=watcher.started, unreadable=unreadable, job=job)
     since = watchers[0].seen_at if watchers else None
-    return Watch(host=None, pid=None, since=since, unreadable=unreadable, job=_controller(run_dir))
+    return Watch(host=None, pid=None, since=since, unreadable=unreadable, job=_controller(run_dir) or _end_job(run))
 
 
 def _controller(run_dir: str) -> str:
@@ -217,6 +217,12 @@ def _controller(run_dir: str) -> str:
     except (FileNotFoundError, contract.ContractError):
         return ""
     return f"job {job.job} ({job.name}) is to, once the cluster starts it"
+
+
+def _end_job(run: State) -> str:
+    """The job on the cluster that depends on the live attempt's."""
+    job = (run.live.handle or {}).get("end_job") if run.live else None
+    return f"job {job} looks what is due when the attempt ends" if job else ""
 
 
 def _why(run: State) -> tuple[Cause | None, str]:
@@ -230,7 +236,7 @@ def _why(run: State) -> tuple[Cause | None, str]:
 
 
 def _advice(run: State, watch: Watch | None, run_dir: str) -> str:
-    nobody = watch is not None and watch.pid is None
+    nobody = watch is not None and watch.pid is None and not watch.job
     if nobody or run.status in ("stopped", "failed", "cancelled"):
         return f"dinoctl resume {run_dir}"
     return ""

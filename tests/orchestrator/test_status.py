@@ -79,6 +79,14 @@ def test_a_controller_that_is_a_job_is_named_while_it_watches_and_while_it_waits
     assert overview.watched(status.summary(run.path, NOW).watch, NOW) == "elsewhere/7 for 1 min; job 57"
 
 
+def test_a_run_whose_job_waits_for_the_attempts_end_needs_nobody(tmp_path: Path) -> None:
+    run = Run(tmp_path / "tiny")
+    run.launch(1, "pretrain", job="57", end_job="58")
+    summary = status.summary(run.path, NOW)
+    assert overview.watched(summary.watch, NOW) == "nobody; job 58 looks what is due when the attempt ends"
+    assert summary.advice == ""
+
+
 def test_a_phase_that_is_resumed_is_where_it_was_sealed(tmp_path: Path) -> None:
     run = Run(tmp_path / "tiny")
     run.launch(1, "pretrain")

@@ -64,10 +64,10 @@ class Run:
         self.count += 1
         store.append(self.path, self.count, kind(at=self.at, nonce=contract.new_nonce(), **fields))
 
-    def launch(self, attempt: int, phase: str, nodes: int | None = None) -> None:
+    def launch(self, attempt: int, phase: str, nodes: int | None = None, **handle: Any) -> None:
         intent = {"attempt": attempt, "phase": phase, "launch_name": "n", "digest": "", "owner": "me", "lease_until": 0}
         self.add(events.AttemptIntended, nodes=nodes, **intent)
-        self.add(events.AttemptLaunched, attempt=attempt, handle={"pid": 1})
+        self.add(events.AttemptLaunched, attempt=attempt, handle=handle or {"pid": 1})
 
     def told(self, attempt: int, phase: str, resume: list[CheckpointRef]) -> None:
         """The attempt's YAML."""
