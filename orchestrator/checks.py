@@ -8,32 +8,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from functools import reduce
 from typing import Any, cast
 
 from model import contract, storage
-from model.config import AnyPhase, Data, Evaluate, Model, SslPhase, TextPhase
+from model.config import AnyPhase, Data, SslPhase, TextPhase
 from orchestrator import attempts, data_places, handoff, image_checks, layouts, slurm_checks
 from orchestrator.cluster import ClusterProfile
+from orchestrator.draft import Draft
 from orchestrator.handoff import SSL_KINDS, TAKES, HandoffError, Reference
 from orchestrator.problems import Path, Problem, did_you_mean, listed, shown
 from orchestrator.state import IllegalEvent
 from orchestrator.store import LogError
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A job as far as it could be read. `names` and `raw` hold every phase, `phases` those valid by themselves."""
-
-    raw: Mapping[str, Any]
-    names: Sequence[str]
-    phases: Mapping[str, AnyPhase]
-    model: Model | None
-    evaluate: Evaluate | None
-    cluster: ClusterProfile | None
-    runs: str | None = None  # the folder of runs in which checkpoints of other runs are looked for; None: nowhere
 
 
 def all_problems(draft: Draft, *, check_data: bool) -> list[Problem]:

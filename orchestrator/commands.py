@@ -352,10 +352,11 @@ def doctor(options: Options) -> int:
     """Each finding is printed when it is there: the checks by jobs may wait in a queue."""
     from orchestrator import control, doctor
     from orchestrator.cluster import read_cluster
+    from orchestrator.findings import Patient
 
     job, cluster = _read(options) if options.file else (None, read_cluster(options.cluster or "local"))
     runs = control.absolute(_runs(options, job.runs if job else DEFAULT_RUNS))
-    patient = doctor.Patient(cluster, job, runs, options.nodes)
+    patient = Patient(cluster, job, runs, options.nodes)
     findings = []
     for finding in doctor.examine(patient, jobs=options.jobs, seconds=options.timeout):
         findings.append(finding)

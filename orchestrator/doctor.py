@@ -9,67 +9,16 @@ from __future__ import annotations
 import getpass
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 from model import storage
-from orchestrator import slurm_cluster, stakes
+from orchestrator import doctor_on_nodes, slurm_cluster, stakes
 from orchestrator.asking_slurm import NoAnswerError, ask
-from orchestrator.cluster import ClusterProfile, Slurm
-from orchestrator.notice import Notice
+from orchestrator.cluster import ClusterProfile
+from orchestrator.findings import Finding, Patient, about_saves, attempt_options, ok, warning, wrong
 from orchestrator.problems import listed
 from orchestrator.slurm_cluster import Fields, Node
-from orchestrator.spec import Job
-
-Level = Literal["ok", "warning", "wrong"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One check. todo: what to do about it; empty if it is ok."""
-
-    level: Level
-    check: str
-    found: str
-    todo: str = ""
-
-    def __str__(self) -> str:
-        todo = f"\n{'':<24}-> {self.todo}" if self.todo else ""
-        return f"{self.level:<8} {self.check:<14} {self.found}{todo}"
-
-
-def ok(check: str, found: str) -> Finding:
-    return Finding("ok", check, found)
-
-
-def warning(check: str, found: str, todo: str) -> Finding:
-    return Finding("warning", check, found, todo)
-
-
-def wrong(check: str, found: str, todo: str) -> Finding:
-    return Finding("wrong", check, found, todo)
-
-
-@dataclass(frozen=True)
-class Patient:
-    """What is examined: a cluster, for this job if one was named, else for any."""
-
-    cluster: ClusterProfile
-    job: Job | None
-    runs: str
-    nodes: int  # that take part in the checks by jobs
-
-    @property
-    def slurm(self) -> Slurm:
-        """What sbatch is told."""
-        if self.job is None:
-            return self.cluster.slurm or Slurm()
-        return stakes.slurm_section(self.job, self.cluster, next(iter(self.job.phases)))
-
-    @property
-    def run_dir(self) -> str | None:
-        return f"{self.runs}/{self.job.name}" if self.job else None
-
 
 # --- this side --------------------------------------------------------------------------------------------------------
 
@@ -224,17 +173,6 @@ def _would_take(patient: Patient) -> Finding:
     return ok("sbatch", f"would take a job of {patient.nodes} nodes with the profile's options")
 
 
-def attempt_options(patient: Patient, nodes: int) -> list[str]:
-    """Where and with what attempts run, as options of sbatch."""
-    slurm, gpus = patient.slurm, patient.cluster.gpus_per_node
-    options = [f"--{name}={value}" for name in ("partition", "account", "qos", "constraint", "reservation")
-               if (value := getattr(slurm, name))]  # fmt: skip
-    options += [f"--exclude={','.join(slurm.exclude)}"] if slurm.exclude else []
-    options += [f"--gpus-per-node={gpus}"] if slurm.gpus and gpus else []
-    options += [f"--{name}={value}" if value else f"--{name}" for name, value in slurm.extra.items()]
-    return [*options, f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
-
-
 def _notice(patient: Patient) -> Iterator[Finding]:
     """How long a preemption's notice is, and whether a save fits."""
     try:
@@ -253,31 +191,12 @@ def _notice(patient: Patient) -> Iterator[Finding]:
         yield from about_saves(patient, found, None)
 
 
-def about_saves(patient: Patient, found: Notice, write_mb_s: float | None) -> Iterator[Finding]:
-    """Whether the job's saves fit into the notice, and where what was set contradicts the cluster."""
-    job = patient.job
-    if job is None:
-        return
-    for cost in stakes.costs(found, stakes.works(job, patient.cluster, patient.run_dir, write_mb_s)):
-        if cost.fits:
-            yield ok("save", cost.text)
-        elif cost.fits is False:
-            yield warning("save", cost.text, "see runbooks/notice-too-short.md")
-        else:
-            yield warning("save", cost.text, "set write_mb_s in the profile to what is measured below")
-    if write_mb_s is None:
-        for line in stakes.contradictions(job, patient.cluster, found):
-            yield warning("notice", line, "see runbooks/notice-too-short.md")
-
-
 # --- all of it --------------------------------------------------------------------------------------------------------
 
 
 def examine(patient: Patient, *, jobs: bool, seconds: float) -> Iterator[Finding]:
     """Every check that the cluster's launcher has. jobs: also those that start jobs, which may take `seconds` together,
     the time in the queue included."""
-    from orchestrator import doctor_on_nodes
-
     yield from runs_folder(patient)
     stopped = False
     if patient.cluster.launcher == "slurm":

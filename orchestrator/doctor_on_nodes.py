@@ -21,7 +21,7 @@ from model import contract, storage
 from model.contract import node_report
 from orchestrator import stakes
 from orchestrator.asking_slurm import NoAnswerError, ask
-from orchestrator.doctor import Finding, Patient, about_saves, attempt_options, ok, warning, wrong
+from orchestrator.findings import Finding, Patient, about_saves, attempt_options, ok, warning, wrong
 from orchestrator.launchers import slurm_control
 from orchestrator.launchers.slurm_control import Small
 from orchestrator.problems import listed

@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from model.config import RGB, Data, SslPhase
+from orchestrator.draft import Draft
 from orchestrator.handoff import SSL_KINDS
 from orchestrator.problems import Path, Problem, listed
-
-if TYPE_CHECKING:
-    from orchestrator.checks import Draft
 
 NEED_RGB = ("saturation", "hue", "grayscale")
 OF_JITTER = ("saturation", "hue")

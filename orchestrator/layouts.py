@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from pydantic import ValidationError
 
 from model.config import PHASES, AnyPhase, Resources, SslPhase, read
+from orchestrator.draft import Draft
 from orchestrator.handoff import HandoffError
 from orchestrator.problems import Path, Problem, listed
-
-if TYPE_CHECKING:
-    from orchestrator.checks import Draft
 
 
 def world(resources: Resources) -> int:

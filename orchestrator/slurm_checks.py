@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from model.config import Resources
 from orchestrator.cluster import ClusterProfile, Slurm
+from orchestrator.draft import Draft
 from orchestrator.problems import Path, Problem
 from orchestrator.validation import validate
-
-if TYPE_CHECKING:
-    from orchestrator.checks import Draft
 
 AT = ("resources", "slurm")
 

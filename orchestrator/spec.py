@@ -31,8 +31,8 @@ from model.config import (
     read,
 )
 from orchestrator import checks, handoff, layers, normalisation
-from orchestrator.checks import Draft
 from orchestrator.cluster import ClusterProfile, read_cluster
+from orchestrator.draft import Draft
 from orchestrator.layers import SHARED
 from orchestrator.problems import Path, Problem, SpecError, did_you_mean, dotted, listed, shown
 from orchestrator.validation import validate

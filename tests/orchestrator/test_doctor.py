@@ -12,8 +12,8 @@ from model.contract import node_report
 from model.node_report import NodeReport, ReduceReport, Try
 from orchestrator import cli, doctor_on_nodes, notice, slurm_cluster, stakes
 from orchestrator.cluster import ClusterProfile, Slurm
-from orchestrator.doctor import Finding, Patient
 from orchestrator.doctor_on_nodes import Seen
+from orchestrator.findings import Finding, Patient
 from orchestrator.notice import Notice, Work
 from orchestrator.spec import read_job
 
