@@ -84,17 +84,20 @@ def test_a_fork_begins_with_the_checkpoint_that_it_names_and_pins_it(
     reference: Job, make_job: MakeJob, tmp_path: Path
 ) -> None:
     job = make_job(file=part_of_tiny(tmp_path / "one.yaml", ONE), name="forked")
-    fork = f"{reference.run_dir}#pretrain@6"
+    fork = f"{reference.run_dir}#pretrain@18"
     assert job.start(job.submit("--fork", fork)).wait(PATIENCE) == 0, job.output()
     (ref,) = job.attempt(1).resume
-    assert (ref.run, ref.phase, ref.step) == (str(reference.run_dir), "pretrain", 6)
-    assert job.steps(1) == list(range(7, 21))
+    assert (ref.run, ref.phase, ref.step) == (str(reference.run_dir), "pretrain", 18)
+    assert job.steps(1) == [19, 20]
     same_weights(job, reference, ONE)
-    pins = [json.loads(pin.read_bytes()) for pin in (reference.run_dir / contract.PINS_DIR).glob("pretrain-1-6-*.json")]
+    pins = [
+        json.loads(pin.read_bytes()) for pin in (reference.run_dir / contract.PINS_DIR).glob("pretrain-1-18-*.json")
+    ]
     assert [(pin["run"], set(pin["parts"])) for pin in pins] == [(str(job.run_dir), set(contract.PARTS))]
 
-    # What was pruned cannot be forked.
+    # What was pruned, or of which only the Gram candidate's part is left, cannot be forked.
     nowhere = make_job(file=job.file, name="nowhere")
-    refused = nowhere.dinoctl(nowhere.submit("--fork", f"{reference.run_dir}#pretrain@12"))
-    assert refused.returncode == 2, refused.stdout
-    assert not nowhere.events()
+    for step in (12, 6):
+        refused = nowhere.dinoctl(nowhere.submit("--fork", f"{reference.run_dir}#pretrain@{step}"))
+        assert refused.returncode == 2, refused.stdout
+        assert not nowhere.events()
