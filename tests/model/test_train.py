@@ -90,7 +90,7 @@ class Ran:
         return (Path(self.attempt.run_dir) / contract.rank_log(self.attempt.attempt, 0)).read_text()
 
 
-def train(attempt: Attempt, world: int = 2, meanwhile: Callable[[], None] = lambda: None, seconds: float = 120) -> Ran:
+def train(attempt: Attempt, world: int = 2, meanwhile: Callable[[], None] = lambda: None, seconds: float = 300) -> Ran:
     """Run the attempt as the agent does, `meanwhile` doing something to it."""
     path = f"{attempt.run_dir}/{contract.attempt_yaml(attempt.attempt)}"
     storage.publish(path, msgspec.yaml.encode(attempt))
@@ -146,7 +146,7 @@ def assert_same_tensors(one: CheckpointRef, other: CheckpointRef) -> None:
         assert [name for name in a if not a[name].equal(b[name])] == []
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
