@@ -7,7 +7,6 @@ none of pydantic.
 from __future__ import annotations
 
 import argparse
-import codecs
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from model import contract, storage
-from orchestrator import logs as attempt_logs, status as statuses
+from orchestrator import status as statuses
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
     from orchestrator.state import State
 
 DEFAULT_RUNS = "runs"
-FOLLOW_SECONDS, BUCKET_FOLLOW_SECONDS = 0.5, 3.0
-LATE_SECONDS = 3.0
-
 Options = argparse.Namespace
 
 _WHAT = {
@@ -298,51 +294,9 @@ def status(options: Options) -> int:
 
 
 def logs(options: Options) -> int:
-    run_dir = _find(options)
-    run = statuses.load(run_dir)
-    numbers = [attempt.number for attempt in run.attempts]
-    if not numbers:
-        raise statuses.RunNotFoundError(f"run {run.created.run} has no attempts yet")
-    attempt = numbers[-1] if options.attempt is None else options.attempt
-    if attempt not in numbers:
-        raise statuses.RunNotFoundError(
-            f"no attempt {attempt}; run {run.created.run} has {numbers[0]} to {numbers[-1]}"
-        )
-    path = f"{run_dir}/{_log_file(options, attempt)}"
-    if not attempt_logs.exists(path) and (not options.follow or _is_over(run_dir, attempt)):
-        there = ", ".join(storage.names(f"{run_dir}/{contract.log_dir(attempt)}")) or "none"
-        raise statuses.RunNotFoundError(f"no such log: {path}; there are: {there}")
-    late = LATE_SECONDS if options.follow and run.cluster["launcher"] != "local" else 0.0
-    _print_log(run_dir, attempt_logs.Reader(path), attempt, follow=options.follow, late=late)
-    return 0
+    from orchestrator import logs_command
 
-
-def _log_file(options: Options, attempt: int) -> str:
-    if options.rank is not None:
-        return contract.rank_log(attempt, options.rank)
-    return contract.agent_log(attempt, options.node or 0)
-
-
-def _print_log(run_dir: str, log: attempt_logs.Reader, attempt: int, *, follow: bool, late: float) -> None:
-    """Print the log and, to follow it, what is added until the attempt ends, and for `late` seconds from then on: what
-    another machine has written is seen here only some time later."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    last = None
-    while True:
-        over = _is_over(run_dir, attempt) if follow else True  # before the read: what it wrote last is not missed
-        last = time.monotonic() + late if over and last is None else last
-        ended = last is not None and time.monotonic() >= last
-        sys.stdout.write(decoder.decode(log.new(), final=ended))
-        sys.stdout.flush()
-        if ended:
-            return
-        time.sleep(BUCKET_FOLLOW_SECONDS if storage.is_uri(run_dir) else FOLLOW_SECONDS)
-
-
-def _is_over(run_dir: str, attempt: int) -> bool:
-    return storage.exists(f"{run_dir}/{contract.outcome_file(attempt)}") or any(
-        one.number == attempt and one.end for one in statuses.load(run_dir).attempts
-    )
+    return logs_command.run(options, _find(options))
 
 
 # --- before the first run --------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from model import storage
@@ -90,7 +91,9 @@ def perform(run_dir: str, owner: str, state: State, launcher: Launcher, action: 
 def _launch(run_dir: str, owner: str, state: State, launcher: Launcher, action: Launch, clock: float) -> State:
     begun = time.monotonic()
     try:
-        nodes = attempts.nodes_for(state, action.phase, lambda: launcher.usable_nodes(list(state.excluded(state.at))))
+        resources = state.settings(action.phase)["resources"]
+        usable = partial(launcher.usable_nodes, resources, list(state.excluded(state.at)))
+        nodes = attempts.nodes_for(state, action.phase, usable)
         attempt = attempts.build(state, run_dir, action.number, action.phase, nodes=nodes)
     except BadCheckpointError as error:
         message = verdict(Cause.BAD_CHECKPOINT, 1, str(error))

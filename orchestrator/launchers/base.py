@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
@@ -77,6 +77,6 @@ class Launcher(Protocol):
         submitted twice). What runs is left alone: the agent that holds the claim is in its last act, any other finds
         the claim taken."""
 
-    def usable_nodes(self, exclude: Sequence[str]) -> int | None:
-        """How many nodes could be given to this profile's jobs, busy ones included, down and drained ones and
-        `exclude` not. None: it does not say."""
+    def usable_nodes(self, resources: Mapping[str, Any], exclude: Sequence[str]) -> int | None:
+        """How many nodes could be given to an attempt with these `resources` of its phase, busy ones included, down and
+        drained ones and `exclude` not. None: it does not say."""

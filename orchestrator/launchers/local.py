@@ -11,7 +11,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +97,7 @@ class LocalLauncher:
     def clear(self, query: Query) -> None:
         """Nothing: this machine has no queue."""
 
-    def usable_nodes(self, exclude: Sequence[str]) -> int | None:
+    def usable_nodes(self, resources: Mapping[str, Any], exclude: Sequence[str]) -> int | None:
         return None
 
 

@@ -112,14 +112,14 @@ class SlurmLauncher:
         finally:
             slurm_queue.forget()
 
-    def usable_nodes(self, exclude: Sequence[str]) -> int | None:
-        """Of the profile's partition, or the default one."""
-        profile = self.cluster.get("slurm") or {}
+    def usable_nodes(self, resources: Mapping[str, Any], exclude: Sequence[str]) -> int | None:
+        """Of the partition that the phase or else the profile names, or the default one."""
+        slurm = {**(self.cluster.get("slurm") or {}), **resources.get("slurm", {})}
         try:
-            nodes = slurm_queue.usable_nodes(profile.get("partition"), self.poll)
+            nodes = slurm_queue.usable_nodes(slurm.get("partition"), self.poll)
         except NoAnswerError:
             return None
-        return len(set(nodes) - {*profile.get("exclude", []), *exclude})
+        return len(set(nodes) - {*slurm.get("exclude", []), *exclude})
 
     def _accounts(self, missing: Sequence[Query], queued: set[str]) -> list[Job] | NoAnswerError:
         """The accounts of the missing ones; a job that is in the queue is another's, or they would not be missing."""

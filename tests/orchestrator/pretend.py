@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -170,7 +170,7 @@ class PretendLauncher:
             if job.attempt.launch_name == query.launch_name:
                 job.requeued = False
 
-    def usable_nodes(self, exclude: Sequence[str]) -> int | None:
+    def usable_nodes(self, resources: Mapping[str, Any], exclude: Sequence[str]) -> int | None:
         return None if self.there is None else len(set(self.there) - self.down - set(exclude))
 
     def find(self, launch_name: str) -> Job | None:

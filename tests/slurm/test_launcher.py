@@ -84,8 +84,10 @@ def test_excluded_nodes_are_left_out(slurm: Cluster, tmp_path: Path) -> None:
     case = make(tmp_path / "run", ["deaf"], exclude=["node1"])
     handle = launcher().submit(case.attempt, case.digest)
     assert wait_until(case, handle, LaunchState.RUNNING).nodes == ("node2",)
-    assert launcher().usable_nodes([]) == 2
-    assert launcher(exclude=["node2"]).usable_nodes(["node1"]) == 0
+    assert launcher().usable_nodes({}, []) == 2
+    assert launcher(exclude=["node2"]).usable_nodes({}, ["node1"]) == 0
+    assert launcher(exclude=["node2"]).usable_nodes({"slurm": {"exclude": [], "partition": "high"}}, []) == 2
+    assert launcher().usable_nodes({"slurm": {"partition": "nope"}}, []) in (0, None)
     launcher().cancel(ask(case, handle), hard=True)
 
 
@@ -240,7 +242,7 @@ def test_a_lost_node_is_infrastructure_and_named(slurm: Cluster, tmp_path: Path)
     seen = wait_until(case, handle, LaunchState.ENDED)
     assert (seen.cause, seen.bad_nodes) == (Cause.VANISHED, ("node1",))
     assert "NODE_FAIL" in seen.detail
-    assert launcher().usable_nodes([]) == 1
+    assert launcher().usable_nodes({}, []) == 1
 
 
 FORGETFUL = '$REAL "$@" | grep -v standin- || :'  # a squeue that knows none of the tests' jobs any more
