@@ -54,7 +54,7 @@ class Patient:
         """What sbatch is told."""
         if self.job is None:
             return self.cluster.slurm or Slurm()
-        return stakes.slurm_section(self.job, self.cluster, next(iter(self.job.phases)))
+        return stakes.section(self.job, self.cluster, next(iter(self.job.phases)))
 
     @property
     def run_dir(self) -> str | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from model.config import Resources
+from model.config import Resources, read
+from orchestrator import slurm_section
 from orchestrator.cluster import ClusterProfile, Slurm
 from orchestrator.draft import Draft
 from orchestrator.problems import Path, Problem
@@ -19,16 +20,16 @@ def all_problems(draft: Draft) -> Iterator[Problem]:
     if draft.evaluate is not None:
         stages.append((("evaluate",), draft.evaluate.resources))
     for at, resources in stages:
-        own, problems = validate(Slurm, resources.slurm, (*at, *AT))
+        _, problems = validate(Slurm, resources.slurm, (*at, *AT))
         yield from problems
-        if own is not None and draft.cluster is not None and draft.cluster.launcher == "slurm":
-            yield from _notice(draft.cluster, own, resources, at)
+        if not problems and draft.cluster is not None and draft.cluster.launcher == "slurm":
+            yield from _notice(draft.cluster, resources, at)
 
 
-def _notice(cluster: ClusterProfile, own: Slurm, resources: Resources, at: Path) -> Iterator[Problem]:
+def _notice(cluster: ClusterProfile, resources: Resources, at: Path) -> Iterator[Problem]:
     """A time limit that is announced before the job begins would stop it at its first step, again and again."""
-    section = own if "notice_seconds" in own.model_fields_set else cluster.slurm or Slurm()
-    limit = resources.time_limit_minutes
+    profile, own = cluster.model_dump(mode="json"), resources.model_dump(mode="json")
+    section, limit = read(Slurm, slurm_section.merged(profile, own)), resources.time_limit_minutes
     if limit is not None and limit * 60 <= section.notice_seconds:
         yield Problem("the time limit is announced before the job begins", (*at, "resources", "time_limit_minutes"),
                       found=f"{limit} minutes, announced {section.notice_seconds} s before (slurm.notice_seconds)",

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from model import accounting, storage
-from model.config import AnyPhase, Model
+from model.config import AnyPhase, Model, read
 from model.contract import Step
 from model.storage import StoreError
-from orchestrator import notice, progress, slurm_cluster, store
+from orchestrator import notice, progress, slurm_cluster, slurm_section, store
 from orchestrator.asking_slurm import NoAnswerError
 from orchestrator.cluster import ClusterProfile, Slurm
 from orchestrator.notice import Cost, Notice, Work
@@ -53,7 +53,7 @@ def _work(job: Job, cluster: ClusterProfile, name: str, write_mb_s: float | None
     return Work(
         phase=name,
         processes=_processes(phase),
-        gpus=slurm_section(job, cluster, name).gpus,
+        gpus=section(job, cluster, name).gpus,
         save_seconds=save,
         save_from=source,
         step_seconds=step,
@@ -79,10 +79,10 @@ def _forecast(model: Model, phase: AnyPhase, write_mb_s: float | None, stated: s
     return count / (speed * 1e6), source
 
 
-def slurm_section(job: Job, cluster: ClusterProfile, phase: str) -> Slurm:
+def section(job: Job, cluster: ClusterProfile, phase: str) -> Slurm:
     """What sbatch is told of a phase: the profile's section with the job's own words over it."""
-    values = (cluster.slurm or Slurm()).model_dump(mode="json")
-    return Slurm.model_validate({**values, **job.phases[phase].resources.slurm})
+    resources = job.phases[phase].resources.model_dump(mode="json")
+    return read(Slurm, slurm_section.merged(cluster.model_dump(mode="json"), resources))
 
 
 # --- what a run has measured ------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def lines(job: Job, cluster: ClusterProfile, run_dir: str | None) -> list[str]:
         return [f"{cluster.name} was not asked how long a preemption's notice is: {', '.join(gone)} not here."]
     first = next(iter(job.phases))
     try:
-        found = ask_notice(slurm_section(job, cluster, first))
+        found = ask_notice(section(job, cluster, first))
     except (NoAnswerError, ValueError) as error:
         return [f"How long a preemption's notice is could not be found out: {error}."]
     told = [f"On {cluster.name} {found}."]
@@ -164,7 +164,6 @@ def contradictions(job: Job, cluster: ClusterProfile, found: Notice | None) -> l
     """`notice.contradictions` of every phase; what several have in common is said once."""
     told: dict[str, list[str]] = {}
     for name, phase in job.phases.items():
-        section = slurm_section(job, cluster, name)
-        for text in notice.contradictions(section, phase.health.notice_seconds, found):
+        for text in notice.contradictions(section(job, cluster, name), phase.health.notice_seconds, found):
             told.setdefault(text, []).append(name)
     return [f"{', '.join(names)}: {text}" for text, names in told.items()]

@@ -14,6 +14,7 @@ import msgspec
 from msgspec.structs import replace
 
 from model.contract import EVALUATE, Cause, CheckpointRef
+from orchestrator import slurm_section
 from orchestrator.events import (
     AttemptEnded,
     AttemptIntended,
@@ -192,9 +193,8 @@ class State(msgspec.Struct, frozen=True):
     def exclude_hours(self) -> float:
         """As the stage that is due has it, which may be otherwise than its cluster's."""
         stage = self.next_stage or self.stages[-1]
-        own = self.settings(stage.name).get("resources", {}).get("slurm") or {}
-        profile = self.cluster.get("slurm") or {}
-        return float(own.get("exclude_hours", profile.get("exclude_hours", EXCLUDE_HOURS)))
+        slurm = slurm_section.merged(self.cluster, self.settings(stage.name).get("resources", {}))
+        return float(slurm.get("exclude_hours", EXCLUDE_HOURS))
 
     def settings(self, phase: str) -> dict[str, Any]:
         section: dict[str, Any] = self.spec["evaluate"] if phase == EVALUATE else self.spec["phases"][phase]
