@@ -33,8 +33,13 @@ class Node:
 
     @property
     def usable(self) -> bool:
-        """Whether jobs can be placed on it, now or when what runs there is over."""
-        return re.fullmatch("(idle|mixed|allocated|completing|planned)[+~#%@^-]*", self.state) is not None
+        return is_usable(self.state)
+
+
+def is_usable(state: str) -> bool:
+    """Whether jobs can be placed on a node in that state (as sinfo writes it), now or when what runs there is over. Not
+    on one that does not respond, which a `*` says."""
+    return re.fullmatch("(idle|mixed|allocated|completing|planned)[+~#%@^-]*", state) is not None
 
 
 def missing() -> list[str]:

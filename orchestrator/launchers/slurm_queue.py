@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from orchestrator import slurm_cluster
 from orchestrator.asking_slurm import NoAnswerError, ask
 
 T = TypeVar("T")
@@ -186,7 +187,7 @@ def bad_nodes(nodes: Sequence[str], poll: float = 0.0) -> list[str]:
 
 
 def usable_nodes(partition: str | None, poll: float = 0.0) -> list[str]:
-    """The nodes of a partition (None: the default one) that are not out of service, busy or idle. Raises
+    """The nodes of a partition (None: the default one) that jobs can be placed on, busy or idle. Raises
     NoAnswerError."""
     return _asked(("sinfo", "of", partition or ""), poll, 0.0, lambda: _ask_usable(partition))
 
@@ -197,7 +198,7 @@ def _ask_usable(partition: str | None) -> list[str]:
     return [
         row["node"]
         for row in rows
-        if (partition or row["partition"].endswith("*")) and not OUT_OF_SERVICE.fullmatch(row["state"])
+        if (partition or row["partition"].endswith("*")) and slurm_cluster.is_usable(row["state"])
     ]
 
 
