@@ -152,6 +152,8 @@ class FinishesAtOnce:
         pass
     def clear(self, query):
         pass
+    def usable_nodes(self, resources, exclude):
+        return None
 
 this = control.controller(run_dir, lambda cluster: FinishesAtOnce(), command="test")
 end = time.time() + 50
