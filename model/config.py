@@ -224,6 +224,7 @@ class Resources(Section):
         None, description="after nodes were lost: go on with as few, the same global batch"
     )
     slurm: dict[str, Any] = Field({}, description="what this job has other than its cluster's `slurm` section")
+    kubernetes: dict[str, Any] = Field({}, description="what it has other than its cluster's `kubernetes` section")
 
 
 class Checkpoints(Section):

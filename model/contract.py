@@ -83,6 +83,7 @@ class Cause(StrEnum):
     SUPERSEDED = "superseded"  # another process holds this attempt's claim, or the controller closed it
     VANISHED = "vanished"  # a node was lost, or the launcher knows nothing of it any more and it left no outcome
     NOT_LAUNCHED = "not-launched"  # the launcher refused it, or whoever meant to launch it died first
+    UNPLACED = "unplaced"  # the cluster had room for some of its pods only, for too long: they were given back
 
 
 EXIT_CODES: dict[Cause, int] = {
@@ -102,7 +103,7 @@ EXIT_CODES: dict[Cause, int] = {
     Cause.DATA_STALLED: 90,
     Cause.VANISHED: 91,
 }
-"""What the agent exits with. NOT_LAUNCHED is the controller's own finding and has none."""
+"""What the agent exits with. NOT_LAUNCHED and UNPLACED are the controller's own findings and have none."""
 
 CAUSES: dict[int, Cause] = {code: cause for cause, code in EXIT_CODES.items()}
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, field_validator
 
 from model.config import Positive, Section
+from orchestrator.kubernetes_section import Kubernetes
 from orchestrator.problems import Problem, SpecError, did_you_mean, listed
 from orchestrator.validation import validate
 from orchestrator.yaml_reader import read_yaml
@@ -90,22 +91,6 @@ class Slurm(Section):
             if why := NEVER_SAID.get(name):
                 raise ValueError(f"{name} cannot be set: {why}")
         return extra
-
-
-class Kubernetes(Section):
-    """What the pods are made of."""
-
-    namespace: str = "default"
-    image: str = Field(description="worker image, by digest, as the code comes with it")
-    scheduler: Literal["indexed-job", "jobset", "volcano"] = "indexed-job"
-    queue: str | None = Field(None, description="Kueue's or Volcano's queue")
-    priority_class: str | None = None
-    service_account: str | None = None
-    gpu_resource: str = "nvidia.com/gpu"
-    extra_resources: dict[str, str] = Field({}, description="per pod, e.g. rdma/hca: '1'")
-    node_selector: dict[str, str] = Field({}, description="labels of the nodes to use")
-    grace_seconds: PositiveInt = Field(120, description="between SIGTERM and SIGKILL")
-    shm_size: str = "64Gi"
 
 
 class ClusterProfile(Section):

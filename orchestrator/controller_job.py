@@ -18,7 +18,7 @@ from typing import Any
 
 from model import contract, storage
 from model.contract import ControllerJob
-from orchestrator import control, launchers, slurm_section, tracking
+from orchestrator import control, launchers, sections, tracking
 from orchestrator.asking_slurm import NoAnswerError
 from orchestrator.control import Controller
 from orchestrator.launchers import slurm_control
@@ -149,7 +149,7 @@ def _wait_for(shipper: subprocess.Popen[bytes] | None, asked: threading.Event) -
 def section(state: State) -> dict[str, Any]:
     """The `slurm` section for jobs that are none of a phase's: the profile's, with what the job's first phase says."""
     phase = next(iter(state.spec["phases"].values()))
-    return slurm_section.merged(state.cluster, phase["resources"])
+    return sections.merged("slurm", state.cluster, phase["resources"])
 
 
 def _say(text: str) -> None:

@@ -35,6 +35,7 @@ POLICIES: dict[Cause, Policy] = {
     ),
     Cause.VANISHED: Policy(20, 1.0, "its machines go away without a word: ask whoever runs them"),
     Cause.NOT_LAUNCHED: Policy(8, 1.0, "the cluster does not take it: check partition, limits and account"),
+    Cause.UNPLACED: Policy(None, 15.0, "the cluster has room for some of its pods only; nothing is wrong with the run"),
     Cause.STORE_LOST: Policy(
         20, 15.0, "its machines lose sight of the run directory: check that file system or bucket"
     ),

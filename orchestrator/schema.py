@@ -10,6 +10,7 @@ from typing import Any
 
 from model.config import PHASES
 from orchestrator.cluster import Slurm
+from orchestrator.kubernetes_section import Kubernetes
 from orchestrator.layers import SHARED
 from orchestrator.spec import Job
 
@@ -28,8 +29,10 @@ def job_schema() -> dict[str, Any]:
         definitions[kind.__name__]["required"] = ["kind"]
     definitions["Backbone"] |= _backbone_required()
     definitions["Schedule"] = _schedule(definitions["Schedule"])
-    definitions["Slurm"] = Slurm.model_json_schema()
-    definitions["Resources"]["properties"]["slurm"] = {"$ref": "#/$defs/Slurm"}
+    for told, own in (("slurm", Slurm.model_json_schema()), ("kubernetes", Kubernetes.model_json_schema())):
+        own.pop("required", None)  # the rest stands in the cluster's profile
+        definitions |= own.pop("$defs", {}) | {own["title"]: own}
+        definitions["Resources"]["properties"][told] = {"$ref": f"#/$defs/{own['title']}"}
     properties["phases"] |= {"additionalProperties": False, "minProperties": 1}
     for section in SHARED:
         phase = next(kind.__name__ for kind in PHASES.values() if section in kind.model_fields)

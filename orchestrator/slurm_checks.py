@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from model.config import Resources, read
-from orchestrator import slurm_section
+from orchestrator import sections
 from orchestrator.cluster import ClusterProfile, Slurm
 from orchestrator.draft import Draft
 from orchestrator.problems import Path, Problem
@@ -29,7 +29,7 @@ def all_problems(draft: Draft) -> Iterator[Problem]:
 def _notice(cluster: ClusterProfile, resources: Resources, at: Path) -> Iterator[Problem]:
     """A time limit that is announced before the job begins would stop it at its first step, again and again."""
     profile, own = cluster.model_dump(mode="json"), resources.model_dump(mode="json")
-    section, limit = read(Slurm, slurm_section.merged(profile, own)), resources.time_limit_minutes
+    section, limit = read(Slurm, sections.merged("slurm", profile, own)), resources.time_limit_minutes
     if limit is not None and limit * 60 <= section.notice_seconds:
         yield Problem("the time limit is announced before the job begins", (*at, "resources", "time_limit_minutes"),
                       found=f"{limit} minutes, announced {section.notice_seconds} s before (slurm.notice_seconds)",

@@ -10,7 +10,7 @@ from model import accounting, storage
 from model.config import AnyPhase, Model, read
 from model.contract import Step
 from model.storage import StoreError
-from orchestrator import notice, progress, slurm_cluster, slurm_section, store
+from orchestrator import notice, progress, sections, slurm_cluster, store
 from orchestrator.asking_slurm import NoAnswerError
 from orchestrator.cluster import ClusterProfile, Slurm
 from orchestrator.notice import Cost, Notice, Work
@@ -82,7 +82,7 @@ def _forecast(model: Model, phase: AnyPhase, write_mb_s: float | None, stated: s
 def section(job: Job, cluster: ClusterProfile, phase: str) -> Slurm:
     """What sbatch is told of a phase: the profile's section with the job's own words over it."""
     resources = job.phases[phase].resources.model_dump(mode="json")
-    return read(Slurm, slurm_section.merged(cluster.model_dump(mode="json"), resources))
+    return read(Slurm, sections.merged("slurm", cluster.model_dump(mode="json"), resources))
 
 
 # --- what a run has measured ------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import msgspec
 from msgspec.structs import replace
 
 from model.contract import EVALUATE, Cause, CheckpointRef
-from orchestrator import slurm_section
+from orchestrator import sections
 from orchestrator.events import (
     AttemptEnded,
     AttemptIntended,
@@ -193,8 +193,9 @@ class State(msgspec.Struct, frozen=True):
     def exclude_hours(self) -> float:
         """As the stage that is due has it, which may be otherwise than its cluster's."""
         stage = self.next_stage or self.stages[-1]
-        slurm = slurm_section.merged(self.cluster, self.settings(stage.name).get("resources", {}))
-        return float(slurm.get("exclude_hours", EXCLUDE_HOURS))
+        resources = self.settings(stage.name).get("resources", {})
+        name: sections.Scheduler = "kubernetes" if self.cluster["launcher"] == "kubernetes" else "slurm"
+        return float(sections.merged(name, self.cluster, resources).get("exclude_hours", EXCLUDE_HOURS))
 
     def settings(self, phase: str) -> dict[str, Any]:
         section: dict[str, Any] = self.spec["evaluate"] if phase == EVALUATE else self.spec["phases"][phase]

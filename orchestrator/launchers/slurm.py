@@ -17,7 +17,7 @@ from typing import Any
 
 from model import contract, storage
 from model.contract import Attempt, Claim
-from orchestrator import slurm_section
+from orchestrator import sections
 from orchestrator.asking_slurm import NoAnswerError, ask
 from orchestrator.launchers import slurm_queue, slurm_words
 from orchestrator.launchers.base import LaunchError, LaunchState, Observation, Query
@@ -115,7 +115,7 @@ class SlurmLauncher:
 
     def usable_nodes(self, resources: Mapping[str, Any], exclude: Sequence[str]) -> int | None:
         """Of the partition that the phase or else the profile names, or the default one."""
-        slurm = slurm_section.merged(self.cluster, resources)
+        slurm = sections.merged("slurm", self.cluster, resources)
         try:
             nodes = slurm_queue.usable_nodes(slurm.get("partition"), self.poll)
         except NoAnswerError:

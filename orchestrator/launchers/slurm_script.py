@@ -20,7 +20,7 @@ from submitit.slurm.slurm import SlurmExecutor
 from model import contract, storage
 from model.config import read
 from model.contract import Attempt
-from orchestrator import asking_slurm, slurm_section
+from orchestrator import asking_slurm, sections
 from orchestrator.cluster import Slurm
 from orchestrator.launchers import slurm_queue
 from orchestrator.launchers.base import LaunchError
@@ -51,7 +51,7 @@ class AttemptExecutor(SlurmExecutor):
 
 def options(cluster: Mapping[str, Any], attempt: Attempt) -> Slurm:
     """The profile's section with what the job has other than it. Both were checked when the job was."""
-    return read(Slurm, slurm_section.merged(cluster, _resources(attempt)))
+    return read(Slurm, sections.merged("slurm", cluster, _resources(attempt)))
 
 
 def _resources(attempt: Attempt) -> Mapping[str, Any]:

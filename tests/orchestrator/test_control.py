@@ -47,7 +47,7 @@ def test_the_launch_name_is_cut_at_the_run_alone(bench: Bench) -> None:
     run_id = "0123456789abcdef" * 2
     assert attempts.launch_name("demo", run_id, "gram", 12) == "demo-01234567-gram-12"
     name = attempts.launch_name("a-very-long-name-" * 6, run_id, "gram", 12)
-    assert len(name) <= 63
+    assert len(name) <= attempts.NAME_LENGTH
     assert name.endswith("-01234567-gram-12")
     with pytest.raises(HandoffError, match="too long"):
         attempts.launch_name("demo", run_id, "p" * 60, 1)

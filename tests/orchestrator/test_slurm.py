@@ -13,7 +13,7 @@ import pytest
 
 from model import contract
 from model.contract import Cause
-from orchestrator import asking_slurm, cli, slurm_section
+from orchestrator import asking_slurm, cli, sections
 from orchestrator.cluster import read_cluster
 from orchestrator.launchers import launcher_for, slurm_words
 from orchestrator.launchers.base import LaunchError, LaunchState
@@ -139,9 +139,9 @@ def test_the_surroundings_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_job_replaces_options_and_adds_to_extra_wherever_the_section_is_asked_for() -> None:
     cluster = {"slurm": {"partition": "a", "exclude": ["n1"], "extra": {"nice": "5", "licenses": "x"}}}
     resources = {"slurm": {"partition": "b", "exclude": [], "extra": {"nice": "0"}}}
-    merged = slurm_section.merged(cluster, resources)
+    merged = sections.merged("slurm", cluster, resources)
     assert merged == {"partition": "b", "exclude": [], "extra": {"nice": "0", "licenses": "x"}}
-    assert slurm_section.merged({"slurm": None}, {}) == {"extra": {}}
+    assert sections.merged("slurm", {"slurm": None}, {}) == {}
 
 
 # --- what a user may say ----------------------------------------------------------------------------------------------
