@@ -46,8 +46,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def make_job(folder: Path, cluster: Cluster, name: str) -> Job:
     profile = {"name": "test", "launcher": "slurm", "gpus_per_node": 8, "slurm": {"partition": "low"}}
     (folder / "test.yaml").write_text(yaml.safe_dump(profile))
-    nodes = tuple(cluster.node_tmp(f"node{number}") for number in range(1, NODES + 1))
-    return Job(folder, "", ROOT / "jobs" / "ci.yaml", name, environment=cluster.environment(), temporary=nodes)
+    return Job(folder, "", ROOT / "jobs" / "ci.yaml", name, environment=cluster.environment())
 
 
 def submitted(job: Job) -> list[str]:
