@@ -2,7 +2,7 @@
 
 Node 0's claims the attempt, and the others join it (`model.team`). Each starts torchrun, owns all signals, watches its
 ranks and ends every process; node 0's says in `outcome.json` how it went, and all by their exit code. Its last act is
-the attempt's `on_end` command.
+the attempt's `on_end` command. In a pod it is the first process, and has none.
 
     signal ----------> stop files on all nodes (ranks seal and stop); a second one, or `notice_seconds` later: kill
     no pulse --------> `stall_seconds` later: stacks of all ranks into their logs, kill; was it the loader, or a step?
@@ -16,13 +16,14 @@ import os
 import shlex
 import sys
 import time
+import traceback
 
 import psutil
 
 from model import config, contract, endings, nodes, storage
 from model.contract import Attempt, Cause, Claim, Outcome, RankEnd
 from model.endings import ranks
-from model.link import Link, closed, say
+from model.link import Link, Logs, closed, keep_log, say
 from model.part import Part, work
 from model.signals import Requests, be_deaf
 from model.team import Entrance, NodeEnd, Team, connect, lost
@@ -49,9 +50,26 @@ def main(attempt_yaml: str) -> int:
     except (OSError, ValueError) as error:
         say(f"cannot read the attempt: {error}")
         return contract.EXIT_CODES[Cause.STORE_LOST if isinstance(error, storage.StoreError) else Cause.USER_ERROR]
-    part = Part(attempt, attempt_yaml, Team(node, requests))
-    cause = _lead(part) if node.number == 0 else _follow(part)
+    if nodes.in_a_pod(os.environ):
+        keep_log(attempt, node.number)
+    cause = _take_part(Part(attempt, attempt_yaml, Team(node, requests)))
     return contract.EXIT_CODES[cause]
+
+
+def _take_part(part: Part) -> Cause:
+    """This node's part, however it goes. The log of one that came to nothing is brought too, unless the attempt, and
+    with it the log's name, is another's."""
+    try:
+        cause = _lead(part) if part.team.node.number == 0 else _follow(part)
+    except Exception:
+        say(traceback.format_exc())
+        cause = Cause.CRASHED
+    if nodes.in_a_pod(os.environ) and cause is not Cause.SUPERSEDED:
+        try:
+            Logs(part.attempt).ship()
+        except OSError as error:
+            say(f"the end of the log could not be brought: {error}")
+    return cause
 
 
 # --- node 0 -----------------------------------------------------------------------------------------------------------

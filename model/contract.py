@@ -155,7 +155,7 @@ class Attempt(Record, frozen=True):
     nodes: int
     processes_per_node: int
     threads: int
-    code_dir: str  # the read-only copy: PYTHONPATH of everything that the agent starts for training
+    code_dir: str  # the read-only copy: PYTHONPATH of all that the agent starts for training; empty: the image's code
     on_end: list[str]  # the command that the agent runs as its last act (a tick), in its own environment
     spec_digest: str
     code_digest: str

@@ -6,6 +6,8 @@ It asks whether the attempt was closed and, in a bucket, renews the claim and br
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -126,7 +128,39 @@ def closed(attempt: Attempt) -> bool:
     return storage.exists(f"{attempt.run_dir}/{contract.closed_file(attempt.attempt)}")
 
 
+_also: list[int] = []
+"""Descriptors beside this process's output to which `say` says it."""
+
+
 def say(text: str) -> None:
     """One line for agent.log, which is this process's output."""
+    line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}"
     with suppress(OSError):  # a full disk must not end the agent: the outcome and the exit code say it too
-        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
+        print(line, flush=True)
+    for descriptor in _also:
+        with suppress(OSError):
+            os.write(descriptor, f"{line}\n".encode())
+
+
+def keep_log(attempt: Attempt, node: int) -> None:
+    """From now on the output of this process and of those it starts goes to its log in the run directory, as nobody
+    else sends a pod's there; what is said goes to the pod's own output too. Where that cannot be, all stays as it is.
+    """
+    own = os.dup(1)
+    try:
+        log_to(storage.local_file(f"{attempt.run_dir}/{contract.agent_log(attempt.attempt, node)}"))
+    except OSError as error:
+        say(f"no log in the run directory: {error}")
+        os.close(own)
+    else:
+        _also.append(own)
+
+
+def log_to(path: Path) -> None:
+    """Send what this process prints, C libraries included, to `path`."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)

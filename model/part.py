@@ -85,6 +85,7 @@ def supervise(part: Part, health: config.Health, link: Link) -> Ending:
         watch_pid(selector, process.pid, None)
         while process.poll() is None:
             look(attempt, watch, team, selector, attempt.watch_seconds)
+            processes.reap(but=process.pid)
             stood_still(watch, link, attempt.watch_seconds)
             now = time.monotonic()
             killed = team.why() if team.told else why_kill(health, watch, team.asked, link, now, team.leads)

@@ -51,12 +51,14 @@ def _rendezvous(attempt: Attempt, team: Team) -> list[str]:
 
 
 def environment(attempt: Attempt) -> dict[str, str]:
-    """The agent's own environment, and the code and the threads that the attempt is pinned to."""
+    """The agent's own environment, and the code and the threads that the attempt is pinned to. An image brings its
+    code with it: then the one that the agent runs is the ranks' too."""
     alone = {"GLOO_SOCKET_IFNAME": "lo"} if attempt.nodes == 1 else {}  # nothing leaves the machine
+    code = {"PYTHONPATH": str(_code_here(attempt))} if attempt.code_dir else {}
     return {
         **alone,
         **os.environ,
-        "PYTHONPATH": str(_code_here(attempt)),
+        **code,
         "PYTHONSAFEPATH": "1",
         "OMP_NUM_THREADS": str(attempt.threads),
     }
@@ -103,6 +105,14 @@ def fetch_code(attempt: Attempt) -> str:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(data)
     return ""
+
+
+def reap(but: int) -> None:
+    """Take leave of the ended children that nobody else waits for: processes whose parent died before them (of a pod
+    the agent is the first process, elsewhere it adopts them). `but`: a pid that is waited for."""
+    with suppress(ChildProcessError):
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid != but:
+            os.waitpid(ended.si_pid, 0)
 
 
 def kill_descendants() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from model import contract, storage
 from model.contract import Attempt, Cause, RankEnd
+from model.link import log_to
 from model.signals import DUMP_SIGNAL, be_deaf
 from model.tied import die_with
 
@@ -27,7 +28,7 @@ def main(module: str, attempt_yaml: str) -> None:
     die_with(os.getppid())
     attempt = contract.read_attempt(storage.read(attempt_yaml), attempt_yaml)
     rank = int(os.environ.get("RANK", "0"))
-    _log_to(storage.local_file(f"{attempt.run_dir}/{contract.rank_log(attempt.attempt, rank)}"))
+    log_to(storage.local_file(f"{attempt.run_dir}/{contract.rank_log(attempt.attempt, rank)}"))
     faulthandler.enable()
     faulthandler.register(DUMP_SIGNAL, all_threads=True)
     _whole(contract.pid_file(attempt.launch_name, rank), str(os.getpid()).encode())
@@ -41,16 +42,6 @@ def main(module: str, attempt_yaml: str) -> None:
     except BaseException as error:
         note(attempt, rank, _raised(error))
         raise
-
-
-def _log_to(path: Path) -> None:
-    """Send what this process prints, C libraries included, to `path`."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
 
 
 def _exited(code: int | str | None) -> RankEnd:

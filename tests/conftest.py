@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import subprocess
 import tempfile
 from collections import Counter
@@ -33,6 +34,15 @@ def can_mount() -> bool:
         return True
 
 
+@functools.cache
+def can_separate() -> bool:
+    """Whether this process may start another as the first one of a process table of its own, as a pod's is."""
+    unshare = ["unshare", "--fork", "--pid", "--mount-proc", "--uts", "true"]
+    return (
+        shutil.which("unshare") is not None and not subprocess.run(unshare, capture_output=True, check=False).returncode
+    )
+
+
 slurm_lacks = functools.cache(cluster.lacking)
 
 REQUIREMENTS: dict[str, tuple[Callable[[], bool], str]] = {
@@ -40,6 +50,7 @@ REQUIREMENTS: dict[str, tuple[Callable[[], bool], str]] = {
     "drawings": (contract.data_folder("cache:openclipart").is_dir, "`make data_long` fetches the longer demo's images"),
     "proc": (Path("/proc/self/status").exists, "Linux: the test reads from /proc how much memory a process takes"),
     "mount": (can_mount, "run as root: the test mounts a small file system"),
+    "namespaces": (can_separate, "run as root: the test starts processes in namespaces of their own, as pods are"),
     "slurm": (
         lambda: not slurm_lacks(),
         "`clusters/dev/slurm/install`, as root: the test brings up a real Slurm, as root",

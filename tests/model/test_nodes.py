@@ -73,6 +73,21 @@ def test_slurm_says_which_node_it_is() -> None:
     assert (expected.host(2), expected.host(9)) == ("gpu03", "node 9")
 
 
+def test_a_pod_is_told_which_node_it_is() -> None:
+    said = {
+        "DINOCTL_NODE": "1", "DINOCTL_NODES": "4", "DINOCTL_ADDRESS": "demo-1a2b3c4d-gram-3-1.demo-1a2b3c4d-gram-3",
+        "DINOCTL_JOB": "5e8a", "DINOCTL_HOST": "gpu02", "SLURM_JOB_ID": "12", "SLURM_NODEID": "0",
+    }  # fmt: skip
+    assert nodes.here(said) == nodes.Node(1, 4, "gpu02", "5e8a")
+    assert nodes.address(said) == "demo-1a2b3c4d-gram-3-1.demo-1a2b3c4d-gram-3"
+    assert nodes.address({}) == contract.hostname()
+    with pytest.raises(ValueError, match="lacks DINOCTL_ADDRESS, DINOCTL_HOST"):
+        nodes.here({**said, "DINOCTL_ADDRESS": "", "DINOCTL_HOST": ""})
+    for number in ("4", "-1", "first"):
+        with pytest.raises(ValueError, match=r"DINOCTL_NODE is|invalid literal"):
+            nodes.here({**said, "DINOCTL_NODE": number})
+
+
 @pytest.mark.parametrize(
     ("signals", "scheduled", "alone"),
     [

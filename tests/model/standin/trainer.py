@@ -10,6 +10,7 @@
     peer         steps until another rank is gone, then crashes as a collective would
     bare:CODE    leaves with that exit code and not a word
     children     like deaf, with a child of its own that has left its session
+    orphans      like steps for ever, and leaves processes to whoever adopts them, which end soon
 """
 
 import json
@@ -25,7 +26,7 @@ from model.contract import Attempt, Cause, RankEnd
 
 
 def main(attempt_yaml: str) -> None:
-    attempt = contract.read_attempt(Path(attempt_yaml).read_bytes(), attempt_yaml)
+    attempt = contract.read_attempt(storage.read(attempt_yaml), attempt_yaml)
     rank = int(os.environ.get("RANK", "0"))
     behaviours = attempt.settings["standin"]
     kind, _, value = behaviours[min(rank, len(behaviours) - 1)].partition(":")
@@ -40,12 +41,14 @@ def main(attempt_yaml: str) -> None:
         end(attempt, rank, Cause(value), "told to", 1)
     if kind == "children":
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], start_new_session=True)
-    take_steps(attempt, rank, kind, int(value or 10**9))
+    if kind == "orphans":
+        subprocess.run(["sh", "-c", "sleep 0.5 & sleep 0.6 & sleep 0.7 &"], check=True)
+    take_steps(attempt, rank, "steps" if kind == "orphans" else kind, int(value or 10**9))
 
 
 def keep_facts(attempt: Attempt, rank: int) -> None:
     """What the agent gave this rank, for the tests to look at."""
-    names = ("PYTHONPATH", "PYTHONSAFEPATH", "OMP_NUM_THREADS", "WORLD_SIZE")
+    names = ("PYTHONPATH", "PYTHONSAFEPATH", "OMP_NUM_THREADS", "WORLD_SIZE", "MASTER_ADDR")
     facts = {"pid": os.getpid(), "sid": os.getsid(0), "code": contract.__file__}
     path = f"{attempt.run_dir}/facts-{rank}.json"
     storage.publish(path, json.dumps(facts | {name: os.environ.get(name) for name in names}).encode())
