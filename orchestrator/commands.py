@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +87,7 @@ def plan(options: Options) -> int:
 
 
 def submit(options: Options) -> int:
-    from orchestrator import control, spec, weights_command
+    from orchestrator import control, kubernetes_checks, spec, weights_command
     from orchestrator.cluster import launchable
     from orchestrator.problems import SpecError
 
@@ -108,6 +109,8 @@ def submit(options: Options) -> int:
 
         print(dry_run.show(run_dir, request, fork=options.fork))
         return 0
+    if wrong := kubernetes_checks.refusals(job, cluster, _runs(options, job.runs)):
+        raise SpecError(wrong)
     done = control.submit(run_dir, request, by=_me(), fork=options.fork, amending=options.amend)
     for change in done.changes:
         print(f"amended: {change}")
@@ -208,14 +211,28 @@ def tick(options: Options) -> int:
     from orchestrator import control, launchers, many
 
     if options.run is not None:
-        control.follow(control.controller(_find(options), launchers.launcher_for, command="tick", every=0.0))
+        run_dir = _find(options)
+        followed = control.follow(control.controller(run_dir, launchers.launcher_for, command="tick", every=0.0))
+        _say_left_alone([run_dir] if followed.left_alone else [])
         return 0
     folder = _folder(options)
-    done = many.follow(many.keeper(folder, launchers.launcher_for, command="tick", every=0.0))
+    keeper = many.keeper(folder, launchers.launcher_for, command="tick", every=0.0)
+    done = many.follow(keeper)
+    _say_left_alone(many.left_alone(keeper, done, contract.now()))
     for run_dir, error in done.errors.items():
         print(f"dinoctl: {run_dir}: {error}", file=sys.stderr)
     print(f"{len(done.results)} live runs in {folder}")
     return 1 if done.errors else 0
+
+
+def _say_left_alone(run_dirs: Iterable[str]) -> None:
+    """Of runs whose attempts do not tick at their end, and that nobody watches."""
+    for run in run_dirs:
+        print(
+            f"dinoctl: nobody watches {run}: what is due when its attempt ends is done by the next `dinoctl tick {run}`"
+            f", or by who stays, `dinoctl watch {run}` (runbooks/nobody-watches.md)",
+            file=sys.stderr,
+        )
 
 
 def _folder(options: Options) -> str:

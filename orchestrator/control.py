@@ -106,8 +106,8 @@ def submit(run_dir: str, request: Request, *, by: str, fork: str | None = None, 
 def resume(run_dir: str, *, by: str, new_code: bool = False, skip_data: int | None = None) -> State:
     """Go on with a run that was stopped, cancelled or failed; one that is under way is left alone.
 
-    new_code: from now on with the installed model/, no longer claimed to be bit-exact. skip_data: jump over the data
-    of so many steps from the last checkpoint on. Raises ControlError.
+    new_code: from now on with the installed model/ or the profile's image, no longer claimed to be bit-exact.
+    skip_data: jump over the data of so many steps from the last checkpoint on. Raises ControlError.
     """
     run_dir = absolute(run_dir)
     state = _with_its_end(run_dir, load(run_dir))
@@ -115,7 +115,7 @@ def resume(run_dir: str, *, by: str, new_code: bool = False, skip_data: int | No
         raise ControlError(f"run {state.created.run} is done; there is nothing to resume")
     if not _stands(state) and not new_code and skip_data is None:
         return state
-    digest = code.pin(run_dir) if new_code else None
+    digest = code.settle(run_dir, state.cluster) if new_code else None
     try:
         event = Resumed(at=now(), nonce=new_nonce(), by=by, code_digest=digest, skip_data=skip_data)
         return insist(run_dir, event)
@@ -199,9 +199,15 @@ class TickResult:
     conflict: bool = False
 
     @property
-    def settled(self) -> bool:
-        """Whether a controller may leave: nothing is due but what the attempt's own last act will bring."""
+    def idle(self) -> bool:
+        """Whether nothing is due before the attempt ends, or ever."""
         return isinstance(self.action, Rest) or (isinstance(self.action, Wait) and self.action.settled)
+
+    @property
+    def settled(self) -> bool:
+        """Whether a controller may leave and none needs to be there: nothing is due but what the attempt's own last act
+        will bring, if it has one."""
+        return isinstance(self.action, Rest) or (self.idle and self.state.ticks_itself)
 
 
 def controller(
@@ -255,20 +261,38 @@ def act(this: Controller, state: State, launcher: Launcher, launch: Observation,
     return TickResult(after, action, pause, launch)
 
 
-def follow(this: Controller, *, clock: Callable[[], float] = now, sleep: Callable[[float], None] = time.sleep) -> State:
-    """Tick until the run can be left: it is over, its attempt is under way, or somebody else watches.
+@dataclass(frozen=True)
+class Followed:
+    """`left_alone`: nobody is known to look when the attempt ends, neither its own last act nor who watches."""
 
-    An agent's last act, and what a detached submit does; of two that follow neither counts on the other (`every` 0).
+    state: State
+    left_alone: bool
+
+
+def follow(
+    this: Controller, *, clock: Callable[[], float] = now, sleep: Callable[[float], None] = time.sleep
+) -> Followed:
+    """Tick until nothing is due: the run is over, its attempt is under way, or somebody else watches.
+
+    An agent's last act, and `dinoctl tick RUN`; of two that follow neither counts on the other (`every` 0).
     """
     began = clock()
     while True:
         result = tick(this, clock())
-        known = store.watchers(this.run_dir, of_folder=result.state.cluster["launcher"] != "local")
-        others = [watcher for watcher in known if (watcher.host, watcher.pid) != (this.me.host, this.me.pid)]
-        watched = any(store.surely_watches(watcher, began, clock()) for watcher in others)
-        if result.settled or (isinstance(result.action, Wait) and watched):
-            return result.state
+        watched = any(store.surely_watches(other, began, clock()) for other in _others(this, result.state))
+        if result.idle or (isinstance(result.action, Wait) and watched):
+            return Followed(result.state, left_alone(this, result, clock()))
         sleep(result.pause)
+
+
+def left_alone(this: Controller, result: TickResult, clock: float) -> bool:
+    """Whether nobody is known to look once the attempt has ended, if this process leaves."""
+    return not result.settled and not any(store.is_alive(other, clock) for other in _others(this, result.state))
+
+
+def _others(this: Controller, state: State) -> list[Watcher]:
+    known = store.watchers(this.run_dir, of_folder=state.cluster["launcher"] != "local")
+    return [watcher for watcher in known if (watcher.host, watcher.pid) != (this.me.host, this.me.pid)]
 
 
 def _look(this: Controller, state: State, launch: Observation, clock: float) -> Seen:

@@ -88,7 +88,8 @@ class Fail:
 
 @dataclass(frozen=True)
 class Wait:
-    """`settled`: a controller that only looks once may leave, since the attempt's own last act is a tick."""
+    """`settled`: nothing is due before the attempt ends, and its own last act is a tick if it has one
+    (`State.ticks_itself`): a controller that only looks once may leave."""
 
     seconds: float
     why: str

@@ -38,7 +38,7 @@ def show(run_dir: str, request: Request, *, fork: str | None) -> str:
 def _created(run_dir: str, request: Request, fork: str | None) -> State:
     event = RunCreated(
         at=0.0, nonce="", format=FORMAT, run=request.run, run_id=RUN_ID, spec=request.spec, cluster=request.cluster,
-        spec_digest=amend.digest(request.spec), code_digest=code.digest(code.installed()), version="",
+        spec_digest=amend.digest(request.spec), code_digest=code.there_now(request.cluster), version="",
         forked_from=attempts.find(handoff.parse(fork), run_dir) if fork else None,
     )  # fmt: skip
     created = fold([event])

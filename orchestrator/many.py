@@ -71,12 +71,12 @@ def keeper(runs: str, launcher_for: LauncherFor, *, command: str, every: float) 
     return Keeper(runs, control.controller(f"{runs}/{store.FOLDER}", launcher_for, command=command, every=every))
 
 
-def pass_over(this: Keeper, clock: float, settled: frozenset[str] = frozenset()) -> Pass:
-    """Tick every live run of the folder once. settled: those to leave alone."""
+def pass_over(this: Keeper, clock: float, idle: frozenset[str] = frozenset()) -> Pass:
+    """Tick every live run of the folder once. idle: those to leave as they are."""
     store.heartbeat(this.me.run_dir, msgspec.structs.replace(this.me.me, seen_at=clock))
     results: dict[str, TickResult] = {}
     errors: dict[str, str] = {}
-    for group in _groups(this, settled, errors):
+    for group in _groups(this, idle, errors):
         for (run_dir, state, _), launch in zip(group.runs, group.observe(), strict=True):
             try:
                 results[run_dir] = control.act(this.of(run_dir), state, group.launcher, launch, clock)
@@ -85,11 +85,11 @@ def pass_over(this: Keeper, clock: float, settled: frozenset[str] = frozenset())
     return Pass(results, errors)
 
 
-def _groups(this: Keeper, settled: frozenset[str], errors: dict[str, str]) -> list[_Group]:
+def _groups(this: Keeper, idle: frozenset[str], errors: dict[str, str]) -> list[_Group]:
     """The live runs by cluster profile. What is wrong with a run goes into `errors`."""
     groups: dict[bytes, _Group] = {}
     for run_dir in (f"{this.runs}/{name}" for name in storage.names(this.runs)):
-        if run_dir in settled:
+        if run_dir in idle:
             continue
         try:
             state = folded.load(run_dir)
@@ -124,16 +124,21 @@ def _without_collection() -> Iterator[None]:
 
 @_without_collection()
 def follow(this: Keeper, *, clock: Callable[[], float] = now, sleep: Callable[[float], None] = time.sleep) -> Pass:
-    """Pass over the runs until each can be left (`control.follow`); the last result of each."""
+    """Pass over the runs until nothing is due of any (`control.follow`); the last result of each."""
     results: dict[str, TickResult] = {}
     while True:
-        settled = frozenset(run_dir for run_dir, result in results.items() if result.settled)
-        last = pass_over(this, clock(), settled)
+        idle = frozenset(run_dir for run_dir, result in results.items() if result.idle)
+        last = pass_over(this, clock(), idle)
         results |= last.results
-        due = [result.pause for result in last.results.values() if not result.settled]
+        due = [result.pause for result in last.results.values() if not result.idle]
         if not due:
             return Pass(results, last.errors)
         sleep(min(due))
+
+
+def left_alone(this: Keeper, done: Pass, clock: float) -> list[str]:
+    """The run directories of those that nobody is known to look at when their attempt ends."""
+    return [run for run, result in done.results.items() if control.left_alone(this.of(run), result, clock)]
 
 
 def keep(this: Keeper, left: threading.Event, say: Callable[[str], None], every: float) -> None:

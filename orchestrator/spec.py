@@ -156,7 +156,7 @@ def not_there_yet(job: Job, cluster: ClusterProfile) -> list[Problem]:
     for name, phase in job.phases.items():
         for feature, path in _features(phase, cluster):
             asked.setdefault(feature, []).append(("phases", name, *path))
-    if job.controller.on == "cluster" and cluster.launcher != "slurm":
+    if job.controller.on == "cluster" and cluster.launcher == "local":
         asked.setdefault(
             f"a controller on {cluster.name}, whose launcher is {cluster.launcher} and not slurm", []
         ).append(("controller", "on"))

@@ -106,6 +106,11 @@ class State(msgspec.Struct, frozen=True):
         return (*phases, Stage(EVALUATE, None)) if self.spec.get("evaluate") else tuple(phases)
 
     @property
+    def ticks_itself(self) -> bool:
+        """Whether an attempt's own last act is a tick. A pod is gone with its agent, and has none."""
+        return bool(self.cluster["launcher"] != "kubernetes")
+
+    @property
     def live(self) -> AttemptState | None:
         """The attempt that is under way; there is never more than one."""
         return self.attempts[-1] if self.attempts and self.attempts[-1].end is None else None

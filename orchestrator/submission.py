@@ -74,7 +74,7 @@ def create(run_dir: str, request: Request, fork: str | None) -> State:
     except IllegalEvent as error:
         raise ControlError(f"run {request.run}: {error}") from error
     store.prove(run_dir)
-    event = msgspec.structs.replace(event, code_digest=code.pin(run_dir))
+    event = msgspec.structs.replace(event, code_digest=code.settle(run_dir, request.cluster))
     store.append(run_dir, 1, event)
     return apply(None, event)
 

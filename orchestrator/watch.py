@@ -162,7 +162,7 @@ def _how_it_goes_on(this: Controller, result: TickResult | None) -> str:
     elif result is not None and result.settled:
         keeper = "its jobs keep it going: each looks what is due when it ends"
     elif this.me.command == "watch":  # it was there for just that, and is told to go
-        keeper = "but something is due now, and nobody is there to do it until somebody watches or ticks"
+        keeper = "but something is due, now or when its attempt ends, and nobody is there to do it until somebody ticks"
     else:
         keeper = f"process {detach(this.run_dir)} in the background keeps it going (log: {log_file(this.run_dir)})"
     run = this.run_dir

@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,3 +81,34 @@ def test_python_runs_the_copy_and_not_the_checkout(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.stdout.strip() == f"{folder}/model/contract.py"
     assert code.verify(run, code.digest(code.installed())) == folder, "bytecode is not part of the digest"
+
+
+IMAGE = "registry.example.org/worker"
+
+
+def pods(image: str) -> dict[str, Any]:
+    return {"launcher": "kubernetes", "kubernetes": {"image": image}}
+
+
+def test_pods_bring_their_code_with_their_image(tmp_path: Path) -> None:
+    """By its digest wherever it is pulled from; nothing of it is copied into the run."""
+    run, digest = str(tmp_path / "run"), "a" * 64
+    cluster = pods(f"{IMAGE}@sha256:{digest}")
+    assert code.settle(run, cluster) == code.there_now(cluster) == digest
+    assert not (tmp_path / "run").exists()
+    assert code.for_attempt(run, cluster, digest) == ""
+    assert code.for_attempt(run, pods(f"mirror/worker:v1@sha256:{digest}"), digest) == ""
+    assert code.settle(run, pods("worker:dev")) != code.settle(run, pods("worker:v2"))
+
+
+@pytest.mark.parametrize("image", [f"{IMAGE}@sha256:{'b' * 64}", f"{IMAGE}:latest"])
+def test_another_image_is_other_code(tmp_path: Path, image: str) -> None:
+    with pytest.raises(code.CodeError, match="dinoctl resume RUN --code new") as caught:
+        code.for_attempt(str(tmp_path), pods(image), "a" * 64)
+    assert image in str(caught.value)
+    assert ("a" * 16) in str(caught.value)
+
+
+def test_a_run_that_leaves_pods_needs_a_copy_of_the_code(tmp_path: Path) -> None:
+    with pytest.raises(code.CodeError, match="had their code from an image so far"):
+        code.for_attempt(str(tmp_path), {"launcher": "local"}, "a" * 64)

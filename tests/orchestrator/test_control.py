@@ -10,12 +10,12 @@ import msgspec
 import pytest
 
 from model.contract import EVALUATE, Cause, CheckpointRef, Watcher
-from orchestrator import attempts, code, control, store
+from orchestrator import attempts, cli, code, control, launchers, store
 from orchestrator.control import ControlError
 from orchestrator.decide import AskToStop, Rest, Wait
 from orchestrator.events import AttemptIntended, AttemptLaunched
 from orchestrator.handoff import HandoffError
-from tests.orchestrator.pretend import Bench
+from tests.orchestrator.pretend import Bench, request
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -205,9 +205,71 @@ def test_every_tick_leaves_a_heartbeat(bench: Bench) -> None:
 def test_follow_leaves_once_the_attempt_is_under_way(bench: Bench) -> None:
     bench.submit()
     this = control.controller(bench.dir(), bench.launcher, command="tick", every=0.0)
-    state = control.follow(this, clock=lambda: bench.now, sleep=lambda seconds: None)
+    state = control.follow(this, clock=lambda: bench.now, sleep=lambda seconds: None).state
     assert state.live is not None
     assert state.live.status == "launched"
+
+
+PODS = {"launcher": "kubernetes", "kubernetes": {"image": "worker@sha256:" + "a" * 64}}
+
+
+def submit_to_pods(bench: Bench) -> None:
+    control.submit(bench.dir(), request(**PODS), by="test")
+
+
+def test_a_pod_has_no_last_act_and_no_copy_of_the_code(bench: Bench) -> None:
+    submit_to_pods(bench)
+    bench.tick()
+    attempt = bench.launcher.job.attempt
+    assert (attempt.on_end, attempt.code_dir, attempt.code_digest) == ([], "", "a" * 64)
+    assert not (Path(bench.dir()) / "code").exists()
+
+
+def test_of_pods_somebody_has_to_stay_until_their_end(bench: Bench) -> None:
+    """One that only looks leaves, and knows that they are left alone, unless somebody watches the run or its folder."""
+    submit_to_pods(bench)
+    this = control.controller(bench.dir(), bench.launcher, command="tick", every=0.0)
+    under_way = bench.tick(), bench.tick()
+    assert [result.idle for result in under_way] == [False, True]
+    assert not under_way[1].settled
+    assert control.follow(this, clock=lambda: bench.now, sleep=lambda seconds: None).left_alone
+    there = Watcher(
+        host="controller-0", boot_id="b", pid=1, started=0.0, command="watch", seen_at=bench.now, every=10.0
+    )  # fmt: skip
+    store.heartbeat(f"{bench.folder}/{store.FOLDER}", there)
+    assert not control.follow(this, clock=lambda: bench.now, sleep=lambda seconds: None).left_alone
+    bench.launcher.job.train(4)
+    bench.launcher.job.end(Cause.DONE)
+    assert control.follow(this, clock=lambda: bench.now + 3600, sleep=lambda seconds: None).left_alone
+    assert len(bench.launcher.jobs) == 2
+
+
+def test_a_tick_says_that_pods_are_left_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launchers, "launcher_for", bench.launcher)
+    submit_to_pods(bench)
+    for words in ([bench.dir()], ["--runs", str(bench.folder)]):
+        assert cli.main(["tick", *words]) == 0
+        assert f"dinoctl: nobody watches {bench.dir()}: " in capsys.readouterr().err
+    bench.submit(run="here")
+    assert cli.main(["tick", bench.dir("here")]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_another_image_is_an_event_too(bench: Bench) -> None:
+    submit_to_pods(bench)
+    bench.tick()
+    other = {**PODS, "kubernetes": {"image": "worker@sha256:" + "b" * 64}}
+    control.submit(bench.dir(), request(**other), by="test", amending=True)
+    bench.launcher.job.end(Cause.STOPPED)
+    bench.tick()
+    state = bench.tick(seconds=10.0).state
+    assert state.failed is not None
+    assert "--code new" in state.failed.message
+    assert control.resume(bench.dir(), by="test", new_code=True).code_digest == "b" * 64
+    bench.tick(seconds=10.0)
+    assert bench.launcher.job.attempt.code_digest == "b" * 64
 
 
 def test_follow_waits_out_a_pause_unless_somebody_watches(bench: Bench) -> None:
@@ -221,7 +283,7 @@ def test_follow_waits_out_a_pause_unless_somebody_watches(bench: Bench) -> None:
         slept.append(seconds)
         bench.now += seconds
 
-    state = control.follow(this, clock=lambda: bench.now, sleep=sleep)
+    state = control.follow(this, clock=lambda: bench.now, sleep=sleep).state
     assert (len(bench.launcher.jobs), state.live and state.live.number) == (2, 2)
     assert sum(slept) == pytest.approx(1.0)
 
@@ -243,7 +305,7 @@ def test_who_watches_from_another_machine_has_to_look_again_to_be_counted_on(ben
         if alive:
             store.heartbeat(bench.dir(), msgspec.structs.replace(there, seen_at=bench.now))
 
-    state = control.follow(this, clock=lambda: bench.now, sleep=sleep)
+    state = control.follow(this, clock=lambda: bench.now, sleep=sleep).state
     assert [attempt.number for attempt in state.attempts] == ([1] if alive else [1, 2])
 
 
