@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from model import contract
+from tests import builders
 from tests.slurm import cluster
 from tests.stores import weed
 
@@ -43,6 +44,7 @@ def can_separate() -> bool:
     )
 
 
+builder = functools.cache(builders.there)
 slurm_lacks = functools.cache(cluster.lacking)
 
 REQUIREMENTS: dict[str, tuple[Callable[[], bool], str]] = {
@@ -51,6 +53,7 @@ REQUIREMENTS: dict[str, tuple[Callable[[], bool], str]] = {
     "proc": (Path("/proc/self/status").exists, "Linux: the test reads from /proc how much memory a process takes"),
     "mount": (can_mount, "run as root: the test mounts a small file system"),
     "namespaces": (can_separate, "run as root: the test starts processes in namespaces of their own, as pods are"),
+    "builder": (lambda: builder() is not None, "install podman or docker and let it pull: the test builds the image"),
     "slurm": (
         lambda: not slurm_lacks(),
         "`clusters/dev/slurm/install`, as root: the test brings up a real Slurm, as root",
