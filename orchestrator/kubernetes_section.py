@@ -86,6 +86,9 @@ class Kubernetes(Section):
     service_account: str | None = Field(None, description="of the pods; they get no token of it")
     host_network: bool = Field(False, description="the nodes' own network, as some RDMA set-ups want it")
     run_as_user: NonNegativeInt | None = Field(1000, description="user of the pods; 0 is root; null: the image's")
+    capabilities: list[str] = Field(
+        [], description="what root may do after all, e.g. IPC_LOCK for RDMA; no other user gets any"
+    )
     read_only_root: bool = Field(True, description="only volumes, /tmp and /dev/shm can be written to")
     volumes: dict[str, Volume] = Field({}, description="by name")
     env: dict[EnvName, str] = Field({}, description="plain values; nothing secret")
