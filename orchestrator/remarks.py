@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from model import contract, storage
 from model.config import AnyPhase, Schedule, Section
-from orchestrator import data_places, slurm_checks
+from orchestrator import data_places, kubernetes_checks, slurm_checks
 from orchestrator.cluster import ClusterProfile
 from orchestrator.problems import Path, dotted
 
@@ -24,8 +24,9 @@ def remarks(job: Job, cluster: ClusterProfile) -> list[str]:
         both = [*_warmups(phase, ("phases", name))]
         if cluster.launcher == "local":
             both += _batch(phase, ("phases", name))
-        if text := slurm_checks.elsewhere(phase.resources, cluster):
-            both.append((("phases", name, *slurm_checks.AT), text))
+        for told in (slurm_checks, kubernetes_checks):
+            if text := told.elsewhere(phase.resources, cluster):
+                both.append((("phases", name, *told.AT), text))
         for at, text in both:
             found.setdefault(text, []).append(dotted(at))
     return [f"{', '.join(paths)}: {text}" for text, paths in found.items()]

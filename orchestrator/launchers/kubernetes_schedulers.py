@@ -37,7 +37,7 @@ class Request:
         return str(yaml.safe_dump_all(self.objects, sort_keys=False))
 
 
-class ObjectsScheduler(Scheduler[dict[str, Any]]):
+class ObjectsScheduler(Scheduler[dict[str, Any]]):  # type: ignore[misc]  # torchx has no types
     """Creates what `make` makes of an app."""
 
     def __init__(
