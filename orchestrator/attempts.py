@@ -31,8 +31,9 @@ from orchestrator.state import State, fold
 WATCH_SECONDS, BUCKET_WATCH_SECONDS = 1.0, 5.0
 """How often an attempt tells of its progress: a bucket is paid by the request, and lists a thousand names at a time."""
 
-NAME_LENGTH = 48
-"""Longest launch name: Kubernetes makes of it the names of pods, 63 characters with what a JobSet adds."""
+NAME_LENGTH = 45
+"""Longest launch name: Kubernetes makes of it the names of pods, 63 characters with what a JobSet of up to ten thousand
+nodes adds (`-node-0-9999-` and five more)."""
 
 
 def build(

@@ -14,10 +14,6 @@ from orchestrator.problems import Problem, SpecError, did_you_mean, listed
 from orchestrator.validation import validate
 from orchestrator.yaml_reader import read_yaml
 
-LAUNCHERS = ("local", "slurm")
-"""The launchers that are there."""
-
-
 ALREADY_SAID = {
     "account": "slurm.account",
     "constraint": "slurm.constraint",
@@ -152,16 +148,3 @@ def _sections(values: dict[str, Any]) -> list[Problem]:
     if launcher == "kubernetes" and values.get("kubernetes") is None:
         problems.append(Problem("missing", ("kubernetes",), allowed="a section with at least `image`"))
     return problems
-
-
-def launchable(cluster: ClusterProfile) -> Problem | None:
-    """Why nothing can be submitted to that cluster, or None if it can."""
-    if cluster.launcher in LAUNCHERS:
-        return None
-    return Problem(
-        f"the {cluster.launcher} launcher is not there yet",
-        ("cluster",),
-        found=cluster.name,
-        allowed=f"clusters whose launcher is: {listed(LAUNCHERS)}",
-        hint="`validate` and `plan` take it; to run on this machine: --cluster local",
-    )

@@ -88,13 +88,11 @@ def plan(options: Options) -> int:
 
 def submit(options: Options) -> int:
     from orchestrator import control, kubernetes_checks, spec, weights_command
-    from orchestrator.cluster import launchable
     from orchestrator.problems import SpecError
 
     job, cluster = _read(options)
-    not_there = launchable(cluster)
     name = job.name if options.run is None else options.run
-    problems = [*spec.name_problems(name), *([not_there] if not_there else []), *spec.not_there_yet(job, cluster)]
+    problems = [*spec.name_problems(name), *spec.not_there_yet(job, cluster)]
     if problems:
         raise SpecError(problems)
     resolved = spec.resolved(job)

@@ -4,9 +4,9 @@ not see or would not be told in time; looked at before anything is queued."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from model import storage
 from model.config import AnyPhase, Data, Evaluate, Resources, read
@@ -15,6 +15,7 @@ from orchestrator.cluster import ClusterProfile
 from orchestrator.draft import Draft
 from orchestrator.kubernetes_section import Kubernetes
 from orchestrator.problems import Path, Problem, listed
+from orchestrator.slurm_checks import stages
 from orchestrator.validation import validate
 
 if TYPE_CHECKING:
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
 
 AT = ("resources", "kubernetes")
 
+ELSEWHERE = {"kubernetes": {"image": "none"}}
+"""Stands for the profile of a job that runs on another kind of cluster: what it says to this kind is still read."""
+
 OF_THE_CLUSTER = {
     "context": "dinoctl looks for the attempts of all runs there",
-    "namespace": "dinoctl looks for the attempts of all runs there",
-    "scheduler": "dinoctl looks for the attempts of all runs as what it makes",
     "image": "the code comes with it, and a run has one",
     "poll_seconds": "the API server is asked once for all runs",
 }
@@ -36,17 +38,38 @@ ENDING_SECONDS = 10
 
 
 def all_problems(draft: Draft) -> Iterator[Problem]:
-    """Fields that there are not, values that they do not take, and what is the profile's alone to say."""
-    stages: list[tuple[Path, Resources]] = [(("phases", name), phase.resources) for name, phase in draft.phases.items()]
-    if draft.evaluate is not None:
-        stages.append((("evaluate",), draft.evaluate.resources))
-    for at, resources in stages:
-        own = resources.kubernetes
-        _, problems = validate(Kubernetes, {"image": "the profile's", **own}, (*at, *AT))
+    """Fields that do not exist, values that the API server does not take, what is the profile's alone to say, and time
+    limits that the grace uses up."""
+    there = draft.cluster is not None and draft.cluster.launcher == "kubernetes"
+    profile = draft.cluster.model_dump(mode="json") if draft.cluster and there else ELSEWHERE
+    for at, resources in stages(draft):
+        own = resources.model_dump(mode="json")
+        if not own["kubernetes"] and not there:
+            continue
+        merged = sections.merged("kubernetes", profile, own)
+        _, problems = validate(Kubernetes, merged, (*at, *AT))
         yield from problems
-        for name in OF_THE_CLUSTER.keys() & own.keys():
-            yield Problem(f"it is the cluster's: {OF_THE_CLUSTER[name]}", (*at, *AT, name), found=str(own[name]),
+        if there:
+            yield from _of_the_cluster(own["kubernetes"], (*at, *AT))
+        if not problems and there:
+            yield from _grace(read(Kubernetes, merged), resources, at)
+
+
+def _of_the_cluster(own: Mapping[str, Any], at: Path) -> Iterator[Problem]:
+    for name, why in OF_THE_CLUSTER.items():
+        if name in own:
+            yield Problem(f"it is the cluster's: {why}", (*at, name), found=str(own[name]),
                           hint="write a profile of your own, and name its file: cluster=FILE.yaml")  # fmt: skip
+
+
+def _grace(section: Kubernetes, resources: Resources, at: Path) -> Iterator[Problem]:
+    """A pod that is asked to stop as it starts would stop at its first step, again and again."""
+    limit = resources.time_limit_minutes
+    if limit is not None and limit * 60 <= section.grace_seconds:
+        yield Problem("the time limit is over before the pods start", (*at, "resources", "time_limit_minutes"),
+                      found=f"{limit} minutes, of which {section.grace_seconds} s are for stopping "
+                            "(kubernetes.grace_seconds)",
+                      allowed=f"{section.grace_seconds // 60 + 1} or more")  # fmt: skip
 
 
 def elsewhere(resources: Resources, cluster: ClusterProfile) -> str:

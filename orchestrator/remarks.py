@@ -24,9 +24,9 @@ def remarks(job: Job, cluster: ClusterProfile) -> list[str]:
         both = [*_warmups(phase, ("phases", name))]
         if cluster.launcher == "local":
             both += _batch(phase, ("phases", name))
-        for checks in (slurm_checks, kubernetes_checks):
-            if text := checks.elsewhere(phase.resources, cluster):
-                both.append((("phases", name, *checks.AT), text))
+        for told in (slurm_checks, kubernetes_checks):
+            if text := told.elsewhere(phase.resources, cluster):
+                both.append((("phases", name, *told.AT), text))
         for at, text in both:
             found.setdefault(text, []).append(dotted(at))
     for at, text in kubernetes_checks.remarks(job, cluster):

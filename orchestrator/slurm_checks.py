@@ -16,14 +16,19 @@ AT = ("resources", "slurm")
 
 def all_problems(draft: Draft) -> Iterator[Problem]:
     """Fields that sbatch is not told, values that it does not take, notices longer than the whole job."""
-    stages: list[tuple[Path, Resources]] = [(("phases", name), phase.resources) for name, phase in draft.phases.items()]
-    if draft.evaluate is not None:
-        stages.append((("evaluate",), draft.evaluate.resources))
-    for at, resources in stages:
+    for at, resources in stages(draft):
         _, problems = validate(Slurm, resources.slurm, (*at, *AT))
         yield from problems
         if not problems and draft.cluster is not None and draft.cluster.launcher == "slurm":
             yield from _notice(draft.cluster, resources, at)
+
+
+def stages(draft: Draft) -> list[tuple[Path, Resources]]:
+    """Where each stage's resources stand in the job, and what they are."""
+    found: list[tuple[Path, Resources]] = [(("phases", name), phase.resources) for name, phase in draft.phases.items()]
+    if draft.evaluate is not None:
+        found.append((("evaluate",), draft.evaluate.resources))
+    return found
 
 
 def _notice(cluster: ClusterProfile, resources: Resources, at: Path) -> Iterator[Problem]:

@@ -19,5 +19,9 @@ def launcher_for(cluster: Mapping[str, Any]) -> Launcher:
             from orchestrator.launchers.slurm import SlurmLauncher
 
             return SlurmLauncher(cluster)
+        case "kubernetes":
+            from orchestrator.launchers.kubernetes import KubernetesLauncher
+
+            return KubernetesLauncher(cluster)
         case other:
             raise LaunchError(f"the {other} launcher is not there yet; to run on this machine: --cluster local")

@@ -210,11 +210,6 @@ def test_a_dry_run_shows_what_would_be_sent_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_launcher_that_is_not_there_yet_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(job("submit", "--cluster", "h100_kubernetes")) == 2
-    assert "the kubernetes launcher is not there yet" in capsys.readouterr().err
-
-
 def test_a_controller_on_a_cluster_without_jobs_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(job("submit", "controller.on=cluster")) == 2
     assert "not there yet: a controller on local, whose launcher is local and not slurm" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator import cli, cluster as clusters, kubernetes_checks
+from orchestrator import cli, kubernetes_checks
 from orchestrator.cluster import read_cluster
 from orchestrator.problems import Problem, SpecError
 from orchestrator.remarks import remarks
@@ -62,7 +62,7 @@ def test_what_a_job_says_to_kubernetes_is_looked_at_before_it_is_sent() -> None:
     assert memory.path == "phases.gram.resources.kubernetes.memory"
 
 
-@pytest.mark.parametrize("option", ["image: other", "namespace: mine", "scheduler: jobset", "context: there"])
+@pytest.mark.parametrize("option", ["image: other", "poll_seconds: 1", "context: there"])
 def test_what_is_the_clusters_no_job_says(option: str) -> None:
     (problem,) = wrong(f"phases.gram.resources.kubernetes={{{option}}}")
     assert problem.path == f"phases.gram.resources.kubernetes.{option.split(':')[0]}"
@@ -147,7 +147,6 @@ def test_submit_refuses_all_at_once_and_a_dry_run_only_remarks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_code(tmp_path, monkeypatch)
-    monkeypatch.setattr(clusters, "LAUNCHERS", ("local", "slurm", "kubernetes"))
     words = [str(TINY), profile(image="worker:latest"), "data.path=/home/me/images", "data.also=[]"]
     assert cli.main(["submit", *words, "controller.on=cluster", "--runs", str(tmp_path / "runs")]) == 2
     said = capsys.readouterr().err

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from orchestrator.amend import digest
-from orchestrator.cluster import launchable, profiles, read_cluster
+from orchestrator.cluster import profiles, read_cluster
+from orchestrator.launchers import launcher_for
 from orchestrator.problems import SpecError
 from orchestrator.schema import job_schema
 from orchestrator.spec import Job, not_there_yet, read_job, resolved
@@ -43,14 +44,10 @@ def test_every_job_file_is_right(file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", profiles())
-def test_every_cluster_profile_is_right_and_all_but_kubernetes_can_launch(name: str) -> None:
+def test_every_cluster_profile_is_right_and_has_a_launcher(name: str) -> None:
     profile = read_cluster(name)
     assert profile.name == name
-    problem = launchable(profile)
-    if profile.launcher != "kubernetes":
-        assert problem is None
-    else:
-        assert "the kubernetes launcher is not there yet" in str(problem)
+    assert launcher_for(profile.model_dump(mode="json"))
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------
