@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from model import contract, storage
+from model import contract, nodes, storage
 from model.contract import Attempt, Cause, Outcome, RankEnd, Step
 
 TELLING = (
@@ -181,10 +182,16 @@ def _tail(path: Path) -> str:
     return storage.read(str(path), max(0, size - TAIL_BYTES)).decode(errors="replace")
 
 
+OF_MACHINE = ("/proc/vmstat",)
+OF_CONTAINER = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
+"""Where the kernel counts; of a container by the version of its cgroups, the second one first."""
+
+
 def oom_kills() -> int | None:
-    """Processes that the kernel has killed for lack of memory since boot; None where it does not tell."""
-    try:
-        lines = Path("/proc/vmstat").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
+    """Processes that the kernel has killed for lack of memory since boot, in a pod those of the pod; None where it does
+    not tell."""
+    for path in OF_CONTAINER if nodes.in_a_pod(os.environ) else OF_MACHINE:
+        with suppress(OSError):
+            lines = Path(path).read_text().splitlines()
+            return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
+    return None

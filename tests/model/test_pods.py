@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from model import contract, storage
+from model import contract, endings, storage
 from model.contract import Attempt, Cause
 from orchestrator import logs
 from tests.model.standin.attempts import make, wait_for
@@ -87,6 +87,21 @@ def test_an_attempt_that_another_has_and_a_pod_that_is_told_too_little(tmp_path:
     pod.start()
     assert pod.wait() == [CODES[Cause.USER_ERROR]]
     assert "lacks DINOCTL_HOST" in pod.printed()
+
+
+def test_memory_that_ran_out_elsewhere_on_the_machine_is_not_the_pods(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the words of both versions of cgroups; the machine's own count is asked for elsewhere."""
+    first, second = tmp_path / "memory.oom_control", tmp_path / "memory.events"
+    first.write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 2\n")
+    monkeypatch.setattr(endings, "OF_CONTAINER", (str(second), str(first)))
+    monkeypatch.setattr(endings, "OF_MACHINE", (str(tmp_path / "vmstat"),))
+    assert endings.oom_kills() is None
+    monkeypatch.setenv("DINOCTL_NODES", "1")
+    assert endings.oom_kills() == 2
+    second.write_text("low 0\nhigh 0\nmax 7\noom 1\noom_kill 3\noom_group_kill 0\n")
+    assert endings.oom_kills() == 3
 
 
 @pytest.mark.jobs
