@@ -200,6 +200,28 @@ def test_who_leaves_before_all_is_under_way_leaves_somebody_behind(
     assert said in text
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [("submit", "process 4711 in the background keeps it going"), ("watch", "nobody is there to do it until")],
+)
+def test_who_leaves_pods_leaves_somebody_behind(
+    on_a_cluster: str, monkeypatch: pytest.MonkeyPatch, command: str, said: str
+) -> None:
+    """All is under way, and nothing looks when it ends."""
+    run_dir = on_a_cluster.replace("far", "pods")
+    profile = {"launcher": "kubernetes", "kubernetes": {"image": "worker@sha256:" + "a" * 64}}
+    control.submit(run_dir, request(run="pods", **profile), by="a test")
+    looks: list[int] = []
+
+    def leave(job: Job) -> None:
+        looks.append(1)
+        if len(looks) == 2:
+            press(job)
+
+    _, text = stay(run_dir, Willing(before=leave), monkeypatch, command)
+    assert said in text
+
+
 def test_a_terminal_that_is_gone_does_not_keep_anybody(on_a_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Gone(Lines):
         def __exit__(self, *_: object) -> None:
