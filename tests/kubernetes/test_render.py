@@ -3,6 +3,8 @@ server here knows it."""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,7 @@ import msgspec
 import pytest
 import yaml
 
-from model.contract import Attempt
+from model.contract import EXIT_CODES, Attempt, Cause
 from orchestrator import attempts
 from orchestrator.launchers import kubernetes_app
 from tests.model.standin.attempts import make
@@ -148,3 +150,74 @@ def test_pods_are_apart_in_one_rack_and_not_on_nodes_that_are_left_out(kubernete
         assert placed() == sorted(four[1:3])
     finally:
         kubernetes.kubectl("label", "nodes", *four, f"{rack}-", f"{pool}-")
+
+
+# --- real pods --------------------------------------------------------------------------------------------------------
+
+POD = """#!{python}
+import json, os, pathlib, signal, socket, sys, time
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit({code}))
+here, number, count = pathlib.Path(__file__).parent, int(os.environ["DINOCTL_NODE"]), int(os.environ["DINOCTL_NODES"])
+said = {{name: value for name, value in os.environ.items() if name.startswith("DINOCTL_")}}
+said |= {{"pid": os.getpid(), "words": sys.argv[1:], "user": os.getuid(), "home": os.environ["HOME"]}}
+pathlib.Path("/tmp/mine").write_text("")
+said["root"] = os.access("/", os.W_OK) and not os.statvfs("/").f_flag & os.ST_RDONLY
+(here / f"{{number}}.tmp").write_text(json.dumps(said))
+(here / f"{{number}}.tmp").rename(here / f"{{number}}.json")
+for other in range(count):
+    file = here / f"{{other}}.json"
+    while not file.exists():
+        time.sleep(0.1)
+    address = json.loads(file.read_text())["DINOCTL_ADDRESS"]
+    while True:
+        try:
+            found = socket.gethostbyname(address)
+            break
+        except OSError:
+            time.sleep(0.2)
+    (here / f"{{number}}-found-{{other}}").write_text(found)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("scheduler", ["indexed-job", "jobset"])
+def test_real_pods_know_who_they_are_find_each_other_and_are_asked_to_stop_in_time(
+    scheduler: str, real_nodes: Place, tmp_path: Path
+) -> None:
+    """Each of two pods runs a script in Python's place, until the time limit: SIGTERM comes so long before it as the
+    grace is, and its exit code is in the Job's condition."""
+    from kubernetes.config import new_client_from_config
+
+    case = make(tmp_path / "run", ["steps:1"] * 2, nodes=2)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    script = shared / "python"
+    script.write_text(POD.format(python=Path(sys.executable).resolve(), code=EXIT_CODES[Cause.STOPPED]))
+    script.chmod(0o755)
+    section = real_nodes.pod_section(shared, scheduler=scheduler, python=str(script), grace_seconds=45, gpus=False)
+    case.attempt.settings.update({"resources": {"time_limit_minutes": 1}})
+    with new_client_from_config(config_file=str(real_nodes.kubeconfig)) as client:
+        kubernetes_app.schedule(client, {"kubernetes": section}, case.attempt, case.digest)
+    name = case.attempt.launch_name
+    job = name if scheduler == "indexed-job" else f"{name}-node-0"
+
+    def failed() -> list[dict[str, Any]]:
+        found = real_nodes.get("jobs.batch", "--selector", f"dinoctl/name={name}")["items"]
+        conditions = [condition for one in found for condition in one.get("status", {}).get("conditions", [])]
+        return [condition for condition in conditions if condition["type"] == "Failed"]
+
+    real_nodes.wait(lambda: bool(failed()), "the Job to fail at its time limit", 120)
+    assert failed()[0]["reason"] == "PodFailurePolicy"
+    assert f"exit code {EXIT_CODES[Cause.STOPPED]}" in failed()[0]["message"]
+    uid = real_nodes.get("job.batch", job)["metadata"]["uid"]
+    hosts = set()
+    for number in range(2):
+        said = json.loads((shared / f"{number}.json").read_text())
+        assert (said["DINOCTL_NODE"], said["DINOCTL_NODES"]) == (str(number), "2")
+        assert (said["DINOCTL_JOB"], said["DINOCTL_ADDRESS"]) == (uid, f"{job}-{number}.{name}")
+        assert (said["pid"], said["home"], said["root"]) == (1, "/tmp", False)
+        assert said["words"][:3] == ["-P", "-m", "model.agent"]
+        hosts.add(said["DINOCTL_HOST"])
+        assert (shared / f"{number}-found-{1 - number}").read_text()
+    assert len(hosts) == 2
