@@ -157,7 +157,8 @@ def test_pods_are_apart_in_one_rack_and_not_on_nodes_that_are_left_out(kubernete
 POD = """#!{python}
 import json, os, pathlib, signal, socket, sys, time
 
-signal.signal(signal.SIGTERM, lambda *_: sys.exit({code}))
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
 here, number, count = pathlib.Path(__file__).parent, int(os.environ["DINOCTL_NODE"]), int(os.environ["DINOCTL_NODES"])
 said = {{name: value for name, value in os.environ.items() if name.startswith("DINOCTL_")}}
 said |= {{"pid": os.getpid(), "words": sys.argv[1:], "user": os.getuid(), "home": os.environ["HOME"]}}
@@ -177,7 +178,9 @@ for other in range(count):
         except OSError:
             time.sleep(0.2)
     (here / f"{{number}}-found-{{other}}").write_text(found)
-time.sleep(600)
+while not asked:
+    time.sleep(0.1)
+sys.exit({code})
 """
 
 
@@ -195,7 +198,7 @@ def test_real_pods_know_who_they_are_find_each_other_and_are_asked_to_stop_in_ti
     script = shared / "python"
     script.write_text(POD.format(python=Path(sys.executable).resolve(), code=EXIT_CODES[Cause.STOPPED]))
     script.chmod(0o755)
-    section = real_nodes.pod_section(shared, scheduler=scheduler, python=str(script), grace_seconds=45, gpus=False)
+    section = real_nodes.pod_section(shared, scheduler=scheduler, python=str(script), grace_seconds=55, gpus=False)
     case.attempt.settings.update({"resources": {"time_limit_minutes": 1}})
     with new_client_from_config(config_file=str(real_nodes.kubeconfig)) as client:
         kubernetes_app.schedule(client, {"kubernetes": section}, case.attempt, case.digest)
