@@ -78,7 +78,6 @@ class Job:
     name: str = "tiny"
     environment: Mapping[str, str] = field(default_factory=dict)
     bucket: str = ""
-    temporary: tuple[Path, ...] = ()  # the temporary folder of each node, where they are not this process's own
 
     @property
     def runs(self) -> Path:
@@ -180,15 +179,14 @@ class Job:
 
     # its processes
 
-    def scratch(self, launch_name: str) -> list[Path]:
-        """The folder of an attempt on each node."""
-        own = contract.scratch_dir(launch_name)
-        return [folder / own.relative_to(tempfile.gettempdir()) for folder in self.temporary] or [own]
-
-    def rank_pids(self, launch_name: str) -> dict[int, int]:
-        """rank -> pid, as far as they have begun, on whichever node."""
-        files = [file for folder in self.scratch(launch_name) for file in folder.glob("pid-*")]
-        return {int(file.name.removeprefix("pid-")): int(file.read_text()) for file in files}
+    def ranks(self, attempt: int) -> list[psutil.Process]:
+        """The ranks of an attempt in their order, as far as they have begun, on whichever node or in whichever pod of
+        this machine."""
+        own = f"{self.where}/{contract.attempt_yaml(attempt)}"
+        there = {p.pid: p for p in psutil.process_iter(["cmdline", "ppid"]) if p.info["cmdline"][-1:] == [own]}
+        started = [p for p in there.values() if "model.rank" in p.info["cmdline"][:6] and p.info["ppid"] in there]
+        ranks = [p for p in started if "model.rank" not in there[p.info["ppid"]].info["cmdline"][:6]]  # no loader's
+        return sorted(ranks, key=lambda rank: int(rank.environ().get("RANK", "0")))
 
     def processes(self) -> list[psutil.Process]:
         """Every process, zombies aside, that belongs to this run or to its dinoctl; not what brings it to MLflow."""
@@ -266,9 +264,10 @@ def hold(
         return newest if newest is not None and newest["attempt"] in sealed else None
 
     intent = wait_until(sealed_by_the_newest, f"{phase}@{step} to be sealed", pause=0.001)
-    scratch = tuple(job.scratch(intent["launch_name"]))
-    pids = tuple(pid for _, pid in sorted(job.rank_pids(intent["launch_name"]).items()))
-    assert len(pids) == ranks
+    processes = job.ranks(intent["attempt"])
+    assert len(processes) == ranks
+    pids = tuple(process.pid for process in processes)
+    scratch = tuple(scratch_of(process, intent["launch_name"]) for process in processes)
     while True:
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
@@ -282,6 +281,14 @@ def hold(
             return moment
         moment.let_go()
         time.sleep(0.005)
+
+
+def scratch_of(rank: psutil.Process, launch_name: str) -> Path:
+    """The folder of an attempt on the node of a rank, which may have a disk of its own; gone with the rank."""
+    folder = Path(rank.environ().get("TMPDIR", "/tmp")) / contract.scratch_dir(launch_name).relative_to(
+        tempfile.gettempdir()
+    )
+    return Path(f"/proc/{rank.pid}/root") / folder.relative_to("/")
 
 
 def kill_everything(job: Job, dinoctl: subprocess.Popen[str]) -> None:

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
-from model import contract
+from model import contract, storage
 from model.contract import Cause
 from orchestrator.launchers import slurm as slurm_launcher, slurm_queue
 from orchestrator.launchers.base import LaunchError, LaunchState, UnansweredError
@@ -243,6 +244,36 @@ def test_a_lost_node_is_infrastructure_and_named(slurm: Cluster, tmp_path: Path)
     assert (seen.cause, seen.bad_nodes) == (Cause.VANISHED, ("node1",))
     assert "NODE_FAIL" in seen.detail
     assert launcher().usable_nodes({}, []) == 1
+
+
+def test_a_drained_node_finishes_its_job_and_takes_no_other(slurm: Cluster, tmp_path: Path) -> None:
+    case = make(tmp_path / "run", ["deaf"])
+    handle = launcher().submit(case.attempt, case.digest)
+    wait_for(lambda: trains(slurm, case), 60)
+    slurm.run("scontrol", "update", "nodename=node1", "state=drain", "reason=test")
+    assert look(case, handle).state is LaunchState.RUNNING
+    assert launcher().usable_nodes({}, []) == 1
+    launcher().cancel(ask(case, handle), hard=True)
+    seen = wait_until(case, handle, LaunchState.ENDED)
+    assert seen.bad_nodes == ("node1",)
+    after = make(tmp_path / "after", ["steps:1"])
+    handle = launcher().submit(after.attempt, after.digest)
+    assert wait_until(after, handle, LaunchState.ENDED).nodes == ("node2",)
+    assert after.outcome.cause is Cause.DONE
+
+
+def test_what_a_killed_stepd_leaves_behind_stops_once_its_attempt_is_closed(slurm: Cluster, tmp_path: Path) -> None:
+    """Slurm has lost its hold on the task, which goes on; no signal of Slurm's reaches it any more."""
+    case = make(tmp_path / "run", ["steps:100000"])
+    handle = launcher().submit(case.attempt, case.digest)
+    wait_for(lambda: trains(slurm, case), 60)
+    title = f"slurmstepd: [{handle['job']}.0]"
+    (stepd,) = (p for p in psutil.process_iter(["cmdline"]) if title in " ".join(p.info["cmdline"] or []))
+    stepd.kill()
+    launcher().cancel(ask(case, handle), hard=True)
+    assert look(case, handle).state is LaunchState.ENDED
+    storage.publish(f"{case.run_dir}/{contract.closed_file(1)}", b"{}")  # as a controller does then
+    wait_for(lambda: not case.processes(), 60)
 
 
 FORGETFUL = '$REAL "$@" | grep -v standin- || :'  # a squeue that knows none of the tests' jobs any more

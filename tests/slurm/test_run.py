@@ -46,8 +46,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def make_job(folder: Path, cluster: Cluster, name: str) -> Job:
     profile = {"name": "test", "launcher": "slurm", "gpus_per_node": 8, "slurm": {"partition": "low"}}
     (folder / "test.yaml").write_text(yaml.safe_dump(profile))
-    nodes = tuple(cluster.node_tmp(f"node{number}") for number in range(1, NODES + 1))
-    return Job(folder, "", ROOT / "jobs" / "ci.yaml", name, environment=cluster.environment(), temporary=nodes)
+    return Job(folder, "", ROOT / "jobs" / "ci.yaml", name, environment=cluster.environment())
 
 
 def submitted(job: Job) -> list[str]:
@@ -115,3 +114,23 @@ def test_preempted_in_each_phase_a_node_and_the_controller_killed(
         assert job.attempt(job.attempts("text")[-1]).exclude == [node]
         each_phase_ran_once(job)
         same_weights(job, undisturbed)
+
+
+def test_after_a_lost_node_it_goes_on_with_those_that_are_left(tmp_path: Path, undisturbed: Job) -> None:
+    with running(tmp_path / "slurm", nodes=2) as cluster, cleaned_up(make_job(tmp_path, cluster, "fewer")) as job:
+        spec = yaml.safe_load(job.file.read_text())
+        spec["phases"] = {"pretrain": spec["phases"]["pretrain"]}
+        del spec["evaluate"]
+        file = tmp_path / "pretrain.yaml"
+        file.write_text(yaml.safe_dump(spec, sort_keys=False))
+        words = submitted(job)
+        dinoctl = job.start([words[0], str(file), *words[2:], "resources.min_nodes=1"])
+        lost = held(job, "pretrain", 5)
+        cluster.kill_node("node2")
+        lost.let_go()
+        assert dinoctl.wait(2 * PATIENCE) == 0, job.output()
+
+        assert [job.attempt(number).nodes for number in job.attempts("pretrain")] == [2, 1]
+        went_on_exactly(job, "pretrain", lost, EVERY)
+        losses = [one.records(one.attempts("pretrain")[-1])[-1].metrics["loss"] for one in (job, undisturbed)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # the same global batch, summed in another order

@@ -146,7 +146,7 @@ def agent(case: Case, **environment: str) -> subprocess.Popen[bytes]:
         )
 
 
-def wait_for(value: Callable[[], T], seconds: float = 30.0) -> T:
+def wait_for(value: Callable[[], T], seconds: float = 90.0) -> T:
     """`value()` once it is true; fails if that takes longer than `seconds`."""
     deadline = time.monotonic() + seconds
     while not (result := value()):
