@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 MANAGED_BY = "app.kubernetes.io/managed-by"
 RUN_ID_LABEL, ATTEMPT_LABEL, PHASE_LABEL = "dinoctl/run-id", "dinoctl/attempt", "dinoctl/phase"
+CREATE_SECONDS = 30
+"""How long one create may take: less than the controller's settling time."""
+
 DIGEST = "dinoctl/digest"
 """An annotation, as a label has 63 characters at most."""
 
@@ -106,7 +109,7 @@ def schedule(api_client: ApiClient, cluster: Mapping[str, Any], attempt: Attempt
     """
     from kubernetes.client import ApiException
 
-    scheduler, info = _dry_run(api_client, cluster, attempt, digest)
+    scheduler, info = _dry_run(Bounded(api_client), cluster, attempt, digest)
     try:
         return str(scheduler.schedule(info))
     except ValueError as error:  # TorchX's words for a 409
@@ -115,8 +118,21 @@ def schedule(api_client: ApiClient, cluster: Mapping[str, Any], attempt: Attempt
         raise
 
 
+class Bounded:
+    """An ApiClient that waits for an answer no longer than CREATE_SECONDS: TorchX does not say how long."""
+
+    def __init__(self, client: ApiClient) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def call_api(self, *arguments: Any, **options: Any) -> Any:
+        return self._client.call_api(*arguments, **{**options, "_request_timeout": CREATE_SECONDS})
+
+
 def _dry_run(
-    client: ApiClient | None, cluster: Mapping[str, Any], attempt: Attempt, digest: str
+    client: Bounded | None, cluster: Mapping[str, Any], attempt: Attempt, digest: str
 ) -> tuple[Scheduler[Any], AppDryRunInfo[Any]]:
     made = app(cluster, attempt, digest)
     name = Pods.of(made.roles[0]).section.scheduler

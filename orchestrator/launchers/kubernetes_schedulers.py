@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from torchx.schedulers.api import DescribeAppResponse, ListAppResponse, Scheduler
@@ -17,13 +17,8 @@ from torchx.specs import AppDef, AppDryRunInfo, Role
 from model.contract import EXIT_CODES
 from orchestrator.launchers.kubernetes_pod import CONTAINER, NAME_LABEL, Identity, Pods, field, template
 
-if TYPE_CHECKING:
-    from kubernetes.client import ApiClient
-
 JOB_KEY = "batch.kubernetes.io/"
 KUEUE = "kueue.x-k8s.io/queue-name"
-CREATE_SECONDS = 30
-"""How long one create may take: less than the controller's settling time."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,7 @@ class ObjectsScheduler(Scheduler[dict[str, Any]]):  # type: ignore[misc]  # torc
     """Creates what `make` makes of an app."""
 
     def __init__(
-        self, backend: str, session: str, make: Callable[[AppDef], list[dict[str, Any]]], client: ApiClient | None
+        self, backend: str, session: str, make: Callable[[AppDef], list[dict[str, Any]]], client: Any | None
     ) -> None:
         super().__init__(backend, session)
         self._make, self._client = make, client
@@ -68,20 +63,20 @@ class ObjectsScheduler(Scheduler[dict[str, Any]]):  # type: ignore[misc]  # torc
         raise NotImplementedError("`dinoctl cancel` does it")
 
 
-def indexed_job(session_name: str, client: ApiClient | None = None, **_: object) -> ObjectsScheduler:
+def indexed_job(session_name: str, client: Any | None = None, **_: object) -> ObjectsScheduler:
     """A Job and the Service that gives its pods names. For TorchX's entry point."""
     return ObjectsScheduler("indexed-job", session_name, _job_and_service, client)
 
 
-def jobset(session_name: str, client: ApiClient | None = None, **_: object) -> ObjectsScheduler:
+def jobset(session_name: str, client: Any | None = None, **_: object) -> ObjectsScheduler:
     """A JobSet, whose controller makes the Service. For TorchX's entry point."""
     return ObjectsScheduler("jobset", session_name, lambda app: [_jobset(app)], client)
 
 
-def _create(client: ApiClient, namespace: str, made: dict[str, Any]) -> None:
+def _create(client: Any, namespace: str, made: dict[str, Any]) -> None:
     from kubernetes.client import ApiException, BatchV1Api, CoreV1Api, CustomObjectsApi
 
-    options = {"field_validation": "Strict", "_request_timeout": CREATE_SECONDS}
+    options = {"field_validation": "Strict"}  # what the server does not know is refused, not dropped
     match made["kind"]:
         case "Service":
             try:

@@ -3,7 +3,7 @@ fields are from its documentation."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torchx.schedulers import Scheduler, get_scheduler_factories
 from torchx.specs import AppDef, AppDryRunInfo
@@ -11,14 +11,11 @@ from torchx.specs import AppDef, AppDryRunInfo
 from orchestrator.launchers.kubernetes_pod import Identity, Pods, template
 from orchestrator.launchers.kubernetes_schedulers import metadata
 
-if TYPE_CHECKING:
-    from kubernetes.client import ApiClient
-
 TORCHX = "kubernetes"
 """TorchX's name of it."""
 
 
-def dry_run(client: ApiClient | None, app: AppDef) -> tuple[Scheduler[Any], AppDryRunInfo[Any]]:
+def dry_run(client: Any | None, app: AppDef) -> tuple[Scheduler[Any], AppDryRunInfo[Any]]:
     """The scheduler and what it would create. TorchX names at random, keeps few of a pod's fields, and lets Volcano
     make evicted pods again: all that is said anew."""
     role = app.roles[0]

@@ -364,6 +364,32 @@ def test_volcano_ends_a_job_as_a_whole_as_documented_and_not_validated_by_a_serv
     assert job["spec"]["queue"] == "default"
 
 
+def test_volcano_is_sent_what_was_shown_within_a_bound_by_a_pretended_client(tmp_path: Path) -> None:
+    from kubernetes.client import ApiClient, ApiException
+
+    sent: list[dict[str, Any]] = []
+
+    class Pretended(ApiClient):  # type: ignore[misc]
+        def call_api(self, path: str, method: str, *_: Any, **options: Any) -> Any:
+            sent.append({"path": path, "method": method, **options})
+            if len(sent) > 1:
+                error = ApiException(status=409, reason="Conflict")
+                error.body = '{"reason": "AlreadyExists", "details": {"name": "x"}}'
+                raise error
+            return options["body"]
+
+    case = make(tmp_path / "run", ["steps:1"] * 2)
+    cluster = {"kubernetes": {**BARE, "scheduler": "volcano"}}
+    named = kubernetes_app.schedule(Pretended(), cluster, case.attempt, case.digest)
+    assert named == f"default:{case.attempt.launch_name}"
+    (create,) = sent
+    assert (create["method"], create["_request_timeout"]) == ("POST", kubernetes_app.CREATE_SECONDS)
+    assert [create["body"]] == kubernetes_app.objects(cluster, case.attempt, case.digest)
+    with pytest.raises(ApiException) as again:
+        kubernetes_app.schedule(Pretended(), cluster, case.attempt, case.digest)
+    assert again.value.status == 409
+
+
 # --- what the API server would say ------------------------------------------------------------------------------------
 
 
