@@ -121,6 +121,7 @@ def test_what_is_created_is_what_was_shown_and_is_created_once(
         there = kubernetes.get(one["kind"].lower(), told.launch_name)
         assert kept(one, there) == []
         assert there["metadata"]["labels"]["dinoctl/run-id"] == told.run_id
+        kubernetes.kubectl("delete", one["kind"].lower(), told.launch_name)
 
 
 def test_pods_are_apart_in_one_rack_and_not_on_nodes_that_are_left_out(kubernetes: Place, tmp_path: Path) -> None:
@@ -184,9 +185,9 @@ sys.exit({code})
 """
 
 
-@pytest.mark.parametrize("scheduler", ["indexed-job", "jobset"])
+@pytest.mark.parametrize(("scheduler", "on_host"), [("indexed-job", False), ("jobset", False), ("indexed-job", True)])
 def test_real_pods_know_who_they_are_find_each_other_and_are_asked_to_stop_in_time(
-    scheduler: str, real_nodes: Place, tmp_path: Path
+    scheduler: str, on_host: bool, real_nodes: Place, tmp_path: Path
 ) -> None:
     """Each of two pods runs a script in Python's place, until the time limit: SIGTERM comes so long before it as the
     grace is, and its exit code is in the Job's condition."""
@@ -198,7 +199,8 @@ def test_real_pods_know_who_they_are_find_each_other_and_are_asked_to_stop_in_ti
     script = shared / "python"
     script.write_text(POD.format(python=Path(sys.executable).resolve(), code=EXIT_CODES[Cause.STOPPED]))
     script.chmod(0o755)
-    section = real_nodes.pod_section(shared, scheduler=scheduler, python=str(script), grace_seconds=55, gpus=False)
+    own = {"scheduler": scheduler, "host_network": on_host, "python": str(script), "grace_seconds": 55, "gpus": False}
+    section = real_nodes.pod_section(shared, **own)
     case.attempt.settings.update({"resources": {"time_limit_minutes": 1}})
     with new_client_from_config(config_file=str(real_nodes.kubeconfig)) as client:
         kubernetes_app.schedule(client, {"kubernetes": section}, case.attempt, case.digest)
@@ -218,9 +220,10 @@ def test_real_pods_know_who_they_are_find_each_other_and_are_asked_to_stop_in_ti
     for number in range(2):
         said = json.loads((shared / f"{number}.json").read_text())
         assert (said["DINOCTL_NODE"], said["DINOCTL_NODES"]) == (str(number), "2")
-        assert (said["DINOCTL_JOB"], said["DINOCTL_ADDRESS"]) == (uid, f"{job}-{number}.{name}")
+        assert said["DINOCTL_JOB"] == uid
+        found = (shared / f"{1 - number}-found-{number}").read_text()
+        assert said["DINOCTL_ADDRESS"] == (found if on_host else f"{job}-{number}.{name}")
         assert (said["pid"], said["home"], said["root"]) == (1, "/tmp", False)
         assert said["words"][:3] == ["-P", "-m", "model.agent"]
         hosts.add(said["DINOCTL_HOST"])
-        assert (shared / f"{number}-found-{1 - number}").read_text()
     assert len(hosts) == 2
