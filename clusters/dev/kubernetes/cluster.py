@@ -251,7 +251,7 @@ class Cluster:
 
     def kubectl(self, *words: str) -> str:
         """What it prints. Raises ClusterError if it fails."""
-        command = [build.built() / "bin" / "kubectl", *words]
+        command = [str(build.built() / "bin" / "kubectl"), *words]
         done = subprocess.run(
             command, env={**os.environ, **self.environment()}, stdin=subprocess.DEVNULL, capture_output=True,
             text=True, check=False, timeout=PATIENCE,
@@ -303,10 +303,9 @@ class Cluster:
         return bool(processes.find(self.folder, part))
 
     def _start(self, part: str, command: list[str]) -> None:
-        """A daemon, with a little more right to the CPUs than jobs have: beats that come late make nodes lost."""
-        started = ["setsid", "--fork", "nice", "-n", "-5", *command]
+        """A daemon."""
         own = f"{self.folder}/{part}.kubeconfig"
-        self._try(part, lambda: processes.start(self.folder, part, started, KUBECONFIG=own))
+        self._try(part, lambda: processes.start(self.folder, part, ["setsid", "--fork", *command], KUBECONFIG=own))
 
     def _try(self, part: str, start: Callable[[], None]) -> None:
         try:
