@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -79,7 +78,7 @@ class Place:
         """What it prints, asked in this namespace. Raises ClusterError if it fails."""
         where = (f"--kubeconfig={self.kubeconfig}", f"--namespace={self.namespace}")
         done = subprocess.run(
-            [shutil.which("kubectl") if self.cluster is None else build.built() / "bin" / "kubectl", *where, *words],
+            ["kubectl" if self.cluster is None else build.built() / "bin" / "kubectl", *where, *words],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=PATIENCE,
         )  # fmt: skip
         if done.returncode != 0:
@@ -101,11 +100,13 @@ class Place:
     def pod_section(self, *folders: Path, **changes: Any) -> dict[str, Any]:
         """The `kubernetes` section of a profile whose pods run this checkout's Python and code on the real nodes, one a
         node. folders: what they may write to, at the same path as here; nothing else is shared, /tmp is a pod's own."""
+        assert self.ours
         told = profile.section(*folders, namespace=self.namespace, python=Path(sys.executable), owner=os.getuid())
         return told | changes
 
     def fake_section(self, **changes: Any) -> dict[str, Any]:
         """The same for fake nodes: nothing runs in their pods."""
+        assert self.ours
         told = {
             "namespace": self.namespace, "image": "registry.invalid/worker:1", "node_selector": FAKE, "cpus": "1",
             "tolerations": [{"key": GPU}], "gang_seconds": 60, "poll_seconds": 1,

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from clusters.dev import processes
-from clusters.dev.kubernetes import node, profile
+from clusters.dev.kubernetes import node
 from clusters.dev.kubernetes.settings import BRIDGES, LINKS
+from orchestrator.cluster import read_cluster
 from tests.kubernetes.cluster import FAKE, GPU, Cluster, ClusterError, Place, Settings, lacking, running
 
 pytestmark = [pytest.mark.requires("kubernetes"), pytest.mark.jobs]
@@ -136,34 +137,33 @@ def test_jobsets_are_run_by_their_controller_and_looked_at_by_its_webhooks(kuber
         kubernetes.create(jobset | {"metadata": {"name": "long-" * 12 + "x"}})
 
 
-def test_up_and_down_are_one_command_each_and_leave_nothing(tmp_path: Path, kubernetes: Place) -> None:
-    folder, seen = tmp_path / "k", traces()
+def test_up_and_down_are_one_command_each_and_leave_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "k"
+    sysctls = {name: Path("/proc/sys", name).read_text() for name in node.SYSCTLS}
+    there = {name for name in node.FIXED if Path("/", name).exists()}
     up = [SCRIPTS / "up", "--folder", folder, "--nodes", "1", "--fake-nodes", "1"]
     try:
         done = subprocess.run(up, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert f"export KUBECONFIG={folder}/admin.kubeconfig" in done.stdout
-        assert profile.FILE.exists()
+        told = read_cluster(f"{folder}/dev_kubernetes.yaml")
+        assert (told.launcher, told.kubernetes and told.kubernetes.image) == ("kubernetes", "localhost/dev/host:1")
         again = subprocess.run(up, capture_output=True, text=True, check=False)
         assert (again.returncode, again.stderr) == (2, f"{folder}: a cluster is up there; take it down first\n")
         cluster = Cluster.found(folder)
         cluster.kill_node("real-0")  # a node that ended badly leaves no more than the others
-        cluster.kubectl("get", "nodes")
+        bridge = cluster.settings.bridge
+        assert (LINKS / bridge).exists()
     finally:
         subprocess.run([SCRIPTS / "down", "--folder", folder], check=False)
     assert not folder.exists()
-    assert not profile.FILE.exists()
     assert processes.find(folder) == []
-    assert traces() == seen
-
-
-def traces() -> dict[str, Any]:
-    """What a cluster could leave on a machine."""
-    bridges = sorted(link.name for link in LINKS.iterdir() if link.name.startswith(BRIDGES))
-    groups = sorted(str(path) for path in node.CGROUPS.glob(f"**/{BRIDGES}*"))
-    fixed = [name for name in node.FIXED if Path("/", name).exists()]
-    sysctls = {name: Path("/proc/sys", name).read_text() for name in node.SYSCTLS}
-    return {"bridges": bridges, "groups": groups, "fixed": fixed, "sysctls": sysctls}
+    assert not (LINKS / bridge).exists()
+    assert not list(node.CGROUPS.glob(f"**/{bridge}"))
+    assert sysctls == {name: Path("/proc/sys", name).read_text() for name in node.SYSCTLS}
+    assert str(folder) not in Path("/proc/self/mounts").read_text()
+    if not list(LINKS.glob(f"{BRIDGES}*")):  # another cluster's nodes need them
+        assert {name for name in node.FIXED if Path("/", name).exists()} <= there
 
 
 def test_a_cluster_that_cannot_be_brought_up_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

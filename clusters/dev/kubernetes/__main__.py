@@ -35,7 +35,6 @@ def main(words: list[str]) -> int:
             cluster = Cluster.found(arguments.folder.absolute())
             if arguments.command == "down":
                 cluster.down()
-                profile.remove(cluster)
             else:
                 act = {"kill": cluster.kill_node, "start": cluster.start_node}[arguments.act]
                 act(arguments.node)

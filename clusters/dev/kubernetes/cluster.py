@@ -112,6 +112,8 @@ class Cluster:
             raise ClusterError(
                 f"{self.folder}: longer than {LONGEST_FOLDER} characters, as paths of sockets must be short"
             )
+        if self.settings.nodes > settings.MOST_NODES:
+            raise ClusterError(f"{self.settings.nodes} real nodes: at most {settings.MOST_NODES} have addresses")
         if processes.find(self.folder):
             raise ClusterError(f"{self.folder}: a cluster is up there; take it down first")
         (self.folder / "log").mkdir(parents=True, exist_ok=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,9 +206,21 @@ def remove_shared(settings: Settings) -> None:
 
 def _remove_cgroups(top: Path) -> None:
     if top.is_dir():
-        for group in sorted((path for path in top.rglob("*") if path.is_dir()), reverse=True):
-            group.rmdir()
-        top.rmdir()
+        groups = sorted((path for path in top.rglob("*") if path.is_dir()), reverse=True)
+        for group in (*groups, top):
+            _remove_cgroup(group)
+
+
+def _remove_cgroup(group: Path, patience: float = 10.0) -> None:
+    """It is busy for a moment after its last process has ended."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return group.rmdir()
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def _address(act: str, address: str, bridge: str) -> None:

@@ -13,7 +13,7 @@ from clusters.dev.kubernetes.node import GPU
 
 CHECKOUT = Path(__file__).parents[3]
 PYTHON = CHECKOUT / ".venv" / "bin" / "python"
-FILE = CHECKOUT / "clusters" / "dev_kubernetes.yaml"
+NAME = "dev_kubernetes"
 
 
 def section(*folders: Path, namespace: str = "default", python: Path = PYTHON, owner: int = 0) -> dict[str, Any]:
@@ -50,20 +50,15 @@ def _of_python(python: Path) -> set[Path]:
         python = python.parent.resolve() / python.name
 
 
-def write(cluster: Cluster) -> str:
-    """Write it where `--cluster` finds it by name: runs lie in `runs` of this checkout or of the working directory."""
+def write(cluster: Cluster) -> Path:
+    """Write it to the cluster's folder: runs lie in `runs` of this checkout or of the working directory."""
     runs = {CHECKOUT / "runs", Path.cwd() / "runs"}
     for folder in runs:
         folder.mkdir(exist_ok=True)
     profile = {
-        "name": FILE.stem, "launcher": "kubernetes", "gpus_per_node": cluster.settings.gpus,
+        "name": NAME, "launcher": "kubernetes", "gpus_per_node": cluster.settings.gpus,
         "kubernetes": section(*sorted(runs)),
     }  # fmt: skip
-    FILE.write_text(f"# Written by clusters/dev/kubernetes/up for {cluster.folder}.\n{json.dumps(profile, indent=1)}\n")
-    return FILE.stem
-
-
-def remove(cluster: Cluster) -> None:
-    """If it is that cluster's."""
-    if FILE.exists() and f" for {cluster.folder}." in FILE.read_text().partition("\n")[0]:
-        FILE.unlink()
+    file = cluster.folder / f"{NAME}.yaml"
+    file.write_text(f"# The cluster in this folder, found by KUBECONFIG.\n{json.dumps(profile, indent=1)}\n")
+    return file

@@ -14,6 +14,7 @@ BRIDGES = "dinoctl-"
 
 LINKS = Path("/sys/class/net")
 PORTS_OF_A_NODE = 3
+MOST_NODES = 10
 PARTS = ("apiserver", "controllers", "scheduler", "jobset", "webhook", "kwok", "etcd", "peer", "coredns")
 """What has a port on 127.0.0.1, in this order. All but webhook (of jobset) and peer (of etcd) are daemons; CoreDNS
 listens on the gateway's port 53 instead."""
@@ -28,7 +29,7 @@ class Settings:
     net: int
     """10.213.NET.0/24 is the network of the real nodes and their pods, on a bridge of this machine."""
     nodes: int = 2
-    """Real nodes: real-0, ... (at most 9)."""
+    """Real nodes: real-0, ..."""
     fake_nodes: int = 32
     """gpu-000, ...: KWOK plays them and their pods."""
     gpus: int = 8
