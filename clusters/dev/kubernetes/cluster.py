@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from clusters.dev import processes
+from clusters.dev import ports, processes
 from clusters.dev.kubernetes import addons, build, image, node, settings
 from clusters.dev.kubernetes.api import Api, ApiError
 from clusters.dev.kubernetes.certificates import Authority
@@ -155,6 +155,8 @@ class Cluster:
     def stop_apiserver(self) -> None:
         """At once, as in a crash: with watches open its graceful end takes a minute."""
         processes.end(self.folder, "apiserver")
+        port = self.settings.port  # its threads may outlive it by a moment, and hold the port
+        self.wait(lambda: ports.free(1, port) == port, "the API server's port to be free")
 
     def restart_apiserver(self) -> None:
         self.stop_apiserver()
