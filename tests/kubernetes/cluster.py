@@ -99,7 +99,8 @@ class Place:
 
     def pod_section(self, *folders: Path, **changes: Any) -> dict[str, Any]:
         """The `kubernetes` section of a profile whose pods run this checkout's Python and code on the real nodes, one a
-        node. folders: what they may write to, at the same path as here; nothing else is shared, /tmp is a pod's own."""
+        node. folders: what they may write to, at the same path as here; nothing else is shared, /tmp is a pod's own.
+        The pods' user is who makes these folders: another, as a profile mostly has it, could read but not write."""
         assert self.ours
         told = profile.section(*folders, namespace=self.namespace, python=Path(sys.executable), owner=os.getuid())
         return told | changes

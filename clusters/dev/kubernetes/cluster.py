@@ -163,7 +163,9 @@ class Cluster:
         self.start_apiserver()
 
     def _start_addons(self) -> None:
-        self._start("jobset", addons.jobset(self.folder, self.settings, self.authority, self.api))
+        jobset = addons.jobset(self.folder, self.settings, self.authority, self.api)
+        self.wait(lambda: self._has("/apis/jobset.x-k8s.io/v1alpha2"), "JobSet's definition to be served")
+        self._start("jobset", jobset)
         for name in self.settings.fake_names:
             self._make_fake(name)
         self._start("kwok", addons.kwok(self.folder, self.settings, self.authority))
