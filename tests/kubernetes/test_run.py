@@ -1,0 +1,126 @@
+"""All phases of jobs/ci.yaml as pods on two real nodes, two processes each: preempted in each phase, a node killed, the
+API server restarted, the controller killed. They end with the weights of a run that nobody disturbed, as JobSets."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from clusters.dev.kubernetes import profile
+from tests.jobs.harness import (
+    PATIENCE,
+    PHASES,
+    ROOT,
+    Job,
+    Moment,
+    cleaned_up,
+    each_phase_ran_once,
+    hold,
+    same_weights,
+    wait_until,
+    went_on_exactly,
+)
+from tests.kubernetes.cluster import Cluster, running
+
+pytestmark = [
+    pytest.mark.jobs,
+    pytest.mark.requires("kubernetes"),
+    pytest.mark.requires("stamps"),
+    pytest.mark.timeout(1800),
+]
+
+NODES = 3
+"""One more than an attempt takes: a node that failed is left out of the run's next attempts."""
+
+EVERY = 5
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with running(tmp_path_factory.mktemp("kubernetes"), nodes=NODES, real_nodes=True) as cluster:
+        yield cluster
+
+
+def make_job(folder: Path, cluster: Cluster, name: str, scheduler: str) -> Job:
+    runs = folder / "runs"
+    runs.mkdir()
+    section = profile.section(runs, namespace="default", python=Path(sys.executable), owner=os.getuid())
+    told = {"name": "test", "launcher": "kubernetes", "gpus_per_node": 8}
+    changed = {"scheduler": scheduler, "grace_seconds": 120}  # machines may be slow
+    (folder / "test.yaml").write_text(yaml.safe_dump({**told, "kubernetes": {**section, **changed}}))
+    return Job(folder, "", ROOT / "jobs" / "ci.yaml", name, environment=cluster.environment())
+
+
+def submitted(job: Job) -> list[str]:
+    layout = ["resources.nodes=2", "resources.processes_per_node=2", f"checkpoints.every={EVERY}"]
+    return ["submit", str(job.file), "--run", job.name, "--cluster", str(job.folder / "test.yaml"), *layout]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Iterator[Job]:
+    job = make_job(tmp_path_factory.mktemp("undisturbed"), cluster, "undisturbed", "jobset")
+    with cleaned_up(job):
+        assert job.start(submitted(job)).wait(2 * PATIENCE) == 0, job.output()
+        yield job
+
+
+def node_of(cluster: Cluster, job: Job, attempt: int, number: int) -> str:
+    """Where the pod of that number of the attempt runs."""
+    name = job.attempt(attempt).launch_name
+    chosen = f"dinoctl/name={name},batch.kubernetes.io/job-completion-index={number}"
+    return cluster.kubectl("get", "pod", "-l", chosen, "-o", "jsonpath={.items[0].spec.nodeName}")
+
+
+def preempt(cluster: Cluster, job: Job, moment: Moment, number: int) -> None:
+    """A pod of a higher priority takes a node away; the ranks, held still, then learn of it."""
+    bully = cluster.preempt(node_of(cluster, job, moment.attempt, number), "default")
+    wait_until(moment.asked, "an agent to be asked to stop")
+    moment.let_go()
+    wait_until(lambda: len(job.attempts(moment.phase)) > job.attempts(moment.phase).index(moment.attempt) + 1,
+               "the next attempt")  # fmt: skip
+    cluster.release(bully, "default")
+
+
+def held(job: Job, phase: str, step: int) -> Moment:
+    return hold(job, phase, step, ranks=4, every=EVERY)
+
+
+def test_preempted_in_each_phase_a_node_the_api_server_and_the_controller_killed(
+    cluster: Cluster, undisturbed: Job, tmp_path: Path
+) -> None:
+    with cleaned_up(make_job(tmp_path, cluster, "ci", "indexed-job")) as job:
+        dinoctl = job.start(submitted(job))
+        preempted = [held(job, "pretrain", 5)]
+        preempt(cluster, job, preempted[0], 0)
+
+        moment = held(job, "pretrain", 10)
+        dinoctl.kill()
+        dinoctl.wait()
+        moment.let_go()
+        dinoctl = job.start(["resume", job.name])
+
+        preempted.append(held(job, "gram", 5))
+        preempt(cluster, job, preempted[-1], 1)
+        cluster.restart_apiserver()
+        for phase in ("highres", "text"):
+            preempted.append(held(job, phase, 5))
+            preempt(cluster, job, preempted[-1], 0)
+
+        lost = held(job, "text", 10)
+        node = node_of(cluster, job, lost.attempt, 1)
+        cluster.kill_node(node)
+        lost.let_go()
+        assert dinoctl.wait(2 * PATIENCE) == 0, job.output()
+
+        for moment in [*preempted, lost]:
+            went_on_exactly(job, moment.phase, moment, EVERY)
+        assert [job.end(moment.attempt)["cause"] for moment in preempted] == ["stopped"] * len(PHASES)
+        assert job.end(lost.attempt)["bad_nodes"] == [node]
+        assert job.attempt(job.attempts("text")[-1]).exclude == [node]
+        each_phase_ran_once(job)
+        same_weights(job, undisturbed)
