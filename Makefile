@@ -5,7 +5,7 @@ BIN := .venv/bin
 CONTRACT := tests/orchestrator/test_launcher_contract.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data data_long demo demo_seeds demo_long ablations test check lint types unit jobs jobs_here jobs_slurm slurm lock clean
+.PHONY: help setup data data_long demo demo_seeds demo_long ablations test check lint types unit jobs jobs_here jobs_slurm slurm kubernetes lock clean
 
 help:           ## this list
 	@grep -E '^[a-z_]+: .*##|^[a-z_]+:  +##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -62,6 +62,10 @@ jobs_slurm: setup
 slurm:          ## a real Slurm of two virtual nodes on this machine, as root (clusters/dev/slurm)
 	clusters/dev/slurm/install
 	clusters/dev/slurm/up
+
+kubernetes: setup   ## a real Kubernetes on this machine, as root, with Go (clusters/dev/kubernetes)
+	clusters/dev/kubernetes/install
+	clusters/dev/kubernetes/up
 
 lock: setup     ## pin today's newest versions again
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --all-extras --upgrade pyproject.toml -o constraints.txt

