@@ -56,7 +56,7 @@ __all__ = [
 LauncherFor = Callable[[Mapping[str, Any]], Launcher]
 """The launcher of a resolved cluster profile."""
 
-SETTLE_SECONDS = {"local": 2.0, "slurm": 40.0}
+SETTLE_SECONDS = {"local": 2.0, "slurm": 40.0, "kubernetes": 30.0}
 """Between two looks for a lost attempt, by launcher: how long a launched job may stay out of sight."""
 
 SETTLE_ELSEWHERE = 30.0

@@ -6,6 +6,7 @@ a launcher that did not answer, and an attempt is only ever given up after two l
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,12 +136,21 @@ def _without_attempt(state: State, now: float) -> Action:
         pause = backoff(failure.cause, count)
         if pause is None:
             return Fail(failure.cause, verdict(failure.cause, count, failure.message))
+        if failure.cause is Cause.UNPLACED:
+            pause *= _jitter(state)
         # An end that lies ahead of this clock was written by another machine's: waiting for it would prove nothing.
         left = pause - (now - failure.at)
         if 0 < left <= pause:
             return Wait(left, f"{failure.cause.value}: the next try is due in {left:.0f} s")
     number = state.attempts[-1].number + 1 if state.attempts else 1
     return Launch(number, due.name)
+
+
+def _jitter(state: State) -> float:
+    """Between 0.5 and 1.5, another for each run and each of its attempts: of two runs that each held what the other
+    lacked, one comes back first and finds all of it free."""
+    drawn = hashlib.sha256(f"{state.created.run_id}:{state.attempts[-1].number}".encode()).digest()
+    return 0.5 + int.from_bytes(drawn[:4], "big") / 2**32
 
 
 def _intended(attempt: AttemptState, seen: Seen, now: float) -> Action:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from model.contract import Cause, Outcome
@@ -21,7 +22,7 @@ from orchestrator.decide import (
     missing_since,
 )
 from orchestrator.launchers.base import LaunchState
-from orchestrator.state import Situation, State, apply
+from orchestrator.state import Situation, State, apply, fold
 from tests.orchestrator.logs import (
     ALL_DONE,
     CANCELLED,
@@ -173,6 +174,24 @@ def test_causes_have_budgets_of_their_own() -> None:
 
 def test_preemption_is_never_counted_out() -> None:
     assert isinstance(decide(crashes(*[[]] * 40, cause=Cause.STOPPED), Seen(), 1e6), Launch)
+
+
+def test_half_a_gang_is_tried_again_any_number_of_times_and_two_runs_do_not_do_it_in_step() -> None:
+    def left(state: State) -> float:
+        action = decide(state, Seen(), 0.0)
+        assert isinstance(action, Wait)
+        return action.seconds
+
+    def apart(run_id: str) -> float:
+        created = ev.RunCreated(**{**msgspec.structs.asdict(run().created), "run_id": run_id})
+        return left(fold([created, *attempt(1, Cause.UNPLACED, [])]))
+
+    for count in range(1, 30):
+        log = [event for number in range(1, count + 1) for event in attempt(number, Cause.UNPLACED, [])]
+        whole = min(15.0 * 2 ** (count - 1), 600.0)
+        assert 0.5 * whole <= left(run(*log)) <= 1.5 * whole
+    assert len({apart(f"{number:032x}") for number in range(20)}) == 20
+    assert apart("0" * 32) == apart("0" * 32)
 
 
 def test_what_cannot_be_mended_fails_at_once_even_after_progress() -> None:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +22,23 @@ import pytest
 
 from model import contract
 from model.contract import Cause
+from orchestrator.launchers import launcher_for
 from orchestrator.launchers.base import Launcher, LaunchState, Query
-from orchestrator.launchers.local import LocalLauncher
-from orchestrator.launchers.slurm import SlurmLauncher
 from tests.model.standin.attempts import Case, make, wait_for
 
 Pulsing = Callable[[Case], bool]
 
-SLURM: dict[str, Any] = {"launcher": "slurm", "slurm": {"gpus": False, "poll_seconds": 0.2}}
-
-LAUNCHERS: dict[str, tuple[Callable[[], Launcher], str]] = {
-    "local": (LocalLauncher, "from orchestrator.launchers.local import LocalLauncher as Launcher"),
-    "slurm": (
-        partial(SlurmLauncher, SLURM),
-        f"from orchestrator.launchers.slurm import SlurmLauncher; Launcher = lambda: SlurmLauncher({SLURM})",
-    ),
+LAUNCHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "local": ("", {}),
+    "slurm": ("slurm", {"gpus": False, "poll_seconds": 0.2}),
+    "kubernetes": ("real_nodes", {"poll_seconds": 0.2, "gpus": False}),
 }
-"""By name: how to make it here, and the import that makes it in another process, under the name `Launcher`."""
+"""By name: the fixture that has the machines, and what the launcher's section of a profile says."""
 
 FOLDERS = {
     "local": 'a run\'s "folder"; $(touch no)\nnext',
     "slurm": 'a run\'s "folder"; $(touch no) next',  # no line break: an #SBATCH option is one line, and it is refused
+    "kubernetes": 'a run\'s "folder"; $(touch no) $(HOME)\nnext',  # nor are $(NAMES) of pods filled in
 }
 
 
@@ -57,12 +53,14 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True)
-def disks(name: str, request: pytest.FixtureRequest) -> list[Path]:
+def disks(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> list[Path]:
     """The temporary folders of all machines that an attempt may run on, once those machines are there."""
     if name == "local":
         return [Path(tempfile.gettempdir())]
-    cluster = request.getfixturevalue(name)
-    return [cluster.node_tmp(node) for node in cluster.settings.node_names]
+    machines = request.getfixturevalue(LAUNCHERS[name][0])
+    if name == "kubernetes":
+        return [tmp_path / "tmp"]
+    return [machines.node_tmp(node) for node in machines.settings.node_names]
 
 
 @pytest.fixture
@@ -77,8 +75,18 @@ def pulsing(disks: list[Path]) -> Pulsing:
 
 
 @pytest.fixture
-def launcher(name: str) -> Launcher:
-    return LAUNCHERS[name][0]()
+def profile(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    fixture, section = LAUNCHERS[name]
+    if name == "kubernetes":
+        told = request.getfixturevalue(fixture).pod_section(tmp_path)
+        section = {**told, **section, "env": {**told["env"], "TMPDIR": str(tmp_path / "tmp")}}
+        (tmp_path / "tmp").mkdir()
+    return {"launcher": name, name: section}
+
+
+@pytest.fixture
+def launcher(profile: dict[str, Any]) -> Launcher:
+    return launcher_for(profile)
 
 
 @pytest.fixture
@@ -148,12 +156,22 @@ def test_only_the_same_run_and_digest_are_adopted(launcher: Launcher, folder: Pa
     launcher.cancel(ask(case, handle), hard=True)
 
 
+def seen_here(case: Case, pid: int) -> psutil.Process:
+    """A process of the attempt that calls itself `pid`: in a pod that is its number there, not on this machine."""
+    for process in case.processes():
+        status = Path(f"/proc/{process.pid}/status")
+        own = re.search(r"NSpid:.*\b(\d+)\n", status.read_text()) if status.exists() else None
+        if pid == (int(own[1]) if own else process.pid):
+            return process
+    raise AssertionError(f"{pid} is not there")
+
+
 def test_hard_cancel_leaves_no_process(launcher: Launcher, folder: Path, pulsing: Pulsing) -> None:
     case = make(folder, ["children"])
     handle = launcher.submit(case.attempt, case.digest)
     pid = case.facts()["pid"]
     wait_for(lambda: pulsing(case))
-    child = psutil.Process(pid).children()[0]  # in a session of its own, and it knows nothing of the attempt
+    child = seen_here(case, pid).children()[0]  # in a session of its own, and it knows nothing of the attempt
     launcher.cancel(ask(case, handle), hard=True)
     assert case.processes() == []
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
@@ -202,14 +220,18 @@ def test_an_attempt_submitted_twice_is_trained_once(launcher: Launcher, folder: 
     for handle in handles:
         wait_until(launcher, ask(case, handle), LaunchState.ENDED)
     assert case.outcome.cause is Cause.DONE  # a second trainer would have failed to publish its facts
-    assert "superseded, nothing was started" in (folder / contract.agent_log(1)).read_text()
+    if handles[0] != handles[1]:  # where names are unique the second was the first
+        assert "superseded, nothing was started" in (folder / contract.agent_log(1)).read_text()
 
 
-def test_it_outlives_who_submitted_it(name: str, launcher: Launcher, folder: Path, pulsing: Pulsing) -> None:
+def test_it_outlives_who_submitted_it(
+    profile: dict[str, Any], launcher: Launcher, folder: Path, pulsing: Pulsing
+) -> None:
     case = make(folder, ["steps:100000"])
     script = (
-        f"import sys, time; from pathlib import Path; from model.contract import read_attempt; {LAUNCHERS[name][1]}\n"
-        "Launcher().submit(read_attempt(Path(sys.argv[1]).read_bytes(), ''), sys.argv[2]); print('sent', flush=True)\n"
+        "import sys, time; from pathlib import Path; from model.contract import read_attempt\n"
+        f"from orchestrator.launchers import launcher_for; launcher = launcher_for({profile!r})\n"
+        "launcher.submit(read_attempt(Path(sys.argv[1]).read_bytes(), ''), sys.argv[2]); print('sent', flush=True)\n"
         "time.sleep(1000)"
     )
     with subprocess.Popen(

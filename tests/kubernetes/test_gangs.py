@@ -1,0 +1,131 @@
+"""Stopping attempts, and gangs that are half placed, on a real control plane with fake nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from model.contract import Cause
+from orchestrator import asking_kubernetes, control
+from orchestrator.launchers.base import LaunchState
+from tests.kubernetes.fake import (
+    as_a_new_process,
+    ask,
+    case,
+    launcher,
+    look,
+    names,
+    play,
+    pods,
+    run,
+    wait_until,
+)
+from tests.orchestrator.pretend import job_spec, tiny_code
+
+if TYPE_CHECKING:
+    from tests.kubernetes.cluster import Place
+
+pytestmark = [pytest.mark.requires("kubernetes"), pytest.mark.jobs]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    as_a_new_process()
+    asking_kubernetes.forget()
+    yield
+    asking_kubernetes.forget()
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_attempt_that_is_stopped_runs_until_its_pods_have_ended(kubernetes: Place, tmp_path: Path) -> None:
+    mine, one = launcher(kubernetes), case(tmp_path / "run")
+    handle = run(mine, one)
+    for pod in pods(kubernetes, one).values():
+        play(kubernetes, pod, drain="4s")
+    mine.cancel(ask(one, handle), hard=False)
+    seen = wait_until(mine, one, handle, LaunchState.RUNNING, words="is being stopped")
+    assert "2 pods have not ended yet" in seen.detail
+    mine.cancel(ask(one, handle), hard=False)  # once more is nothing
+    wait_until(mine, one, handle, LaunchState.ENDED)
+    assert names(kubernetes, "services") == [handle["job"]]  # the pods meet by its names until the end
+    mine.clear(ask(one, handle))
+    assert names(kubernetes, "services") == []
+
+
+def test_a_hard_stop_does_not_wait_for_the_grace(kubernetes: Place, tmp_path: Path) -> None:
+    mine, one = launcher(kubernetes, grace_seconds=3600), case(tmp_path / "run")
+    handle = run(mine, one)
+    for pod in pods(kubernetes, one).values():
+        play(kubernetes, pod, **{"ignore-term": ""})
+    mine.cancel(ask(one, handle), hard=False)
+    mine.cancel(ask(one, handle), hard=True)
+    assert pods(kubernetes, one) == {}
+    assert look(mine, one, handle).state is LaunchState.ENDED
+
+
+# --- gangs ------------------------------------------------------------------------------------------------------------
+
+
+def test_two_runs_that_each_hold_what_the_other_lacks(
+    kubernetes: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the controller's own ticks; its clock runs ahead, so that no wait between two tries is sat out."""
+    tiny_code(tmp_path, monkeypatch)
+    spec = job_spec()
+    spec["phases"] = {"pretrain": spec["phases"]["pretrain"]}
+    spec["phases"]["pretrain"]["resources"] |= {"nodes": 20, "processes_per_node": 8}
+    profile = {
+        "name": "there",
+        "launcher": "kubernetes",
+        "kubernetes": kubernetes.fake_section(gang_seconds=4, poll_seconds=0.1),
+    }
+    runs = {name: str(tmp_path / "runs" / name) for name in ("one", "two")}
+    this, clock = {}, control.now()
+    for name, folder in runs.items():
+        control.submit(folder, control.Request(name, spec, profile, lambda *recorded: recorded), by="test")
+        this[name] = control.controller(folder, launcher_of, command="test", settle_seconds=0.0)
+    running: list[str] = []
+    for _ in range(100):
+        for name in runs:
+            result = control.tick(this[name], clock)
+            if result.launch.state is LaunchState.RUNNING and name not in running:
+                running.append(name)
+                control.request_stop(runs[name], by="test", hard=True)  # it has had its turn
+        clock += 3.0
+        if len(running) == 2:
+            break
+    assert sorted(running) == ["one", "two"]
+    ends = [attempt.end for name in runs for attempt in control.load(runs[name]).attempts if attempt.end]
+    given_back = [end for end in ends if end.cause is Cause.UNPLACED]
+    assert given_back
+    assert all("of 20 pods have a node, the others none: 0/" in end.message for end in given_back)
+    for name in runs:
+        for _ in range(20):
+            control.request_stop(runs[name], by="test", hard=True)
+            if control.tick(this[name], clock).state.status != "running":
+                break
+    assert names(kubernetes, "jobs") == []
+
+
+def launcher_of(cluster: Any) -> Any:
+    from orchestrator.launchers import launcher_for
+
+    return launcher_for(cluster)
+
+
+def test_usable_nodes(kubernetes: Place) -> None:
+    mine, resources = launcher(kubernetes), {"processes_per_node": 8}
+    assert mine.usable_nodes(resources, []) == 32
+    assert mine.usable_nodes(resources, ["gpu-000", "gpu-001"]) == 30
+    assert mine.usable_nodes({"processes_per_node": 9}, []) == 0
+    assert mine.usable_nodes({**resources, "kubernetes": {"tolerations": []}}, []) == 0
+    assert mine.usable_nodes({**resources, "kubernetes": {"together": "topology.kubernetes.io/zone"}}, []) in (
+        16,
+        32,
+        0,
+    )
