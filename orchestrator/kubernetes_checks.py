@@ -141,20 +141,28 @@ def _unseen(job: Job, cluster: ClusterProfile) -> Iterator[Problem]:
     """Images, indices and weights on a disk that the pods do not have."""
     spec = job.model_dump(mode="json")
     for at, stage in _stages(job):
-        mounted = [one.path for one in _section(cluster, stage.resources).volumes.values()]
+        section = _section(cluster, stage.resources)
+        mounted = [one.path for one in section.volumes.values()]
         places = [*_data(stage.data, (*at, "data"))]
         if not isinstance(stage, Evaluate):
             places += [((*at, name), text) for name, text in handoff.files(spec, _name(at)).items()]
             named = handoff.references(spec, _name(at)).items()
             places += [((*at, name), ref.run) for name, ref in named if ref.run and os.sep in ref.run]
         for path, text in places:
-            if not storage.is_uri(text) and not _under(text, mounted):
-                local = "a cache is of one machine" if text.startswith("cache:") else "on this machine's disk"
+            if not storage.is_uri(text) and not _under(_in_pods(text, section), mounted):
+                cached = text.startswith("cache:")
+                local = "a cache is of one machine" if cached else "on this machine's disk"
                 yield Problem("the pods cannot see it", path, found=f"{text}: {local}",
                               allowed="a URI, or below a volume of the cluster's profile"
                               + (f": {listed(sorted(mounted))}" if mounted else " (kubernetes.volumes): it has none"),
                               hint="`dinoctl data pack` makes tar shards of a folder; "
                               "docs/kubernetes.md says where data can be")  # fmt: skip
+
+
+def _in_pods(path: str, section: Kubernetes) -> str:
+    """A path as the pods take it. Their cache is in their own /tmp, unless the profile says where it is."""
+    name = path.removeprefix("cache:")
+    return path if name == path else f"{section.env.get('XDG_CACHE_HOME', '/tmp/.cache')}/dinoctl/{name}"
 
 
 def _data(data: Data, at: Path) -> Iterator[tuple[Path, str]]:

@@ -101,6 +101,8 @@ def test_images_that_pods_do_not_have() -> None:
     assert all(problem.allowed.endswith(": /data") for problem in found)
     cached = refused("data.path=cache:tuxpaint-stamps", "data.also=[]")
     assert "a cache is of one machine" in cached[0].found
+    of_all = {"volumes": {"data": {"path": "/data", "nfs": "a:/b"}}, "env": {"XDG_CACHE_HOME": "/data/cache"}}
+    assert refused("data.path=cache:tuxpaint-stamps", "data.also=[]", **of_all) == []
     assert refused("data.path=/data/images", "data.also=[]", volumes={"data": {"path": "/data", "nfs": "a:/b"}}) == []
     shards = "data.path=['/data/a-{00..99}.tar', /scratch/b.tar]"
     index = refused(shards, "data.also=[]", "evaluate=null", volumes={"data": {"path": "/data", "claim": "d"}})
