@@ -54,6 +54,12 @@ class Api:
         """Raises NoAnswerError, RefusedError; as all of these."""
         return self._asked("GET", path, params)
 
+    def text(self, path: str, **params: Any) -> str:
+        """What is no JSON: what a pod printed."""
+        with answering(self.name):
+            said: bytes = self._call("GET", path, params).data
+            return said.decode(errors="replace")
+
     def post(self, path: str, body: Mapping[str, Any], **params: Any) -> dict[str, Any]:
         return self._asked("POST", path, params, body)
 
