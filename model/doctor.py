@@ -1,8 +1,9 @@
 """What `dinoctl doctor` runs on each node: `python -P -m model.doctor FOLDER [--node I]`. No torch in this process.
 
 Node by node into FOLDER, which the nodes are to share: who wins a name that all want, how fast the folder is written,
-how far the clocks are apart, what torch is here and which GPUs it sees, whether given commands work, and an all-reduce
-over all nodes by torchrun. Each step is bounded, and one that fails is noted while the rest goes on.
+how far the clocks are apart, what torch is here and which GPUs it sees, whether given commands work, whether the nodes
+reach each other by name, and an all-reduce over all of them by torchrun. Each step is bounded, and one that fails is
+noted while the rest goes on.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import msgspec
 
-from model import contract, storage
+from model import contract, nodes, storage
 from model.contract import node_report
 
 RACES = 20
@@ -38,22 +40,27 @@ print(json.dumps([torch.__version__, torch.version.cuda, names]))
 
 def main(folder: str, node: int) -> int:
     """Examine this node and publish what was found. 0, whatever that is; 1 if the folder cannot be used."""
+    host = nodes.here(os.environ).name
     try:
         ask = msgspec.json.decode(storage.read(f"{folder}/{node_report.ASK_FILE}"), type=node_report.Ask)
     except OSError as error:
-        print(f"node {node}, {contract.hostname()}: {folder} cannot be read here: {error}", flush=True)
+        print(f"node {node}, {host}: {folder} cannot be read here, as user {os.getuid()}: {error}", flush=True)
         return 1
     errors: list[str] = []
     found: dict[str, Any] = {}
-    for step in (_race, _clock, _speed, _tries, _torch, _reduce):
+    for step in (_race, _clock, _speed, _tries, _torch, _reach, _reduce):
         try:
             found.update(step(folder, node, ask))
         except Exception as error:  # noted, and the rest is still worth knowing
             errors.append(f"{step.__name__.strip('_')}: {error or type(error).__name__}")
     report = node_report.NodeReport(
-        node=node, host=contract.hostname(), python=platform.python_version(), errors=errors, **found
+        node=node, host=host, python=platform.python_version(), user=os.getuid(), errors=errors, **found
     )
-    storage.publish(f"{folder}/{node_report.node_file(node)}", msgspec.json.encode(report))
+    try:
+        storage.publish(f"{folder}/{node_report.node_file(node)}", msgspec.json.encode(report))
+    except OSError as error:
+        print(f"node {node}, {host}: {folder} cannot be written, as user {os.getuid()}: {error}", flush=True)
+        return 1
     return 0
 
 
@@ -115,6 +122,31 @@ def _torch(folder: str, node: int, ask: node_report.Ask) -> dict[str, Any]:
     version, cuda, gpus = msgspec.json.decode(told.said.splitlines()[-1])
     storage.publish(f"{folder}/gpus-{node}", b"%d" % len(gpus))
     return {"torch": version, "cuda": cuda, "gpus": gpus}
+
+
+def _reach(folder: str, node: int, ask: node_report.Ask) -> dict[str, Any]:
+    """Every node listens, and connects to each other by the name that it gives."""
+    with socket.socket() as mine:
+        mine.bind(("", 0))
+        mine.listen(ask.nodes)
+        storage.publish(f"{folder}/reach-{node}", f"{_own_address()} {mine.getsockname()[1]}".encode())
+        reached = []
+        for other in range(ask.nodes):
+            if other != node:
+                told = _wait_for(f"{folder}/reach-{other}", ask, f"node {other} says no name").decode().split()
+                _until(partial(_connects, told[0], int(told[1])), ask.patience, f"node {other} is not at {told[0]}")
+                reached.append(told[0])
+        _meet(folder, "reached", node, ask)
+    return {"reached": reached}
+
+
+def _connects(address: str, port: int) -> bytes | None:
+    """None as long as the name is not known, or nobody answers there."""
+    try:
+        with socket.create_connection((address, port), timeout=5.0):
+            return b""
+    except OSError:
+        return None
 
 
 def _reduce(folder: str, node: int, ask: node_report.Ask) -> dict[str, Any]:
@@ -189,7 +221,7 @@ def _until(look: Callable[[], bytes | None], seconds: float, otherwise: str) -> 
 
 def _own_address() -> str:
     """The name under which the other nodes find this one."""
-    return os.environ.get("SLURMD_NODENAME") or contract.hostname()
+    return os.environ.get("SLURMD_NODENAME") or nodes.address()
 
 
 def _free_port() -> int:
@@ -205,7 +237,7 @@ def _tail(text: str, most: int = 600) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="model.doctor")
     parser.add_argument("folder")
-    parser.add_argument("--node", type=int, default=int(os.environ.get("SLURM_NODEID", "0")))
+    parser.add_argument("--node", type=int, default=nodes.here(os.environ).number)
     parser.add_argument("--reduce", action="store_true")
     options = parser.parse_args()
     if options.reduce:

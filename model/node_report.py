@@ -32,6 +32,7 @@ class NodeReport(Part, frozen=True):
     node: int
     host: str
     python: str
+    user: int | None = None  # that the checks ran as
     winners: list[int] | None = None  # of each race for one name: the node whose bytes lie there
     wins: list[int] = []  # the races that this node was told it had won
     write_mb_s: float | None = None  # with fsync, while the other nodes wrote too
@@ -40,6 +41,7 @@ class NodeReport(Part, frozen=True):
     cuda: str | None = None  # the version that torch is built for
     gpus: list[str] = []
     tries: dict[str, Try] = {}
+    reached: list[str] | None = None  # the other nodes, by the names under which they were reached
     errors: list[str] = []
 
 

@@ -6,6 +6,7 @@ What each node does is `model.doctor`; here it is started, answered about the ti
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -19,9 +20,9 @@ import msgspec
 
 from model import contract, storage
 from model.contract import node_report
-from orchestrator import stakes
+from orchestrator import asking_kubernetes
 from orchestrator.asking_slurm import NoAnswerError, ask
-from orchestrator.findings import Finding, Patient, about_saves, attempt_options, ok, warning, wrong
+from orchestrator.findings import Finding, Patient, about_saves, attempt_options, ok, preemption, warning, wrong
 from orchestrator.launchers import slurm_control
 from orchestrator.launchers.slurm_control import Small
 from orchestrator.problems import listed
@@ -37,6 +38,17 @@ PATIENCE = 0.4
 """Of the whole time, what a node waits for another, and torchrun for its all-reduce."""
 
 GONE = "gone"
+ENDED = (GONE, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+"""First words of what schedulers say of a job that is over."""
+
+NO_ANSWER = (NoAnswerError, asking_kubernetes.NoAnswerError)
+
+WHY_NOT = {
+    "slurm": "is that folder on a file system that the nodes share, and Python of the profile there too?",
+    "kubernetes": "is that folder on a volume that the pods have and their user can write, or in a bucket whose keys "
+    "they have, and is dinoctl's model/ in the image?",
+    "local": "can this user write there?",
+}
 
 
 @dataclass(frozen=True)
@@ -52,15 +64,13 @@ class Seen:
 def examine(patient: Patient, seconds: float) -> Iterator[Finding]:
     """Every check on nodes, in at most `seconds`."""
     folder = f"{patient.runs}/.doctor-{contract.new_nonce()}"
-    slurm = patient.cluster.launcher == "slurm"
-    ask = node_report.Ask(
-        nodes=patient.nodes, bytes=BYTES, patience=PATIENCE * seconds, tries=_tries(patient) if slurm else {}
-    )
+    launcher = patient.cluster.launcher
+    tries = _tries(patient) if launcher == "slurm" else {}
+    ask = node_report.Ask(nodes=patient.nodes, bytes=BYTES, patience=PATIENCE * seconds, tries=tries)
     storage.publish(f"{folder}/{node_report.ASK_FILE}", msgspec.json.encode(ask))
     try:
-        seen = _by_slurm(patient, folder, seconds) if slurm else _here(patient, folder, seconds)
-        yield from judge(patient, seen)
-    except NoAnswerError as error:
+        yield from judge(patient, BY[launcher](patient, folder, seconds))
+    except NO_ANSWER as error:
         yield wrong("on nodes", str(error), "`dinoctl doctor --no-jobs` leaves this out")
     finally:
         storage.remove_tree(folder)
@@ -93,22 +103,20 @@ def small_job(patient: Patient, folder: str, seconds: float) -> Small:
 
 def _by_slurm(patient: Patient, folder: str, seconds: float) -> Seen:
     job = slurm_control.submit(small_job(patient, folder, seconds))
-    asked, state = 0.0, "PENDING"
-
-    def standing() -> str:
-        """What became of the job; the scheduler is asked now and then."""
-        nonlocal asked, state
-        if time.monotonic() - asked > ASK_SECONDS:
-            with suppress(NoAnswerError):
-                state = ask("squeue", "-h", "-j", job, "-t", "all", "-o", "%T %r").strip() or GONE
-            asked = time.monotonic()
-        return state
-
     try:
-        return _wait(patient, folder, seconds, standing)
+        return _wait(
+            patient, folder, seconds, lambda: ask("squeue", "-h", "-j", job, "-t", "all", "-o", "%T %r").strip() or GONE
+        )
     finally:
         with suppress(NoAnswerError):
             ask("scancel", job)
+
+
+def _by_kubernetes(patient: Patient, folder: str, seconds: float) -> Seen:
+    from orchestrator import kubernetes_doctor_job
+
+    with kubernetes_doctor_job.running(patient, folder) as pods:
+        return _wait(patient, folder, seconds, pods.standing, pods.log)
 
 
 def _here(patient: Patient, folder: str, seconds: float) -> Seen:
@@ -130,34 +138,41 @@ def _here(patient: Patient, folder: str, seconds: float) -> Seen:
             process.wait()
 
 
-def _wait(patient: Patient, folder: str, seconds: float, standing: Callable[[], str]) -> Seen:
-    """Until every node has reported, nothing is left of the job, or the time is over."""
-    deadline, last, state = time.monotonic() + seconds, False, ""
+BY = {"slurm": _by_slurm, "kubernetes": _by_kubernetes, "local": _here}
+
+
+def _wait(
+    patient: Patient, folder: str, seconds: float, ask_for: Callable[[], str], log: Callable[[], str] | None = None
+) -> Seen:
+    """Until every node has reported, nothing is left of the job, or the time is over. ask_for: what became of the job,
+    in the scheduler's words; it is asked now and then, and may raise NO_ANSWER. log: what the job printed, where it is
+    not in the folder."""
+    deadline, asked, last, state = time.monotonic() + seconds, 0.0, False, "PENDING"
     while True:
         _answer(patient, folder)
         files = [f"{folder}/{node_report.node_file(node)}" for node in range(patient.nodes)]
         there = [file for file in files if storage.exists(file)]
         if len(there) == len(files) or last or time.monotonic() > deadline:
             break
-        state = standing()
-        last = state.split(" ")[0] in (
-            GONE,
-            "COMPLETED",
-            "FAILED",
-            "CANCELLED",
-            "TIMEOUT",
-            "NODE_FAIL",
-            "OUT_OF_MEMORY",
-        )
+        if time.monotonic() - asked > ASK_SECONDS:
+            with suppress(*NO_ANSWER):
+                state = ask_for()
+            asked = time.monotonic()
+        last = is_over(state)
         time.sleep(ASK_SECONDS if last else LOOK_SECONDS)  # once more: a shared file system may lag
     why = "" if len(there) == len(files) else f"the job is {state}" if last else f"{seconds:g} s are over ({state})"
     reduced = f"{folder}/{node_report.REDUCE_FILE}"
     return Seen(
         [_read(file, node_report.NodeReport) for file in there],
         _read(reduced, node_report.ReduceReport) if storage.exists(reduced) else None,
-        _log(folder),
+        "" if not why else log() if log else _log(folder),
         why,
     )
+
+
+def is_over(state: str) -> bool:
+    """Whether nothing more comes of a job of which a scheduler says that."""
+    return re.split("[ :]", state)[0] in ENDED
 
 
 def _answer(patient: Patient, folder: str) -> None:
@@ -190,8 +205,7 @@ def judge(patient: Patient, seen: Seen) -> Iterator[Finding]:
     missing = patient.nodes - len(seen.reports)
     if missing:
         said = f": {seen.log}" if seen.log else f"; nothing of it is seen in {patient.runs}"
-        todo = "is that folder on a file system that the nodes share, and Python of the profile there too? "
-        todo += "A longer wait in the queue: --timeout SECONDS"
+        todo = f"{WHY_NOT[patient.cluster.launcher]} A longer wait in the queue: --timeout SECONDS"
         yield wrong("on nodes", f"{missing} of {patient.nodes} did not report, {seen.why}{said}", todo)
     for report in seen.reports:
         for error in report.errors:
@@ -204,6 +218,7 @@ def judge(patient: Patient, seen: Seen) -> Iterator[Finding]:
     yield from _clocks(seen.reports)
     yield from _torch(patient, seen.reports)
     yield from _tried(seen.reports)
+    yield from _reached(seen.reports)
     yield from _reduced(seen)
 
 
@@ -218,7 +233,9 @@ def _shared(patient: Patient, reports: Sequence[node_report.NodeReport]) -> Iter
         todo = "no run can lie there: put runs on a file system with an atomic link(2), or in a bucket"
         yield wrong("shared folder", found, todo)
     else:
-        yield ok("shared folder", f"of each of {races} names exactly one node won, and every node sees the same one")
+        users = listed(sorted({f"user {report.user}" for report in reports if report.user is not None}))
+        found = f"of each of {races} names exactly one node won, and every node sees the same one"
+        yield ok("shared folder", found + (f" ({users})" if users else ""))
 
 
 def _speed(patient: Patient, reports: Sequence[node_report.NodeReport]) -> Iterator[Finding]:
@@ -237,9 +254,10 @@ def _speed(patient: Patient, reports: Sequence[node_report.NodeReport]) -> Itera
         yield ok(
             "write speed", f"{text}" + ("" if stated else f" (write_mb_s: {slowest:.0f} in the profile tells `plan`)")
         )
-    if patient.job is not None and patient.cluster.launcher == "slurm":
+    if patient.job is not None:
         with suppress(NoAnswerError, ValueError):
-            yield from about_saves(patient, stakes.ask_notice(patient.slurm), slowest)
+            found = preemption(patient)
+            yield from about_saves(patient, found, slowest) if found else ()
 
 
 def _clocks(reports: Sequence[node_report.NodeReport]) -> Iterator[Finding]:
@@ -256,20 +274,35 @@ def _clocks(reports: Sequence[node_report.NodeReport]) -> Iterator[Finding]:
 
 
 def _torch(patient: Patient, reports: Sequence[node_report.NodeReport]) -> Iterator[Finding]:
-    ours, gpus = _own_torch(), patient.cluster.gpus_per_node or 0
+    ours, gpus, launcher = _own_torch(), patient.cluster.gpus_per_node or 0, patient.cluster.launcher
     for report in reports:
         if report.torch is None:
             continue
         text = f"{report.host}: Python {report.python}, torch {report.torch}, {len(report.gpus)} GPUs"
         if ours is not None and _release(report.torch) != ours:
-            yield wrong(
-                "torch", f"{text}; here it is {ours}", "let nodes use the same environment (slurm.python, setup)"
-            )
-        elif patient.cluster.launcher == "slurm" and patient.slurm.gpus and len(report.gpus) < gpus:
-            todo = "a driver that is missing, a torch without CUDA, or slurm.gpus: false to train on CPUs"
+            yield wrong("torch", f"{text}; here it is {ours}", SAME_TORCH[launcher])
+        elif _wants_gpus(patient) and len(report.gpus) < gpus:
+            todo = f"a driver that is missing, a torch without CUDA, or {launcher}.gpus: false to train on CPUs"
             yield warning("torch", f"{text}, and gpus_per_node is {gpus}", todo)
         else:
             yield ok("torch", text)
+
+
+SAME_TORCH = {
+    "slurm": "let nodes use the same environment (slurm.python, setup)",
+    "kubernetes": "make the worker image of the same release of dinoctl (kubernetes.image)",
+    "local": "use one environment",
+}
+
+
+def _wants_gpus(patient: Patient) -> bool:
+    match patient.cluster.launcher:
+        case "slurm":
+            return patient.slurm.gpus
+        case "kubernetes":
+            return patient.kubernetes.gpus
+        case _:
+            return False
 
 
 def _own_torch() -> str | None:
@@ -298,6 +331,13 @@ def _tried(reports: Sequence[node_report.NodeReport]) -> Iterator[Finding]:
             yield warning(f"{name} there", f"{failed[0].host}: {failed[0].tries[name].said}", todo)
         elif any(name in report.tries for report in reports):
             yield ok(f"{name} there", "works on the nodes")
+
+
+def _reached(reports: Sequence[node_report.NodeReport]) -> Iterator[Finding]:
+    """Those that were not are errors of the nodes."""
+    if all(report.reached is not None for report in reports):
+        names = sorted({name for report in reports for name in report.reached or []})
+        yield ok("reach", f"every node reaches the others, as {listed(names, 4)}")
 
 
 def _reduced(seen: Seen) -> Iterator[Finding]:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from orchestrator import stakes
+from orchestrator import notice, stakes
 from orchestrator.cluster import ClusterProfile, Slurm
+from orchestrator.kubernetes_section import Kubernetes
 from orchestrator.notice import Notice
 from orchestrator.spec import Job
 
@@ -57,8 +58,39 @@ class Patient:
         return stakes.section(self.job, self.cluster, next(iter(self.job.phases)))
 
     @property
+    def kubernetes(self) -> Kubernetes:
+        """What the pods are made of."""
+        if self.job is None:
+            assert self.cluster.kubernetes is not None  # a profile of that launcher has one
+            return self.cluster.kubernetes
+        return stakes.pods(self.job, self.cluster, next(iter(self.job.phases)))
+
+    @property
+    def needed(self) -> int:
+        """Nodes that the widest phase asks for."""
+        return max((phase.resources.nodes for phase in self.job.phases.values()), default=1) if self.job else 1
+
+    @property
+    def processes(self) -> int:
+        """Of a node, one a GPU."""
+        if self.job is None:
+            return self.cluster.gpus_per_node or 1
+        return max(phase.resources.processes_per_node for phase in self.job.phases.values())
+
+    @property
     def run_dir(self) -> str | None:
         return f"{self.runs}/{self.job.name}" if self.job else None
+
+
+def preemption(patient: Patient) -> Notice | None:
+    """How long a preemption's notice is there. None: this machine preempts nobody. Raises NoAnswerError, ValueError."""
+    match patient.cluster.launcher:
+        case "slurm":
+            return stakes.ask_notice(patient.slurm)
+        case "kubernetes":
+            return notice.of_pods(patient.kubernetes)
+        case _:
+            return None
 
 
 def attempt_options(patient: Patient, nodes: int) -> list[str]:

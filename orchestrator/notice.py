@@ -1,5 +1,8 @@
 """How long a job has from the first word of its end to the kill, as the cluster is set up, and what that costs. Pure.
 
+Kubernetes' (pod-lifecycle, "Pod termination"; looked at on 1.36): a pod that is preempted, evicted or deleted gets
+TERM, and KILL terminationGracePeriodSeconds later, which the profile says.
+
 Slurm's own rules (slurm.conf(5), preempt.html; looked at on 22.05): a preempted job gets CONT and TERM, or with
 `SlurmctldParameters=preempt_send_user_signal` the signal of its own --signal; GraceTime later TERM again, and KillWait
 after that KILL. With GraceTime 0 all signals come together and only KillWait is left. The agent takes a TERM after
@@ -15,6 +18,7 @@ from orchestrator.slurm_cluster import Fields, duration
 
 if TYPE_CHECKING:
     from orchestrator.cluster import Slurm
+    from orchestrator.kubernetes_section import Kubernetes
 
 STEPS_TO_AGREE = 3
 """Steps that may go by from the request to stop until all ranks stand at the same one (`model.stopping`)."""
@@ -22,12 +26,16 @@ STEPS_TO_AGREE = 3
 SURE = 1.25
 """A save is taken to fit if so many times its expected duration does, as `model.cadence` has it."""
 
-KILLS = ("CANCEL", "REQUEUE")
+EVICT = "EVICT"
+"""What becomes of a pod on Kubernetes, in the place of Slurm's words for it."""
+
+KILLS = ("CANCEL", "REQUEUE", EVICT)
 
 
 @dataclass(frozen=True)
 class Notice:
-    """`mode`: what preemption does to a job of ours (OFF, CANCEL, REQUEUE, SUSPEND, GANG); `told`: its first signal."""
+    """`mode`: what preemption does to a job of ours (OFF, CANCEL, REQUEUE, SUSPEND, GANG, EVICT); `told`: its first
+    signal."""
 
     mode: str
     grace: float  # seconds
@@ -48,6 +56,8 @@ class Notice:
         if not self.kills:
             what = {"OFF": "jobs are not preempted", "SUSPEND": "preempted jobs stand still, and go on later"}
             return f"{what.get(self.mode, f'PreemptMode {self.mode}')} ({self.source})"
+        if self.mode == EVICT:
+            return f"a preempted or evicted pod gets {self.told}, and {self.seconds:g} s to seal ({self.source})"
         parts = f"GraceTime {self.grace:g} s, KillWait {self.kill_wait:g} s; {self.source}"
         return f"a preempted job ({self.mode}) gets {self.told}, and {self.seconds:g} s to seal ({parts})"
 
@@ -76,6 +86,11 @@ def read(config: Fields, partitions: dict[str, Fields], partition: str, qos: Fie
     to_user = "preempt_send_user_signal" in config.get("SlurmctldParameters", "")
     told = (signal if grace else f"{signal} and TERM together") if to_user else "TERM"
     return Notice(words[0], grace or 0.0, kill_wait, told, source)
+
+
+def of_pods(kubernetes: Kubernetes) -> Notice:
+    """Of the pods that a profile's section describes: it is asked of nobody, as it goes out with each pod."""
+    return Notice(EVICT, float(kubernetes.grace_seconds), 0.0, "TERM", "kubernetes.grace_seconds")
 
 
 def _outranked(partitions: dict[str, Fields], partition: str) -> bool:

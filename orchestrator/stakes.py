@@ -13,6 +13,7 @@ from model.storage import StoreError
 from orchestrator import notice, progress, sections, slurm_cluster, store
 from orchestrator.asking_slurm import NoAnswerError
 from orchestrator.cluster import ClusterProfile, Slurm
+from orchestrator.kubernetes_section import Kubernetes
 from orchestrator.notice import Cost, Notice, Work
 from orchestrator.overview import size
 from orchestrator.spec import Job
@@ -53,7 +54,7 @@ def _work(job: Job, cluster: ClusterProfile, name: str, write_mb_s: float | None
     return Work(
         phase=name,
         processes=_processes(phase),
-        gpus=section(job, cluster, name).gpus,
+        gpus=_on_gpus(job, cluster, name),
         save_seconds=save,
         save_from=source,
         step_seconds=step,
@@ -83,6 +84,17 @@ def section(job: Job, cluster: ClusterProfile, phase: str) -> Slurm:
     """What sbatch is told of a phase: the profile's section with the job's own words over it."""
     resources = job.phases[phase].resources.model_dump(mode="json")
     return read(Slurm, sections.merged("slurm", cluster.model_dump(mode="json"), resources))
+
+
+def pods(job: Job, cluster: ClusterProfile, phase: str) -> Kubernetes:
+    """What the pods of a phase are: the same on Kubernetes."""
+    resources = job.phases[phase].resources.model_dump(mode="json")
+    return read(Kubernetes, sections.merged("kubernetes", cluster.model_dump(mode="json"), resources))
+
+
+def _on_gpus(job: Job, cluster: ClusterProfile, phase: str) -> bool:
+    told = pods(job, cluster, phase) if cluster.launcher == "kubernetes" else section(job, cluster, phase)
+    return told.gpus
 
 
 # --- what a run has measured ------------------------------------------------------------------------------------------
@@ -139,16 +151,21 @@ def _qos(config: slurm_cluster.Fields, slurm: Slurm) -> slurm_cluster.Fields | N
 
 def lines(job: Job, cluster: ClusterProfile, run_dir: str | None) -> list[str]:
     """What `plan` says of preemptions: asked of the cluster where its commands are here, and said so where not."""
+    first = next(iter(job.phases))
+    if cluster.launcher == "kubernetes":
+        return _told(job, cluster, run_dir, notice.of_pods(pods(job, cluster, first)))
     if cluster.launcher != "slurm":
         return []
     gone = slurm_cluster.missing()
     if gone:
         return [f"{cluster.name} was not asked how long a preemption's notice is: {', '.join(gone)} not here."]
-    first = next(iter(job.phases))
     try:
-        found = ask_notice(section(job, cluster, first))
+        return _told(job, cluster, run_dir, ask_notice(section(job, cluster, first)))
     except (NoAnswerError, ValueError) as error:
         return [f"How long a preemption's notice is could not be found out: {error}."]
+
+
+def _told(job: Job, cluster: ClusterProfile, run_dir: str | None, found: Notice) -> list[str]:
     told = [f"On {cluster.name} {found}."]
     try:
         at_stake = works(job, cluster, run_dir)
@@ -161,7 +178,10 @@ def lines(job: Job, cluster: ClusterProfile, run_dir: str | None) -> list[str]:
 
 
 def contradictions(job: Job, cluster: ClusterProfile, found: Notice | None) -> list[str]:
-    """`notice.contradictions` of every phase; what several have in common is said once."""
+    """`notice.contradictions` of every phase; what several have in common is said once. Those of pods are among the
+    remarks on a job (`kubernetes_checks`)."""
+    if cluster.launcher != "slurm":
+        return []
     told: dict[str, list[str]] = {}
     for name, phase in job.phases.items():
         for text in notice.contradictions(section(job, cluster, name), phase.health.notice_seconds, found):
