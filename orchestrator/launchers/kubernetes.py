@@ -23,7 +23,7 @@ from orchestrator.launchers.kubernetes_records import Job, Pod
 from orchestrator.launchers.kubernetes_seen import Seen, Where
 
 GONE_SECONDS = 60.0
-"""How long the pods of a killed attempt may take to end."""
+"""How long the pods of a killed attempt are waited for. A kubelet does not shorten a grace that has begun."""
 
 KILL_GRACE = 1
 """Seconds between SIGTERM and SIGKILL for them. Not 0: that takes a pod off the list without asking its node."""
@@ -89,11 +89,13 @@ class KubernetesLauncher:
             jobs = _matching(
                 query, [records.job(item) for item in kubernetes_seen.named(where, where.jobs, query.launch_name)]
             )
+            if hard:
+                _end_pods(query, where)  # first: with their job they would be deleted with all of their grace
             for job in jobs:
                 if hard or not kubernetes_words.is_finishing(job):
                     _delete(where, where.jobs, job.name, job.uid, "Background" if hard else "Foreground")
             if hard:
-                _kill(query, where)
+                _wait_until_gone(query, where)
         except (NoAnswerError, RefusedError) as error:
             raise LaunchError(f"{query.launch_name} cannot be cancelled now: {error}") from error
         finally:
@@ -241,19 +243,28 @@ def _delete(where: Where, path: str, name: str, uid: str, propagation: str) -> N
             raise
 
 
-def _kill(query: Query, where: Where) -> None:
-    """End the attempt's pods without their grace, and wait for their nodes to say that they are gone. Those on nodes
-    that are not heard of cannot be waited for: what may come back there finds its attempt closed."""
-    selector = f"{records.OURS},{records.NAME}={query.launch_name},{records.RUN_ID}={query.run_id}"
+def _end_pods(query: Query, where: Where) -> None:
+    """SIGTERM and a moment later SIGKILL to all of the attempt's pods."""
+    if _living(query, where):
+        selector = f"{records.OURS},{records.NAME}={query.launch_name},{records.RUN_ID}={query.run_id}"
+        where.api.delete(where.pods, {"gracePeriodSeconds": KILL_GRACE}, labelSelector=selector)
+
+
+def _wait_until_gone(query: Query, where: Where) -> None:
+    """Until their nodes say that they are. Those on nodes that are not heard of cannot be waited for: what may come
+    back there finds its attempt closed."""
     deadline = time.monotonic() + GONE_SECONDS
-    asked: set[str] = set()
+    known = {pod.uid for pod in _living(query, where)}
     while left := _living(query, where):
-        if {pod.uid for pod in left} - asked:
-            asked |= {pod.uid for pod in left}
-            where.api.delete(where.pods, {"gracePeriodSeconds": KILL_GRACE}, labelSelector=selector)
+        if new := {pod.uid for pod in left} - known:  # its job made them in the last moment
+            known |= new
+            _end_pods(query, where)
         if time.monotonic() > deadline:
             pods = ", ".join(f"{pod.name} on {pod.node}" for pod in left)
-            raise LaunchError(f"pods were killed and do not end: {pods}; their nodes may be gone")
+            raise LaunchError(
+                f"pods were killed and have not ended: {pods}; one that was asked to stop before may keep the grace "
+                "that it had (kubernetes.grace_seconds), or their nodes are gone"
+            )
         time.sleep(0.3)
 
 
