@@ -65,7 +65,7 @@ def submitted(job: Job) -> list[str]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Iterator[Job]:
     job = make_job(tmp_path_factory.mktemp("undisturbed"), cluster, "undisturbed", "jobset")
     with cleaned_up(job):
-        assert job.start(submitted(job)).wait(2 * PATIENCE) == 0, job.output()
+        assert job.start(submitted(job)).wait(3 * PATIENCE) == 0, job.output()
         yield job
 
 
