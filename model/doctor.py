@@ -46,6 +46,10 @@ def main(folder: str, node: int) -> int:
     except OSError as error:
         print(f"node {node}, {host}: {folder} cannot be read here, as user {os.getuid()}: {error}", flush=True)
         return 1
+    try:
+        storage.publish(f"{folder}/came-{node}", b"")  # before the steps: each of them waits for what all nodes write
+    except OSError as error:
+        return _cannot_write(folder, node, host, error)
     errors: list[str] = []
     found: dict[str, Any] = {}
     for step in (_race, _clock, _speed, _tries, _torch, _reach, _reduce):
@@ -59,9 +63,13 @@ def main(folder: str, node: int) -> int:
     try:
         storage.publish(f"{folder}/{node_report.node_file(node)}", msgspec.json.encode(report))
     except OSError as error:
-        print(f"node {node}, {host}: {folder} cannot be written, as user {os.getuid()}: {error}", flush=True)
-        return 1
+        return _cannot_write(folder, node, host, error)
     return 0
+
+
+def _cannot_write(folder: str, node: int, host: str, error: OSError) -> int:
+    print(f"node {node}, {host}: {folder} cannot be written, as user {os.getuid()}: {error}", flush=True)
+    return 1
 
 
 def _race(folder: str, node: int, ask: node_report.Ask) -> dict[str, Any]:

@@ -106,16 +106,17 @@ def test_preempted_in_each_phase_a_node_the_api_server_and_the_controller_killed
 
         preempted.append(held(job, "gram", 5))
         preempt(cluster, job, preempted[-1], 1)
+        preempted.append(held(job, "highres", 5))
         cluster.restart_apiserver()
-        for phase in ("highres", "text"):
-            preempted.append(held(job, phase, 5))
-            preempt(cluster, job, preempted[-1], 0)
+        preempt(cluster, job, preempted[-1], 0)
+        preempted.append(held(job, "text", 5))
+        preempt(cluster, job, preempted[-1], 0)
 
         lost = held(job, "text", 10)
         node = node_of(cluster, job, lost.attempt, 1)
         cluster.kill_node(node)
         lost.let_go()
-        assert dinoctl.wait(2 * PATIENCE) == 0, job.output()
+        assert dinoctl.wait(3 * PATIENCE) == 0, job.output()
 
         for moment in [*preempted, lost]:
             went_on_exactly(job, moment.phase, moment, EVERY)
