@@ -183,7 +183,8 @@ class Job:
         """The ranks of an attempt in their order, as far as they have begun, on whichever node or in whichever pod of
         this machine."""
         own = f"{self.where}/{contract.attempt_yaml(attempt)}"
-        there = {p.pid: p for p in psutil.process_iter(["cmdline", "ppid"]) if p.info["cmdline"][-1:] == [own]}
+        seen = psutil.process_iter(["cmdline", "ppid"])
+        there = {p.pid: p for p in seen if (p.info["cmdline"] or [])[-1:] == [own]}  # a zombie has none
         started = [p for p in there.values() if "model.rank" in p.info["cmdline"][:6] and p.info["ppid"] in there]
         ranks = [p for p in started if "model.rank" not in there[p.info["ppid"]].info["cmdline"][:6]]  # no loader's
         return sorted(ranks, key=lambda rank: int(rank.environ().get("RANK", "0")))
