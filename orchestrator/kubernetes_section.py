@@ -130,7 +130,10 @@ class Kubernetes(Section):
 
     grace_seconds: PositiveInt = Field(120, description="between SIGTERM and SIGKILL")
     gang_seconds: Positive = Field(
-        180.0, description="an attempt that has had some of its pods, but not all, for so long gives them back"
+        180.0,
+        le=240,
+        description="an attempt that has had some of its pods, but not all, for so long gives them back; agents wait "
+        "300 s for one another",
     )
     poll_seconds: Positive = Field(5.0, description="the API server is asked at most this often by a process")
 
