@@ -16,9 +16,7 @@ from model.config import Resources
 from model.contract import Attempt
 from orchestrator.asking_kubernetes import Api, NoAnswerError, RefusedError, connect
 from orchestrator.findings import Patient
-
-AGENT = "agent"
-"""Name of the container in which an attempt's agent runs."""
+from orchestrator.launchers.kubernetes_records import CONTAINER, NAME
 
 RUN_ID = "d0c" * 10 + "d0"
 """Of no run: a launcher that lists our pods knows no run of it."""
@@ -58,7 +56,7 @@ class Sent:
 def _pod(body: Any) -> dict[str, Any] | None:
     if isinstance(body, dict):
         containers = body.get("containers", [])
-        if any(container["name"] == AGENT for container in containers):
+        if any(container["name"] == CONTAINER for container in containers):
             return body
         inner = list(body.values())
     else:
@@ -77,7 +75,7 @@ def sent(patient: Patient, nodes: int, name: str = "dinoctl-doctor", folder: str
     for one in found:
         pod = one.pod
         if pod is not None and folder is not None:
-            (agent,) = (container for container in pod["containers"] if container["name"] == AGENT)
+            (agent,) = (container for container in pod["containers"] if container["name"] == CONTAINER)
             agent["command"] = [patient.kubernetes.python, "-P", "-m", "model.doctor", folder]
             pod["terminationGracePeriodSeconds"] = 5  # there is nothing to seal
     return found
@@ -112,7 +110,7 @@ class Pods:
     name: str
 
     def _list(self) -> list[dict[str, Any]]:
-        selector = f"dinoctl/name={self.name}"
+        selector = f"{NAME}={self.name}"
         found = self.api.get(f"/api/v1/namespaces/{self.namespace}/pods", labelSelector=selector)["items"]
         return sorted(found, key=lambda pod: str(pod["metadata"]["name"]))
 
@@ -146,7 +144,7 @@ class Pods:
                 name = pod["metadata"]["name"]
                 with suppress(NoAnswerError, RefusedError):
                     path = f"/api/v1/namespaces/{self.namespace}/pods/{name}/log"
-                    said.append(self.api.text(path, container=AGENT, tailLines=20))
+                    said.append(self.api.text(path, container=CONTAINER, tailLines=20))
         return " ".join(" ".join(said).split())[-600:]
 
 

@@ -14,21 +14,14 @@ from model.config import read
 from model.contract import Attempt
 from orchestrator import sections
 from orchestrator.kubernetes_section import Kubernetes
-from orchestrator.launchers import kubernetes_volcano
-from orchestrator.launchers.kubernetes_pod import NAME_LABEL, TMP, Pods
+from orchestrator.launchers import kubernetes_records as records, kubernetes_volcano
+from orchestrator.launchers.kubernetes_pod import TMP, Pods
 
 if TYPE_CHECKING:
     from kubernetes.client import ApiClient
 
-MANAGED_BY = "app.kubernetes.io/managed-by"
-RUN_ID_LABEL, ATTEMPT_LABEL, PHASE_LABEL = "dinoctl/run-id", "dinoctl/attempt", "dinoctl/phase"
 CREATE_SECONDS = 30
 """How long one create may take: less than the controller's settling time."""
-
-DIGEST = "dinoctl/digest"
-"""An annotation, as a label has 63 characters at most."""
-
-ROLE = "node"
 
 
 def section(cluster: Mapping[str, Any], attempt: Attempt) -> Kubernetes:
@@ -45,22 +38,22 @@ def app(cluster: Mapping[str, Any], attempt: Attempt, digest: str) -> AppDef:
     """One role, a replica a node. cluster: a resolved profile; digest: of attempt.yaml."""
     told = section(cluster, attempt)
     ours = {
-        MANAGED_BY: "dinoctl",
-        RUN_ID_LABEL: attempt.run_id,
-        NAME_LABEL: attempt.launch_name,
-        ATTEMPT_LABEL: str(attempt.attempt),
-        PHASE_LABEL: attempt.phase,
+        records.MANAGED_BY: "dinoctl",
+        records.RUN_ID: attempt.run_id,
+        records.NAME: attempt.launch_name,
+        records.ATTEMPT: str(attempt.attempt),
+        records.PHASE: attempt.phase,
     }
     pods = Pods(
         section=told,
         labels={**told.labels, **ours},
-        annotations={**told.annotations, DIGEST: digest},
+        annotations={**told.annotations, records.DIGEST: digest},
         exclude=tuple(dict.fromkeys([*told.exclude, *attempt.exclude])),
         seconds=_seconds(told, attempt),
     )
     workers = int(attempt.settings.get("data", {}).get("workers", 0))
     role = Role(
-        name=ROLE,
+        name=records.ROLE,
         image=told.image,
         entrypoint=told.python,
         args=["-P", "-m", "model.agent", f"{attempt.run_dir}/{contract.attempt_yaml(attempt.attempt)}"],

@@ -9,10 +9,7 @@ from typing import Any
 from torchx.specs import Role
 
 from orchestrator.kubernetes_section import Kubernetes, Toleration, Volume
-
-CONTAINER = "agent"
-NAME_LABEL = "dinoctl/name"
-"""Of the pods of one attempt, and of nothing else: what its Service and its affinity select by."""
+from orchestrator.launchers.kubernetes_records import CONTAINER, NAME
 
 NODE_NAME = "kubernetes.io/hostname"
 SHM, TMP = "/dev/shm", "/tmp"
@@ -151,7 +148,7 @@ def _affinity(role: Role, pods: Pods) -> dict[str, Any]:
 
 
 def _beside(pods: Pods, label: str) -> dict[str, Any]:
-    mine = {"matchLabels": {NAME_LABEL: pods.labels[NAME_LABEL]}}
+    mine = {"matchLabels": {NAME: pods.labels[NAME]}}
     return {"requiredDuringSchedulingIgnoredDuringExecution": [{"labelSelector": mine, "topologyKey": label}]}
 
 

@@ -11,12 +11,16 @@ from datetime import datetime
 from typing import Any
 
 MANAGED_BY = "app.kubernetes.io/managed-by"
-RUN_ID, NAME, ATTEMPT, DIGEST = "dinoctl/run-id", "dinoctl/name", "dinoctl/attempt", "dinoctl/digest"
-"""Labels of everything that is made for an attempt, and the annotation with its digest."""
+RUN_ID, NAME, ATTEMPT, PHASE = "dinoctl/run-id", "dinoctl/name", "dinoctl/attempt", "dinoctl/phase"
+"""Labels of everything that is made for an attempt, and of nothing else."""
+
+DIGEST = "dinoctl/digest"
+"""An annotation, as a label has 63 characters at most."""
 
 OURS = f"{MANAGED_BY}=dinoctl"
 
-CONTAINER = "agent"
+ROLE, CONTAINER = "node", "agent"
+"""What an attempt's pods are called in a JobSet and in Volcano's Job, and the one container of each."""
 
 OVERDUE_SECONDS = 60.0
 """How long after the end of its grace a pod may still be there before whoever should end it is taken for gone."""

@@ -15,7 +15,8 @@ from torchx.schedulers.api import DescribeAppResponse, ListAppResponse, Schedule
 from torchx.specs import AppDef, AppDryRunInfo, Role
 
 from model.contract import EXIT_CODES
-from orchestrator.launchers.kubernetes_pod import CONTAINER, NAME_LABEL, Identity, Pods, field, template
+from orchestrator.launchers.kubernetes_pod import Identity, Pods, field, template
+from orchestrator.launchers.kubernetes_records import CONTAINER, NAME
 
 JOB_KEY = "batch.kubernetes.io/"
 KUEUE = "kueue.x-k8s.io/queue-name"
@@ -125,7 +126,7 @@ def _service(app: AppDef) -> dict[str, Any]:
         "apiVersion": "v1",
         "kind": "Service",
         "metadata": metadata(app),
-        "spec": {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": {NAME_LABEL: app.name}},
+        "spec": {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": {NAME: app.name}},
     }
 
 

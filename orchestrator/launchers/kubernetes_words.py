@@ -9,7 +9,7 @@ from typing import Any
 from model.contract import Cause
 from orchestrator.launchers import kubernetes_ends
 from orchestrator.launchers.base import LaunchState, Observation
-from orchestrator.launchers.kubernetes_records import Job, Pod
+from orchestrator.launchers.kubernetes_records import ROLE, Job, Pod
 
 FINISHING = ("Complete", "Completed", "Failed", "FailureTarget", "SuccessCriteriaMet")
 """Conditions of a Job or JobSet of which no pod is made any more; those that are left are being ended."""
@@ -55,7 +55,7 @@ def wonders(job: Job, pods: Sequence[Pod], now: float) -> list[str]:
         and not job.suspended
         and now - job.created > WONDER_SECONDS
     ):
-        return [job.name, f"{job.name}-node-0"]  # a JobSet's pods are made by the Job in it
+        return [job.name, f"{job.name}-{ROLE}-0"]  # a JobSet's pods are made by the Job in it
     if is_finishing(job):
         return kubernetes_ends.wonders(job, pods)
     slow = [pod for pod in pods if pod.bound_at and pod.phase == "Pending" and now - pod.bound_at > WONDER_SECONDS]
@@ -203,7 +203,7 @@ def _why_not_all(job: Job, pods: Sequence[Pod], events: Sequence[Event]) -> str:
 
 def _refused(job: Job, events: Sequence[Event]) -> str:
     """The last FailedCreate of the job, by which the cluster says why it cannot make pods."""
-    made_by = (job.name, f"{job.name}-node-0")
+    made_by = (job.name, f"{job.name}-{ROLE}-0")
     said = [event for event in events if event.of in made_by and event.reason == "FailedCreate"]
     return max(said, key=lambda event: event.at).message if said else ""
 
