@@ -27,8 +27,8 @@ from clusters.dev.kubernetes import build, profile
 from clusters.dev.kubernetes.cluster import PATIENCE, REAL, Cluster, ClusterError, Settings, lacking
 from clusters.dev.kubernetes.node import GPU
 from clusters.dev.kubernetes.settings import free_net, free_port
+from tests.guarded import guarded
 
-DOWN = Path(__file__).parents[2] / "clusters" / "dev" / "kubernetes" / "down"
 FAKE = {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}
 """The label of the fake nodes."""
 
@@ -39,22 +39,12 @@ __all__ = ["FAKE", "GPU", "REAL", "Cluster", "ClusterError", "Place", "Settings"
 def running(folder: Path, *, nodes: int = 2, real_nodes: bool = False, **chosen: Any) -> Iterator[Cluster]:
     """A cluster in `folder`, on free ports and a free network. chosen: other fields of Settings."""
     cluster = Cluster(folder, Settings(port=free_port(nodes), net=free_net(), nodes=nodes, **chosen))
-    with _guarded(folder):
+    with guarded("kubernetes", folder):
         cluster.up(real_nodes=real_nodes)
         try:
             yield cluster
         finally:
             cluster.down()
-
-
-@contextmanager
-def _guarded(folder: Path) -> Iterator[None]:
-    """Should this process be killed, the end of a pipe from it takes the cluster down."""
-    once_alone = ["sh", "-c", 'read _; exec "$@"', "sh", DOWN, "--folder", folder]
-    guard = subprocess.Popen(once_alone, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-    with guard:
-        yield
-        guard.kill()  # nothing is left for it to do
 
 
 @dataclass

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from model.contract import Cause
-from orchestrator import asking_kubernetes, control
+from orchestrator import control
 from orchestrator.launchers.base import LaunchState
 from tests.kubernetes.fake import (
-    as_a_new_process,
     ask,
     case,
     launcher,
@@ -29,14 +27,6 @@ if TYPE_CHECKING:
     from tests.kubernetes.cluster import Place
 
 pytestmark = [pytest.mark.requires("kubernetes"), pytest.mark.jobs]
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    as_a_new_process()
-    asking_kubernetes.forget()
-    yield
-    asking_kubernetes.forget()
 
 
 # --- stopping ---------------------------------------------------------------------------------------------------------

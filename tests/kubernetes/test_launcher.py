@@ -4,7 +4,6 @@ Kubernetes alone."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +32,6 @@ if TYPE_CHECKING:
     from tests.kubernetes.cluster import Place
 
 pytestmark = [pytest.mark.requires("kubernetes"), pytest.mark.jobs]
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    as_a_new_process()
-    asking_kubernetes.forget()
-    yield
-    asking_kubernetes.forget()
 
 
 # --- submitting -------------------------------------------------------------------------------------------------------

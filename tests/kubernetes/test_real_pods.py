@@ -11,7 +11,7 @@ import pytest
 from model.contract import Cause
 from orchestrator.launchers.base import LaunchState
 from orchestrator.launchers.kubernetes import KubernetesLauncher
-from tests.kubernetes.fake import as_a_new_process, ask, wait_until
+from tests.kubernetes.fake import ask, wait_until
 from tests.model.standin.attempts import Case, make
 
 if TYPE_CHECKING:
@@ -27,11 +27,6 @@ os.wait()
 sys.exit(7)
 """
 """In the place of Python: its child takes a GiB, and it ends with a code of its own once that was killed."""
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    as_a_new_process()
 
 
 def launcher(place: Place, folder: Path, **changes: Any) -> KubernetesLauncher:

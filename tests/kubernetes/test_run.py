@@ -9,22 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
 from clusters.dev.kubernetes import profile
 from tests.jobs.harness import (
     PATIENCE,
     PHASES,
-    ROOT,
     Job,
     Moment,
     cleaned_up,
     each_phase_ran_once,
-    hold,
     same_weights,
     wait_until,
     went_on_exactly,
 )
+from tests.jobs.two_nodes import EVERY, NODES, held, make_job, repeated, submitted
 from tests.kubernetes.cluster import Cluster, running
 
 pytestmark = [
@@ -34,11 +32,6 @@ pytestmark = [
     pytest.mark.timeout(1800),
 ]
 
-NODES = 3
-"""One more than an attempt takes: a node that failed is left out of the run's next attempts."""
-
-EVERY = 5
-
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
@@ -46,24 +39,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
 
 
-def make_job(folder: Path, cluster: Cluster, name: str, scheduler: str) -> Job:
+def in_pods(folder: Path, cluster: Cluster, name: str, scheduler: str) -> Job:
     runs = folder / "runs"
     runs.mkdir()
     section = profile.section(runs, namespace="default", python=Path(sys.executable), owner=os.getuid())
-    told = {"name": "test", "launcher": "kubernetes", "gpus_per_node": 8}
     changed = {"scheduler": scheduler, "grace_seconds": 120}  # machines may be slow
-    (folder / "test.yaml").write_text(yaml.safe_dump({**told, "kubernetes": {**section, **changed}}))
-    return Job(folder, "", ROOT / "jobs" / "ci.yaml", name, environment=cluster.environment())
-
-
-def submitted(job: Job) -> list[str]:
-    layout = ["resources.nodes=2", "resources.processes_per_node=2", f"checkpoints.every={EVERY}"]
-    return ["submit", str(job.file), "--run", job.name, "--cluster", str(job.folder / "test.yaml"), *layout]
+    return make_job(folder, name, {"launcher": "kubernetes", "kubernetes": section | changed}, cluster.environment())
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Iterator[Job]:
-    job = make_job(tmp_path_factory.mktemp("undisturbed"), cluster, "undisturbed", "jobset")
+    job = in_pods(tmp_path_factory.mktemp("undisturbed"), cluster, "undisturbed", "jobset")
     with cleaned_up(job):
         assert job.start(submitted(job)).wait(3 * PATIENCE) == 0, job.output()
         yield job
@@ -86,14 +72,10 @@ def preempt(cluster: Cluster, job: Job, moment: Moment, number: int) -> None:
     cluster.release(bully, "default")
 
 
-def held(job: Job, phase: str, step: int) -> Moment:
-    return hold(job, phase, step, ranks=4, every=EVERY)
-
-
 def test_preempted_in_each_phase_a_node_the_api_server_and_the_controller_killed(
     cluster: Cluster, undisturbed: Job, tmp_path: Path
 ) -> None:
-    with cleaned_up(make_job(tmp_path, cluster, "ci", "indexed-job")) as job:
+    with cleaned_up(in_pods(tmp_path, cluster, "ci", "indexed-job")) as job:
         dinoctl = job.start(submitted(job))
         preempted = [held(job, "pretrain", 5)]
         preempt(cluster, job, preempted[0], 0)
@@ -120,6 +102,8 @@ def test_preempted_in_each_phase_a_node_the_api_server_and_the_controller_killed
 
         for moment in [*preempted, lost]:
             went_on_exactly(job, moment.phase, moment, EVERY)
+        assert [repeated(job, moment) for moment in preempted] == [0] * len(PHASES)  # sealed where they stopped
+        assert repeated(job, lost) < EVERY
         assert [job.end(moment.attempt)["cause"] for moment in preempted] == ["stopped"] * len(PHASES)
         assert job.end(lost.attempt)["bad_nodes"] == [node]
         assert job.attempt(job.attempts("text")[-1]).exclude == [node]

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +19,17 @@ from model.contract import Cause, RankEnd
 from model.link import Link, Logs
 from model.watch import Watch, stood_still, why_kill
 from tests.model.standin.attempts import Case, make, wait_for
+from tests.model.standin.left import nothing_is_left, started
 from tests.model.standin.nodes import Nodes
 from tests.model.test_checkpoint import make_attempt
 
+__all__ = ["nothing_is_left"]
+
 CODES = contract.EXIT_CODES
-STARTED: list[Nodes] = []
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
-    """What a test that failed leaves of its agents."""
-    yield
-    while STARTED:
-        for agent in STARTED.pop().agents.values():
-            agent.kill()
-            agent.wait()
 
 
 def over(case: Case, **changes: Any) -> Nodes:
-    STARTED.append(Nodes(case, **changes))
-    return STARTED[-1]
+    return started(Nodes(case, **changes))
 
 
 def attempt(folder: Path, standin: list[str], count: int = 2, **changes: Any) -> Case:

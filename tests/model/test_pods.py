@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +13,18 @@ from model import contract, endings, storage
 from model.contract import Attempt, Cause
 from orchestrator import logs
 from tests.model.standin.attempts import make, wait_for
+from tests.model.standin.left import nothing_is_left, started
 from tests.model.standin.pods import Pods
+
+__all__ = ["nothing_is_left"]
 
 pytestmark = pytest.mark.requires("namespaces")
 CODES = contract.EXIT_CODES
-STARTED: list[Pods] = []
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
-    """What a test that failed leaves of its pods: the first process takes the others with it."""
-    yield
-    while STARTED:
-        for agent in STARTED.pop().agents.values():
-            agent.kill()
-            agent.wait()
 
 
 def pods(folder: Path, standin: list[str], **changes: Any) -> Pods:
     case = make(folder / "run", standin, code_dir="", **changes)
-    STARTED.append(Pods(case, folder / "pods", str(folder / "run" / "code" / "standin")))
-    return STARTED[-1]
+    return started(Pods(case, folder / "pods", str(folder / "run" / "code" / "standin")))
 
 
 def test_a_notice_stops_the_first_process_and_what_it_said_stays(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ with running(folder, grace=0) as cluster: ...       ready for jobs; ended, jobs 
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,8 +13,7 @@ from typing import Any
 
 from clusters.dev.slurm.cluster import Cluster, ClusterError, lacking
 from clusters.dev.slurm.settings import Settings, free_port
-
-DOWN = Path(__file__).parents[2] / "clusters" / "dev" / "slurm" / "down"
+from tests.guarded import guarded
 
 __all__ = ["Cluster", "ClusterError", "Settings", "as_it_was", "lacking", "running"]
 
@@ -24,22 +22,12 @@ __all__ = ["Cluster", "ClusterError", "Settings", "as_it_was", "lacking", "runni
 def running(folder: Path, *, nodes: int = 2, port: int | None = None, **chosen: Any) -> Iterator[Cluster]:
     """A cluster in `folder`, on free ports unless `port` says which. chosen: other fields of Settings."""
     cluster = Cluster(folder, Settings(port=free_port(nodes, port), nodes=nodes, **chosen))
-    with _guarded(folder):
+    with guarded("slurm", folder):
         cluster.up()
         try:
             yield cluster
         finally:
             cluster.down()
-
-
-@contextmanager
-def _guarded(folder: Path) -> Iterator[None]:
-    """Should this process be killed, the end of a pipe from it takes the cluster down."""
-    once_alone = ["sh", "-c", 'read _; exec "$@"', "sh", DOWN, "--folder", folder]
-    guard = subprocess.Popen(once_alone, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-    with guard:
-        yield
-        guard.kill()  # nothing is left for it to do
 
 
 @contextmanager

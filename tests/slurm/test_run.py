@@ -12,16 +12,15 @@ import yaml
 from tests.jobs.harness import (
     PATIENCE,
     PHASES,
-    ROOT,
     Job,
     Moment,
     cleaned_up,
     each_phase_ran_once,
-    hold,
     same_weights,
     wait_until,
     went_on_exactly,
 )
+from tests.jobs.two_nodes import EVERY, NODES, held, make_job, repeated, submitted
 from tests.slurm.cluster import Cluster, running
 
 pytestmark = [
@@ -31,11 +30,6 @@ pytestmark = [
     pytest.mark.timeout(1800),
 ]
 
-NODES = 3
-"""One more than a job takes: a node that failed is left out of the run's next attempts."""
-
-EVERY = 5
-
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
@@ -43,20 +37,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
 
 
-def make_job(folder: Path, cluster: Cluster, name: str) -> Job:
-    profile = {"name": "test", "launcher": "slurm", "gpus_per_node": 8, "slurm": {"partition": "low"}}
-    (folder / "test.yaml").write_text(yaml.safe_dump(profile))
-    return Job(folder, "", ROOT / "jobs" / "ci.yaml", name, environment=cluster.environment())
-
-
-def submitted(job: Job) -> list[str]:
-    layout = ["resources.nodes=2", "resources.processes_per_node=2", f"checkpoints.every={EVERY}"]
-    return ["submit", str(job.file), "--run", job.name, "--cluster", str(job.folder / "test.yaml"), *layout]
+def on_slurm(folder: Path, cluster: Cluster, name: str) -> Job:
+    profile = {"launcher": "slurm", "slurm": {"partition": "low"}}
+    return make_job(folder, name, profile, cluster.environment())
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Iterator[Job]:
-    job = make_job(tmp_path_factory.mktemp("undisturbed"), cluster, "undisturbed")
+    job = on_slurm(tmp_path_factory.mktemp("undisturbed"), cluster, "undisturbed")
     with cleaned_up(job):
         assert job.start(submitted(job)).wait(3 * PATIENCE) == 0, job.output()
         yield job
@@ -75,14 +63,10 @@ def preempt(cluster: Cluster, moment: Moment) -> None:
     moment.let_go()
 
 
-def held(job: Job, phase: str, step: int) -> Moment:
-    return hold(job, phase, step, ranks=4, every=EVERY)
-
-
 def test_preempted_in_each_phase_a_node_and_the_controller_killed(
     cluster: Cluster, undisturbed: Job, tmp_path: Path
 ) -> None:
-    with cleaned_up(make_job(tmp_path, cluster, "ci")) as job:
+    with cleaned_up(on_slurm(tmp_path, cluster, "ci")) as job:
         dinoctl = job.start(submitted(job))
         preempted = [held(job, "pretrain", 5)]
         preempt(cluster, preempted[0])
@@ -109,6 +93,8 @@ def test_preempted_in_each_phase_a_node_and_the_controller_killed(
 
         for moment in [*preempted, lost]:
             went_on_exactly(job, moment.phase, moment, EVERY)
+        assert [repeated(job, moment) for moment in preempted] == [0] * len(PHASES)  # sealed where they stopped
+        assert repeated(job, lost) < EVERY
         assert [job.end(moment.attempt)["cause"] for moment in preempted] == ["stopped"] * len(PHASES)
         assert job.end(lost.attempt)["bad_nodes"] == [node]
         assert job.attempt(job.attempts("text")[-1]).exclude == [node]
@@ -117,14 +103,13 @@ def test_preempted_in_each_phase_a_node_and_the_controller_killed(
 
 
 def test_after_a_lost_node_it_goes_on_with_those_that_are_left(tmp_path: Path, undisturbed: Job) -> None:
-    with running(tmp_path / "slurm", nodes=2) as cluster, cleaned_up(make_job(tmp_path, cluster, "fewer")) as job:
+    with running(tmp_path / "slurm", nodes=2) as cluster, cleaned_up(on_slurm(tmp_path, cluster, "fewer")) as job:
         spec = yaml.safe_load(job.file.read_text())
         spec["phases"] = {"pretrain": spec["phases"]["pretrain"]}
         del spec["evaluate"]
         file = tmp_path / "pretrain.yaml"
         file.write_text(yaml.safe_dump(spec, sort_keys=False))
-        words = submitted(job)
-        dinoctl = job.start([words[0], str(file), *words[2:], "resources.min_nodes=1"])
+        dinoctl = job.start([*submitted(job, file), "resources.min_nodes=1"])
         lost = held(job, "pretrain", 5)
         cluster.kill_node("node2")
         lost.let_go()
@@ -132,5 +117,6 @@ def test_after_a_lost_node_it_goes_on_with_those_that_are_left(tmp_path: Path, u
 
         assert [job.attempt(number).nodes for number in job.attempts("pretrain")] == [2, 1]
         went_on_exactly(job, "pretrain", lost, EVERY)
+        assert repeated(job, lost) < EVERY
         losses = [one.records(one.attempts("pretrain")[-1])[-1].metrics["loss"] for one in (job, undisturbed)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # the same global batch, summed in another order
