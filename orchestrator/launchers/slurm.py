@@ -65,7 +65,7 @@ class SlurmLauncher:
             slurm_queue.forget()
 
     def observe(self, queries: Sequence[Query]) -> list[Observation]:
-        """One squeue, one sacct if some are not in it any more, and one sinfo if some ended badly; each at most every
+        """One squeue, one sacct if some are not in it any more, and one sinfo if some ended; each at most every
         `poll_seconds`, whoever asks in this process."""
         if not queries:
             return []
@@ -136,9 +136,10 @@ class SlurmLauncher:
         return [job for job in jobs if job.id not in queued]
 
     def _with_bad_nodes(self, seen: list[Observation]) -> list[Observation]:
-        ended = {node for one in seen if one.cause is not None for node in one.nodes}
-        bad = set(slurm_queue.bad_nodes(sorted(ended), self.poll))
-        return [replace(one, bad_nodes=tuple(n for n in one.nodes if n in bad)) if one.cause else one for one in seen]
+        """Whatever Slurm says of the end: of a node that dies under it a job may say FAILED like any other."""
+        ended = [one for one in seen if one.state is LaunchState.ENDED]
+        bad = set(slurm_queue.bad_nodes(sorted({node for one in ended for node in one.nodes}), self.poll))
+        return [replace(one, bad_nodes=tuple(n for n in one.nodes if n in bad)) if one in ended else one for one in seen]
 
 
 # --- whose job it is --------------------------------------------------------------------------------------------------
