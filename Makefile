@@ -2,10 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-CONTRACT := tests/orchestrator/test_launcher_contract.py
-
 .DEFAULT_GOAL := help
-.PHONY: help setup data data_long demo demo_seeds demo_long ablations test check lint types unit jobs jobs_here jobs_clusters slurm kubernetes lock clean
+.PHONY: help setup data data_long demo demo_seeds demo_long ablations test check lint types unit jobs slurm kubernetes lock clean
 
 help:           ## this list
 	@grep -E '^[a-z_]+: .*##|^[a-z_]+:  +##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -49,15 +47,9 @@ types: setup    ## mypy --strict on both houses and the dev cluster
 unit: setup     ## tests that start no jobs, on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m "not jobs" -n 2 --dist loadfile
 
-# Two at a time: a cluster mostly lets one wait.
+# Two at a time: the clusters' tests, which mostly wait, are one process's, and the other takes the rest file by file.
 jobs: setup     ## real torchrun jobs, killed and resumed, here and on a real Slurm and a real Kubernetes
-	@$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target jobs_here jobs_clusters
-
-jobs_here: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m jobs --durations=15 --ignore=tests/slurm --ignore=tests/kubernetes --deselect=$(CONTRACT)
-
-jobs_clusters: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m jobs --durations=15 tests/slurm tests/kubernetes $(CONTRACT)
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m jobs -n 2 --dist loadgroup --durations=20
 
 slurm:          ## a real Slurm of two virtual nodes on this machine, as root (clusters/dev/slurm)
 	clusters/dev/slurm/install

@@ -139,6 +139,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "requires(name): needs something of the machine, see tests/conftest.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under `--dist loadgroup` a file's tests share a process, and so do all that need a cluster: there is one of each
+    kind, and what a test does to it others would notice."""
+    for item in items:
+        needs = {mark.args[0] for mark in item.iter_markers("requires")}
+        group = "clusters" if needs & {"slurm", "kubernetes"} else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     demanded = os.environ.get("DINOCTL_REQUIRE", "").split(",")
     for name in (mark.args[0] for mark in item.iter_markers("requires")):
