@@ -135,6 +135,9 @@ class Kubernetes(Section):
         description="an attempt that has had some of its pods, but not all, for so long gives them back; agents wait "
         "300 s for one another",
     )
+    lost_seconds: Positive = Field(
+        60.0, description="an attempt of which a node is not heard of is given up once no step was recorded for so long"
+    )
     poll_seconds: Positive = Field(5.0, description="the API server is asked at most this often by a process")
 
     @field_validator("labels", "annotations")

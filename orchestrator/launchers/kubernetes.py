@@ -15,12 +15,13 @@ from typing import Any
 
 from model import contract, storage
 from model.contract import Attempt, Claim
-from orchestrator import sections
+from orchestrator import progress, sections
 from orchestrator.asking_kubernetes import NoAnswerError, NotConfiguredError, RefusedError, answering
 from orchestrator.launchers import kubernetes_nodes, kubernetes_records as records, kubernetes_seen, kubernetes_words
 from orchestrator.launchers.base import LaunchError, LaunchState, Observation, Query, UnansweredError
 from orchestrator.launchers.kubernetes_records import Job, Pod
 from orchestrator.launchers.kubernetes_seen import Seen, Where
+from orchestrator.launchers.kubernetes_words import Known
 
 GONE_SECONDS = 60.0
 """How long the pods of a killed attempt are waited for. A kubelet does not shorten a grace that has begun."""
@@ -28,7 +29,7 @@ GONE_SECONDS = 60.0
 KILL_GRACE = 1
 """Seconds between SIGTERM and SIGKILL for them. Not 0: that takes a pod off the list without asking its node."""
 
-POLL_SECONDS, GANG_SECONDS = 5.0, 180.0
+POLL_SECONDS, GANG_SECONDS, LOST_SECONDS = 5.0, 180.0, 60.0
 """Where a run's profile, of an older dinoctl, does not say."""
 
 _ended: dict[str, Observation] = {}
@@ -138,15 +139,19 @@ class KubernetesLauncher:
         pods, now = seen.pods.get(job.uid, ()), time.time()
         events = kubernetes_seen.events(seen.where, kubernetes_words.wonders(job, pods, now))
         handle = query.handle or _handle(seen.where, job)
-        gang = self._gang_seconds(query) if kubernetes_words.is_placing(job, pods) else GANG_SECONDS
-        found = kubernetes_words.observation(job, pods, events, gang, handle, now)
+        found = kubernetes_words.observation(job, pods, events, self._known(query, handle, job, pods), now)
         if found.state is LaunchState.ENDED:
             _ended[job.uid] = found
         return found
 
-    def _gang_seconds(self, query: Query) -> float:
-        own = _resources(query.run_dir, query.attempt)
-        return float(sections.merged("kubernetes", self.cluster, own).get("gang_seconds", GANG_SECONDS))
+    def _known(self, query: Query, handle: dict[str, Any], job: Job, pods: Sequence[Pod]) -> Known:
+        """Nothing is read for an attempt that simply runs."""
+        silent = any(pod.silent_since is not None for pod in pods)
+        if not (silent or kubernetes_words.is_placing(job, pods)):
+            return Known(handle, GANG_SECONDS, LOST_SECONDS)
+        section = sections.merged("kubernetes", self.cluster, _resources(query.run_dir, query.attempt))
+        gang, lost = section.get("gang_seconds", GANG_SECONDS), section.get("lost_seconds", LOST_SECONDS)
+        return Known(handle, float(gang), float(lost), _recorded(query) if silent else 0.0)
 
 
 HANDLED = ("namespace", "scheduler")
@@ -167,6 +172,12 @@ def _resources(run_dir: str, attempt: int) -> Mapping[str, Any]:
         found: Mapping[str, Any] = contract.read_attempt(storage.read(path), path).settings.get("resources", {})
         return found
     return {}
+
+
+def _recorded(query: Query) -> float:
+    """When the attempt recorded its last step, seconds since the epoch; 0 if it did not."""
+    step = progress.latest(query.run_dir, query.attempt)
+    return step.time if step else 0.0
 
 
 def _handle(where: Where, job: Job) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def end(job: Job, pods: Sequence[Pod], events: Sequence[Event]) -> End:
     first = _first(pods)
     if first is not None and (first.ended or first.disruption or first.reason):
         return of_pod(first)
-    if gone := [pod for pod in pods if pod.is_lost]:
+    if gone := [pod for pod in pods if pod.silent_since is not None]:
         return lost(gone)
     return _of_condition(job, events)
 

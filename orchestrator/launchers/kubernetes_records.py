@@ -106,15 +106,16 @@ class Pod:
         return found if found and found.true else None
 
     @property
-    def is_lost(self) -> bool:
-        """Its node is not heard of: the controller took back Ready, and the kubelet that would say why is silent."""
+    def silent_since(self) -> float | None:
+        """Since when its node is not heard of, seconds since the epoch: the controller took back Ready, and the kubelet
+        that would say why is silent. None: it is heard of."""
         ready = self.condition("Ready")
-        return self.phase == "Running" and self.ready and ready is not None and not ready.true
+        return ready.since if self.phase == "Running" and self.ready and ready and not ready.true else None
 
     def lives(self, now: float) -> bool:
         """Whether its processes are to be reckoned with. now: seconds since the epoch."""
         overdue = self.deleted_by is not None and now > self.deleted_by + OVERDUE_SECONDS
-        return bool(self.node) and not (self.is_over or self.is_lost or overdue)
+        return bool(self.node) and not (self.is_over or self.silent_since is not None or overdue)
 
 
 @dataclass(frozen=True)

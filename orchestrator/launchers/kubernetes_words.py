@@ -47,6 +47,16 @@ class Event:
     at: float  # seconds since the epoch
 
 
+@dataclass(frozen=True)
+class Known:
+    """What dinoctl itself knows of an attempt. Bounds: see the section `kubernetes` of a profile."""
+
+    handle: dict[str, Any]
+    gang_seconds: float
+    lost_seconds: float
+    recorded: float = 0.0  # when it recorded its last step, seconds since the epoch; asked for where a node is silent
+
+
 def wonders(job: Job, pods: Sequence[Pod], now: float) -> list[str]:
     """The names of objects of which events tell what the objects themselves don't."""
     if (
@@ -78,25 +88,38 @@ def _there(pods: Sequence[Pod]) -> list[Pod]:
     return [pod for pod in pods if not (pod.is_over and pod.deleted_by is not None)]
 
 
-def observation(
-    job: Job, pods: Sequence[Pod], events: Sequence[Event], gang_seconds: float, handle: dict[str, Any], now: float
-) -> Observation:
-    """What the cluster tells of an attempt. pods: all of the job's; events: of what `wonders` named; gang_seconds: see
-    `Kubernetes.gang_seconds`; now: seconds since the epoch."""
+def observation(job: Job, pods: Sequence[Pod], events: Sequence[Event], known: Known, now: float) -> Observation:
+    """What the cluster tells of an attempt. pods: all of the job's; events: of what `wonders` named; now: seconds since
+    the epoch."""
     nodes = tuple(dict.fromkeys(pod.node for pod in sorted(pods, key=_order) if pod.node))
     living = [pod for pod in pods if pod.lives(now)]
-    if is_finishing(job) or job.deleting:
-        if living:
-            doing = "is being stopped" if job.deleting else "is being ended"
-            return Observation(
-                LaunchState.RUNNING, handle, f"job {job.name}{on(nodes)} {doing}: {_left(living)}", nodes=nodes
-            )
-        end = kubernetes_ends.end(job, pods, events)
-        return Observation(LaunchState.ENDED, handle, end.detail, end.cause, end.bad_nodes, nodes)
-    if lost := [pod for pod in pods if pod.is_lost]:
-        end = kubernetes_ends.lost(lost)
-        return Observation(LaunchState.ENDED, handle, end.detail, end.cause, end.bad_nodes, nodes)
-    return _placing(job, pods, events, gang_seconds, handle, nodes, now)
+    if not (is_finishing(job) or job.deleting):
+        return _silent(job, pods, known, nodes, now) or _placing(job, pods, events, known, nodes, now)
+    if living:
+        doing = "is being stopped" if job.deleting else "is being ended"
+        detail = f"job {job.name}{on(nodes)} {doing}: {_left(living)}"
+        return Observation(LaunchState.RUNNING, known.handle, detail, nodes=nodes)
+    end = kubernetes_ends.end(job, pods, events)
+    return Observation(LaunchState.ENDED, known.handle, end.detail, end.cause, end.bad_nodes, nodes)
+
+
+def _silent(job: Job, pods: Sequence[Pod], known: Known, nodes: tuple[str, ...], now: float) -> Observation | None:
+    """Of an attempt some of whose nodes are not heard of; None: there are none.
+
+    They may be lost. Or the API server was away: when it is back it has not heard of anybody. An attempt that goes on
+    recording steps, for which all its processes are needed, has lost none.
+    """
+    silent = [pod for pod in pods if pod.silent_since is not None]
+    if not silent:
+        return None
+    since = max(known.recorded, min(pod.silent_since or now for pod in silent))
+    if now - since > known.lost_seconds:
+        end = kubernetes_ends.lost(silent)
+        return Observation(LaunchState.ENDED, known.handle, end.detail, end.cause, end.bad_nodes, nodes)
+    names = ", ".join(sorted({pod.node for pod in silent}))
+    left = max(known.lost_seconds - (now - since), 0.0)
+    detail = f"job {job.name}{on(nodes)}; not heard of: {names}; given up in {left:.0f} s unless it records a step"
+    return Observation(LaunchState.RUNNING, known.handle, detail, nodes=nodes)
 
 
 def _order(pod: Pod) -> tuple[int, str]:
@@ -119,13 +142,12 @@ def on(nodes: Sequence[str]) -> str:
 
 
 def _placing(
-    job: Job, pods: Sequence[Pod], events: Sequence[Event], gang: float, handle: dict[str, Any],
-    nodes: tuple[str, ...], now: float,
-) -> Observation:  # fmt: skip
-    there = _there(pods)
+    job: Job, pods: Sequence[Pod], events: Sequence[Event], known: Known, nodes: tuple[str, ...], now: float
+) -> Observation:
+    there, handle, gang = _there(pods), known.handle, known.gang_seconds
     bound = [pod for pod in there if pod.node]
     if not bound:
-        return _unplaced(job, there, events, gang, handle, now)
+        return _unplaced(job, there, events, known, now)
     why = _why_not_all(job, there, events)
     if len(bound) < job.nodes:
         since = min(pod.bound_at or now for pod in bound)
@@ -135,23 +157,20 @@ def _placing(
             return Observation(LaunchState.ENDED, handle, detail, Cause.UNPLACED, nodes=nodes)
         left = max(gang - (now - since), 0.0)
         return Observation(LaunchState.PENDING, handle, f"{words}; given back in {left:.0f} s", nodes=nodes)
-    starting = [pod for pod in bound if pod.phase == "Pending"]
-    if starting:
-        return _starting(job, bound, starting, events, gang, handle, nodes, now)
+    if any(pod.phase == "Pending" for pod in bound):
+        return _starting(job, bound, events, known, nodes, now)
     return Observation(LaunchState.RUNNING, handle, f"job {job.name}{on(nodes)}{_note(pods)}", nodes=nodes)
 
 
-def _unplaced(
-    job: Job, pods: Sequence[Pod], events: Sequence[Event], gang: float, handle: dict[str, Any], now: float
-) -> Observation:
+def _unplaced(job: Job, pods: Sequence[Pod], events: Sequence[Event], known: Known, now: float) -> Observation:
     """No pod has a node: that may take as long as it takes, and holds nothing that others wait for."""
-    where = f" in queue {job.queue}" if job.queue else ""
+    handle, where = known.handle, f" in queue {job.queue}" if job.queue else ""
     if job.suspended:
         why = ": it is suspended until the queue admits it (Kueue)" if job.queue else ": somebody suspended it"
         return Observation(LaunchState.PENDING, handle, f"job {job.name} waits{where}{why}")
     why = _why_not_all(job, pods, events)
     refused = _refused(job, events)
-    if not pods and refused and "exceeded quota" not in refused and now - job.created > gang:
+    if not pods and refused and "exceeded quota" not in refused and now - job.created > known.gang_seconds:
         detail = f"job {job.name}: the cluster makes none of its pods{why}"
         return Observation(LaunchState.ENDED, handle, detail, Cause.NOT_LAUNCHED)
     number = f"none of its {job.nodes} pods has" if job.nodes > 1 else "its pod does not have"
@@ -159,15 +178,15 @@ def _unplaced(
 
 
 def _starting(
-    job: Job, bound: Sequence[Pod], starting: Sequence[Pod], events: Sequence[Event], gang: float,
-    handle: dict[str, Any], nodes: tuple[str, ...], now: float,
-) -> Observation:  # fmt: skip
+    job: Job, bound: Sequence[Pod], events: Sequence[Event], known: Known, nodes: tuple[str, ...], now: float
+) -> Observation:
+    handle, starting = known.handle, [pod for pod in bound if pod.phase == "Pending"]
     for pod in starting:
         why = _stuck(pod, events)
         if why is None:
             continue
         detail = f"job {job.name}: pod {pod.name} on {pod.node} does not start: {why}"
-        if now - (pod.bound_at or now) > gang:
+        if now - (pod.bound_at or now) > known.gang_seconds:
             return Observation(LaunchState.ENDED, handle, detail, Cause.NOT_LAUNCHED, nodes=nodes)
         return Observation(LaunchState.PENDING, handle, detail, nodes=nodes)
     up = len(bound) - len(starting)

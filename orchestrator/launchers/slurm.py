@@ -139,7 +139,9 @@ class SlurmLauncher:
         """Whatever Slurm says of the end: of a node that dies under it a job may say FAILED like any other."""
         ended = [one for one in seen if one.state is LaunchState.ENDED]
         bad = set(slurm_queue.bad_nodes(sorted({node for one in ended for node in one.nodes}), self.poll))
-        return [replace(one, bad_nodes=tuple(n for n in one.nodes if n in bad)) if one in ended else one for one in seen]
+        return [
+            replace(one, bad_nodes=tuple(n for n in one.nodes if n in bad)) if one in ended else one for one in seen
+        ]
 
 
 # --- whose job it is --------------------------------------------------------------------------------------------------

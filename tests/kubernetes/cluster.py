@@ -100,7 +100,7 @@ class Place:
         assert self.ours
         told = {
             "namespace": self.namespace, "image": "registry.invalid/worker:1", "node_selector": FAKE, "cpus": "1",
-            "tolerations": [{"key": GPU}], "gang_seconds": 60, "poll_seconds": 1,
+            "tolerations": [{"key": GPU}], "gang_seconds": 60, "lost_seconds": 2, "poll_seconds": 1,
         }  # fmt: skip
         return told | changes
 

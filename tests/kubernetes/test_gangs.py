@@ -21,6 +21,7 @@ from tests.kubernetes.fake import (
     run,
     wait_until,
 )
+from tests.model.standin.attempts import wait_for
 from tests.orchestrator.pretend import job_spec, tiny_code
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import pytest
 from model.contract import EXIT_CODES, Cause
 from orchestrator.launchers import kubernetes_nodes, kubernetes_records as records, kubernetes_words
 from orchestrator.launchers.base import LaunchState, Observation
-from orchestrator.launchers.kubernetes_words import Event
+from orchestrator.launchers.kubernetes_words import Event, Known
 
 NOW = 1_800_000_000.0
 HANDLE = {"job": "run-1", "namespace": "team", "uid": "job-uid"}
@@ -74,11 +74,11 @@ def waiting(reason: str, message: str = "") -> dict[str, Any]:
 
 
 def seen(
-    of: dict[str, Any], pods: Iterable[dict[str, Any]] = (), events: Iterable[Event] = (), gang: float = 180
-) -> Observation:
-    return kubernetes_words.observation(
-        records.job(of), [records.pod(one) for one in pods], list(events), gang, HANDLE, NOW
-    )
+    of: dict[str, Any], pods: Iterable[dict[str, Any]] = (), events: Iterable[Event] = (), gang: float = 180,
+    recorded: float = 0.0,
+) -> Observation:  # fmt: skip
+    known = Known(HANDLE, gang, 60.0, recorded)
+    return kubernetes_words.observation(records.job(of), [records.pod(one) for one in pods], list(events), known, NOW)
 
 
 FAILED = condition("Failed", "PodFailurePolicy", "Container agent for pod team/run-1-2-abcde failed with exit code 1 "
@@ -283,13 +283,29 @@ def test_success_says_nothing_without_the_agents_word() -> None:
     assert (found.state, found.cause) == (LaunchState.ENDED, None)
 
 
+def silent(ago: float) -> dict[str, Any]:
+    """The kubelet's last word of the container was: ready; the controller took it back that many seconds ago."""
+    return {**NOT_READY, "lastTransitionTime": at(ago)}
+
+
 def test_a_node_that_is_not_heard_of_ends_the_attempt_before_kubernetes_does() -> None:
-    lost = pod(1, "Running", NOT_READY)  # the kubelet's last word of the container was: ready
-    found = seen(job(), [pod(0), lost, pod(2), pod(3)])
+    found = seen(job(), [pod(0), pod(1, "Running", silent(61)), pod(2), pod(3)])
     assert (found.state, found.cause, found.bad_nodes) == (LaunchState.ENDED, Cause.VANISHED, ("node-1",))
     assert "node node-1 of it not heard of" in found.detail
-    starting = pod(1, "Running", NOT_READY, ready=False)  # the kubelet's own: it has just started, or is ending
-    assert seen(job(), [pod(0), starting, pod(2), pod(3)]).state is LaunchState.RUNNING
+    starting = pod(1, "Running", silent(61), ready=False)  # the kubelet's own: it has just started, or is ending
+    assert seen(job(), [pod(0), starting, pod(2), pod(3)]).detail == "job run-1 on node-0, node-1, node-2 and 1 more"
+
+
+def test_an_attempt_that_records_steps_has_lost_no_node() -> None:
+    """As after an hour without an API server, which has then heard of nobody."""
+    pods = [pod(n, "Running", silent(3600)) for n in range(4)]
+    found = seen(job(), pods, recorded=NOW - 20)
+    assert (found.state, found.bad_nodes) == (LaunchState.RUNNING, ())
+    assert "not heard of: node-0, node-1, node-2, node-3; given up in 40 s unless it records a step" in found.detail
+    found = seen(job(), pods, recorded=NOW - 61)
+    assert (found.state, len(found.bad_nodes)) == (LaunchState.ENDED, 4)
+    just_now = [pod(n, "Running", silent(59)) for n in range(4)]
+    assert seen(job(), just_now, recorded=NOW - 3600).state is LaunchState.RUNNING
 
 
 def test_a_job_that_is_gone() -> None:

@@ -62,7 +62,7 @@ FULL: dict[str, Any] = {
     "grace_seconds": 300,
 }
 NOT_OF_PODS = {
-    "context", "exclude_hours", "gang_seconds", "poll_seconds",  # the controller's
+    "context", "exclude_hours", "gang_seconds", "lost_seconds", "poll_seconds",  # the controller's
     "scheduler", "gpus",  # by themselves, below
 }  # fmt: skip
 

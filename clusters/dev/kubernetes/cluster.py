@@ -216,8 +216,11 @@ class Cluster:
         return self._are_ready([name])
 
     def _are_ready(self, names: Iterable[str]) -> bool:
-        found = {each["metadata"]["name"]: _ready(each) for each in self.api.items("/api/v1/nodes")}
-        return all(found.get(name, {}).get("status") == "True" for name in names)
+        """And free of the taints of a node that is not: they go a moment later."""
+        found = {each["metadata"]["name"]: each for each in self.api.items("/api/v1/nodes")}
+        return all(
+            _ready(found.get(name, {})).get("status") == "True" and not _is_shunned(found[name]) for name in names
+        )
 
     def _heartbeat(self, name: str) -> str:
         """When it last said that it is well; "" before it ever did."""
@@ -324,6 +327,12 @@ def _ready(found: dict[str, Any]) -> dict[str, Any]:
     """The Ready condition of a node."""
     conditions = found.get("status", {}).get("conditions", [])
     return next((each for each in conditions if each["type"] == "Ready"), {})
+
+
+def _is_shunned(found: dict[str, Any]) -> bool:
+    """Whether no pod is placed there as the node was not heard of."""
+    taints = found["spec"].get("taints", [])
+    return any(taint["key"] in ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable") for taint in taints)
 
 
 __all__ = ["REAL", "WHOLE_NODE", "Cluster", "ClusterError", "Settings", "lacking"]

@@ -31,7 +31,8 @@ def section(*folders: Path, namespace: str = "default", python: Path = PYTHON, o
         "node_selector": {REAL: "true"}, "tolerations": [{"key": GPU}],
         "extra_resources": {WHOLE_NODE: "1"},  # both nodes are one machine: a pod gets one for itself all the same
         "cpus": "500m", "shm_size": "256Mi", "run_as_user": owner, "volumes": volumes,
-        "env": {"XDG_CACHE_HOME": str(cache.parent)}, "grace_seconds": 30, "gang_seconds": 60, "poll_seconds": 1,
+        "env": {"XDG_CACHE_HOME": str(cache.parent)}, "grace_seconds": 30, "gang_seconds": 60, "lost_seconds": 10,
+        "poll_seconds": 1,
     }  # fmt: skip
 
 
