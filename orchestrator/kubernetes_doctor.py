@@ -104,6 +104,8 @@ def _scheduler(site: Site) -> Iterator[Finding]:
     """Is what an attempt is to be, and what queues it, there?"""
     told = site.told
     group, resource = kubernetes_rights.WHAT_AN_ATTEMPT_IS[told.scheduler]
+    if told.scheduler == "pod-group":
+        group, resource = f"scheduling.k8s.io/{told.pod_group_api}", "podgroups"
     if told.scheduler != "indexed-job":
         if site.look(f"/apis/{group}") is None:
             todo = f"have {told.scheduler} installed, or kubernetes.scheduler: indexed-job, which needs nothing"

@@ -39,6 +39,7 @@ LOGS = "doctor: what its pods printed, where they cannot write to the folder of 
 
 WHAT_AN_ATTEMPT_IS = {
     "indexed-job": ("batch", "jobs"),
+    "pod-group": ("batch", "jobs"),
     "jobset": ("jobset.x-k8s.io", "jobsets"),
     "volcano": ("batch.volcano.sh", "jobs"),
 }
@@ -52,6 +53,11 @@ PODS = (
 )
 WITH_SERVICE = (Right("create", "", "services", SUBMIT), Right("delete", "", "services", END))
 """A plain Job has a Service of its own, so that its pods find each other by name."""
+WITH_GROUP = tuple(
+    Right(verb, "scheduling.k8s.io", "podgroups", feature)
+    for verb, feature in {"create": SUBMIT, "list": END, "delete": END}.items()
+)
+"""All or none of its pods are placed."""
 
 OF_NODES = (Right("list", "", "nodes", NODES, vital=False, everywhere=True),)
 OF_DOCTOR = (Right("get", "", "pods/log", LOGS, vital=False),)
@@ -62,8 +68,9 @@ def of_controller(scheduler: str) -> list[Right]:
     group, resource = WHAT_AN_ATTEMPT_IS[scheduler]
     features = {"create": SUBMIT, "list": OBSERVE, "watch": OBSERVE, "delete": END}
     own = [Right(verb, group, resource, feature) for verb, feature in features.items()]
-    services = WITH_SERVICE if scheduler == "indexed-job" else ()
-    return [*own, *services, Right("list", "", "services", END), *PODS]
+    services = WITH_SERVICE if scheduler in ("indexed-job", "pod-group") else ()
+    groups = WITH_GROUP if scheduler == "pod-group" else ()
+    return [*own, *services, *groups, Right("list", "", "services", END), *PODS]
 
 
 def rights(scheduler: str) -> list[Right]:

@@ -86,10 +86,13 @@ class Kubernetes(Section):
 
     context: str | None = Field(None, description="of the kubeconfig; null: its current one, or the cluster around us")
     namespace: Label = "default"
-    scheduler: Literal["indexed-job", "jobset", "volcano"] = Field(
+    scheduler: Literal["indexed-job", "pod-group", "jobset", "volcano"] = Field(
         "indexed-job", description="what an attempt is on the cluster; a plain Job needs nothing installed there"
     )
-    queue: Name | None = Field(None, description="Kueue's LocalQueue (indexed-job, jobset), or Volcano's queue")
+    pod_group_api: Literal["v1alpha2", "v1beta1"] = Field(
+        "v1alpha2", description="of scheduling.k8s.io, for scheduler: pod-group; v1beta1 from Kubernetes 1.37"
+    )
+    queue: Name | None = Field(None, description="Kueue's LocalQueue, or Volcano's queue")
     priority_class: Name | None = None
 
     image: Annotated[str, _written("an image", r"\S+")] = Field(

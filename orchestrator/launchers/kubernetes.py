@@ -103,11 +103,11 @@ class KubernetesLauncher:
             kubernetes_seen.forget()
 
     def clear(self, query: Query) -> None:
-        """Delete its Job, with whatever pods are left of it, and its Service: the log has what was to be known of them.
-        Raises LaunchError if the cluster does not answer."""
+        """Delete its Job, with whatever pods are left of it, and what is beside it: the log has what was to be known of
+        them. Raises LaunchError if the cluster does not answer."""
         where = self._place(query)
         try:
-            for path in (where.jobs, where.services):
+            for path in where.kinds:
                 for item in kubernetes_seen.named(where, path, query.launch_name):
                     if _is_its(query, records.job(item)):
                         _delete(where, path, item["metadata"]["name"], item["metadata"]["uid"], "Background")
@@ -154,14 +154,15 @@ class KubernetesLauncher:
         return Known(handle, float(gang), float(lost), _recorded(query) if silent else 0.0)
 
 
-HANDLED = ("namespace", "scheduler")
+HANDLED = ("namespace", "scheduler", "pod_group_api")
 """What a handle says of the section, as the job may have said otherwise than the profile."""
 
 
 def _where(section: Mapping[str, Any]) -> Where:
     return Where(
-        section.get("context"), section.get("namespace") or "default", section.get("scheduler") or "indexed-job"
-    )
+        section.get("context"), section.get("namespace") or "default", section.get("scheduler") or "indexed-job",
+        section.get("pod_group_api") or "v1alpha2",
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -185,6 +186,7 @@ def _handle(where: Where, job: Job) -> dict[str, Any]:
     cluster's clock, cannot have it; its time of creation is cut to whole seconds."""
     return {
         "job": job.name, "namespace": where.namespace, "uid": job.uid, "scheduler": where.scheduler,
+        **({"pod_group_api": where.pod_group_api} if where.scheduler == "pod-group" else {}),
         "submitted": job.created + 1,
     }  # fmt: skip
 
@@ -290,7 +292,7 @@ ADVICE = {
     "exceeded quota": "a quota of the namespace is used up: fewer nodes, or ask for more; `kubectl describe quota`",
     "no PriorityClass": "kubernetes.priority_class is not on this cluster; `kubectl get priorityclass` lists them",
     "namespaces": "kubernetes.namespace is not on this cluster; `kubectl get namespaces` lists them",
-    "page not found": "kubernetes.scheduler needs something that is not installed on this "
+    "page not found": "kubernetes.scheduler (or pod_group_api) needs something that is not installed on this "
     "cluster; indexed-job needs nothing",
     "violates PodSecurity": "the namespace does not allow such pods: see kubernetes.run_as_user, read_only_root and "
     "volumes",

@@ -63,6 +63,7 @@ def template(role: Role, identity: Identity) -> dict[str, Any]:
         "serviceAccountName": section.service_account,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
+        "schedulingGroup": {"podGroupName": pods.labels[NAME]} if section.scheduler == "pod-group" else None,
         "hostNetwork": section.host_network or None,
         "dnsPolicy": "ClusterFirstWithHostNet" if section.host_network else None,
         "imagePullSecrets": [{"name": name} for name in section.pull_secrets],

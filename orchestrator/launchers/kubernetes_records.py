@@ -27,6 +27,7 @@ OVERDUE_SECONDS = 60.0
 
 KINDS = {
     "indexed-job": "/apis/batch/v1/namespaces/{namespace}/jobs",
+    "pod-group": "/apis/batch/v1/namespaces/{namespace}/jobs",
     "jobset": "/apis/jobset.x-k8s.io/v1alpha2/namespaces/{namespace}/jobsets",
     "volcano": "/apis/batch.volcano.sh/v1alpha1/namespaces/{namespace}/jobs",
 }

@@ -1,7 +1,8 @@
-"""Two TorchX schedulers, registered as `indexed-job` and `jobset` (pyproject.toml): what an app is on a plain cluster.
+"""Three TorchX schedulers, registered as `indexed-job`, `pod-group` and `jobset` (pyproject.toml): what an app is on a
+plain cluster.
 
-Both make a batch/v1 Indexed Job; a JobSet has one in it. They create objects and do nothing else: what became of them
-is asked in one question for all runs (`kubernetes.py`).
+All make a batch/v1 Indexed Job; of a pod group all pods are placed or none, a JobSet has the Job in it. They create
+objects and do nothing else: what became of them is asked in one question for all runs (`kubernetes.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from orchestrator.launchers.kubernetes_records import CONTAINER, NAME
 
 JOB_KEY = "batch.kubernetes.io/"
 KUEUE = "kueue.x-k8s.io/queue-name"
+BESIDE_THE_JOB = ("Service", "PodGroup")
+"""What an attempt has beside its Job: if it is there already it is no mistake, as a Job that is would be."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,11 @@ def indexed_job(session_name: str, client: Any | None = None, **_: object) -> Ob
     return ObjectsScheduler("indexed-job", session_name, _job_and_service, client)
 
 
+def pod_group(session_name: str, client: Any | None = None, **_: object) -> ObjectsScheduler:
+    """The same, and a PodGroup of which Kubernetes' own scheduler places all pods or none. For TorchX's entry point."""
+    return ObjectsScheduler("pod-group", session_name, lambda app: [_pod_group(app), *_job_and_service(app)], client)
+
+
 def jobset(session_name: str, client: Any | None = None, **_: object) -> ObjectsScheduler:
     """A JobSet, whose controller makes the Service. For TorchX's entry point."""
     return ObjectsScheduler("jobset", session_name, lambda app: [_jobset(app)], client)
@@ -78,20 +86,21 @@ def _create(client: Any, namespace: str, made: dict[str, Any]) -> None:
     from kubernetes.client import ApiException, BatchV1Api, CoreV1Api, CustomObjectsApi
 
     options = {"field_validation": "Strict"}  # what the server does not know is refused, not dropped
-    match made["kind"]:
-        case "Service":
-            try:
+    try:
+        match made["kind"]:
+            case "Service":
                 CoreV1Api(client).create_namespaced_service(namespace, made, **options)
-            except ApiException as error:
-                if error.status != 409:
-                    raise
-        case "Job":
-            BatchV1Api(client).create_namespaced_job(namespace, made, **options)
-        case _:
-            group, version = made["apiVersion"].split("/")
-            CustomObjectsApi(client).create_namespaced_custom_object(
-                group, version, namespace, "jobsets", made, **options
-            )
+            case "Job":
+                BatchV1Api(client).create_namespaced_job(namespace, made, **options)
+            case kind:
+                group, version = made["apiVersion"].split("/")
+                plural = f"{kind.lower()}s"
+                CustomObjectsApi(client).create_namespaced_custom_object(
+                    group, version, namespace, plural, made, **options
+                )
+    except ApiException as error:
+        if error.status != 409 or made["kind"] not in BESIDE_THE_JOB:
+            raise
 
 
 # --- the objects ------------------------------------------------------------------------------------------------------
@@ -127,6 +136,16 @@ def _service(app: AppDef) -> dict[str, Any]:
         "kind": "Service",
         "metadata": metadata(app),
         "spec": {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": {NAME: app.name}},
+    }
+
+
+def _pod_group(app: AppDef) -> dict[str, Any]:
+    role = app.roles[0]
+    return {
+        "apiVersion": f"scheduling.k8s.io/{Pods.of(role).section.pod_group_api}",
+        "kind": "PodGroup",
+        "metadata": metadata(app),
+        "spec": {"schedulingPolicy": {"gang": {"minCount": role.num_replicas}}},
     }
 
 

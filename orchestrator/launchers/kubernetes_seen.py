@@ -38,11 +38,12 @@ MOST_EVENTS = 10
 
 @dataclass(frozen=True)
 class Where:
-    """A place to look: a namespace, and what attempts are in it (`kubernetes.scheduler`)."""
+    """A place to look: a namespace, and what attempts are in it (`scheduler` and `pod_group_api` of the section)."""
 
     context: str | None
     namespace: str
     scheduler: str
+    pod_group_api: str = "v1alpha2"
 
     @property
     def jobs(self) -> str:
@@ -55,6 +56,12 @@ class Where:
     @property
     def services(self) -> str:
         return f"/api/v1/namespaces/{self.namespace}/services"
+
+    @property
+    def kinds(self) -> list[str]:
+        """All that an attempt is made of, its pods not."""
+        group = f"/apis/scheduling.k8s.io/{self.pod_group_api}/namespaces/{self.namespace}/podgroups"
+        return [self.jobs, self.services, *([group] if self.scheduler == "pod-group" else [])]
 
     @property
     def api(self) -> Api:

@@ -151,6 +151,14 @@ def test_a_dot_in_a_resource_s_name_is_no_other_resource() -> None:
     ("scheduler", "paths"),
     [
         ("indexed-job", ["/api/v1/namespaces/lab/services/d", "/apis/batch/v1/namespaces/lab/jobs/d"]),
+        (
+            "pod-group",
+            [
+                "/apis/scheduling.k8s.io/v1alpha2/namespaces/lab/podgroups/d",
+                "/api/v1/namespaces/lab/services/d",
+                "/apis/batch/v1/namespaces/lab/jobs/d",
+            ],
+        ),
         ("jobset", ["/apis/jobset.x-k8s.io/v1alpha2/namespaces/lab/jobsets/d"]),
         ("volcano", ["/apis/batch.volcano.sh/v1alpha1/namespaces/lab/jobs/d"]),
     ],
@@ -252,13 +260,13 @@ def test_the_manifests_grant_what_the_table_says_and_no_more() -> None:
     plain = needed(kubernetes_rights.of_controller("indexed-job"))
     assert granted("controller.yaml") == plain
     assert granted("nodes.yaml") == needed([*kubernetes_rights.OF_NODES])
-    for scheduler in ("jobset", "volcano"):
+    for scheduler in ("pod-group", "jobset", "volcano"):
         assert granted(f"{scheduler}.yaml") == needed(kubernetes_rights.of_controller(scheduler)) - plain
 
 
 @pytest.mark.parametrize("version", [f"1.{minor}" for minor in range(29, 38)])
 def test_the_manifests_are_valid_in_every_release(version: str) -> None:
-    for file in ("controller.yaml", "jobset.yaml", "volcano.yaml", "nodes.yaml"):
+    for file in ("controller.yaml", "pod-group.yaml", "jobset.yaml", "volcano.yaml", "nodes.yaml"):
         for document in documents(file):
             kubernetes_validate.validate(document, version, strict=True)
 

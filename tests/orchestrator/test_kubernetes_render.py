@@ -22,7 +22,7 @@ from tests.orchestrator.pretend import tiny_code
 
 JOBS = Path(__file__).parents[2] / "jobs"
 GOLDEN = Path(__file__).parent / "golden"
-SCHEDULERS = ("indexed-job", "jobset", "volcano")
+SCHEDULERS = ("indexed-job", "pod-group", "jobset", "volcano")
 BARE: dict[str, Any] = {"image": "registry.example.org/worker@sha256:" + "0" * 64}
 FULL: dict[str, Any] = {
     "context": "prod",
@@ -138,11 +138,11 @@ def test_what_is_printed_is_what_is_sent(scheduler: str, tmp_path: Path) -> None
     assert list(yaml.safe_load_all(printed)) == made
     assert printed == launcher_for(cluster).render(case.attempt, case.digest)
     assert "&id" not in printed  # no references from one place to another
-    assert ("Service" in {one["kind"] for one in made}) == (scheduler == "indexed-job")
+    assert ("Service" in {one["kind"] for one in made}) == (scheduler in ("indexed-job", "pod-group"))
 
 
 def test_the_schedulers_are_registered_with_torchx() -> None:
-    assert set(get_scheduler_factories()) == {"indexed-job", "jobset", "kubernetes"}
+    assert set(get_scheduler_factories()) == {"indexed-job", "pod-group", "jobset", "kubernetes"}
 
 
 # --- every field ------------------------------------------------------------------------------------------------------
@@ -273,7 +273,8 @@ def test_a_job_overrides_the_profile_name_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "host"), [("indexed-job", "{}-3"), ("jobset", "{}-node-0-3"), ("volcano", "{}-node-3-0")]
+    ("scheduler", "host"),
+    [("indexed-job", "{}-3"), ("pod-group", "{}-3"), ("jobset", "{}-node-0-3"), ("volcano", "{}-node-3-0")],
 )
 def test_a_pod_knows_which_one_it_is(scheduler: str, host: str, tmp_path: Path) -> None:
     """Volcano's from its documentation: its svc plugin calls a pod <job>-<task>-<index>."""
@@ -309,6 +310,16 @@ def test_everything_is_found_again_by_its_labels(scheduler: str, tmp_path: Path)
     if scheduler == "indexed-job":
         assert made[0]["spec"]["selector"] == {"dinoctl/name": case.attempt.launch_name}
         assert pod(made)["spec"]["subdomain"] == case.attempt.launch_name
+
+
+def test_a_pod_group_is_of_all_pods(tmp_path: Path) -> None:
+    group, service, job = objects(tmp_path / "run", {**BARE, "pod_group_api": "v1beta1"}, "pod-group", nodes=3)
+    assert (group["apiVersion"], group["kind"]) == ("scheduling.k8s.io/v1beta1", "PodGroup")
+    assert group["spec"] == {"schedulingPolicy": {"gang": {"minCount": 3}}}
+    plain = objects(tmp_path / "plain", BARE, nodes=3)
+    assert pod([job])["spec"].pop("schedulingGroup") == {"podGroupName": group["metadata"]["name"]}
+    assert service["spec"].keys() == plain[0]["spec"].keys()
+    assert pod([job])["spec"].keys() == pod(plain)["spec"].keys()
 
 
 @pytest.mark.parametrize("scheduler", ["indexed-job", "jobset"])

@@ -17,6 +17,7 @@ from orchestrator.spec import read_job
 from tests.orchestrator.manifests import mistakes
 from tests.orchestrator.test_kubernetes_render import BARE, FULL, JOBS, SCHEDULERS, objects, templates
 
+POD_GROUPS = {"1.36": "v1alpha2", "1.37": "v1beta1"}
 VERSIONS = [f"1.{minor}" for minor in range(29, 38)]
 
 
@@ -47,6 +48,8 @@ def test_every_version_takes_it(version: str, tmp_path: Path) -> None:
         *as_known(objects(tmp_path / "set", FULL, "jobset", nodes=2)),
         *as_known(objects(tmp_path / "volcano", FULL, "volcano")),
     ]  # fmt: skip
+    if version in POD_GROUPS:
+        jobs = [*objects(tmp_path / "group", {**FULL, "pod_group_api": POD_GROUPS[version]}, "pod-group"), *jobs]
     for one in jobs:
         assert kubernetes_validate.validate(one, version, strict=True) == version
     broken = copy.deepcopy(jobs[-1])

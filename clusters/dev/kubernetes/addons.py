@@ -15,6 +15,9 @@ from clusters.dev.kubernetes.certificates import Authority
 from clusters.dev.kubernetes.settings import Settings
 
 TEMPLATES = Path(__file__).with_name("templates")
+GANGS = "--feature-gates=GenericWorkload=true,GangScheduling=true"
+"""PodGroups, of which all pods are placed or none: alpha in 1.36. What belongs to none is placed as ever."""
+
 LEASES = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/"
 
 
@@ -47,6 +50,7 @@ def apiserver(settings: Settings, authority: Authority) -> list[str]:
         "--service-cluster-ip-range=10.96.0.0/16",
         f"--default-not-ready-toleration-seconds={settings.toleration}",
         f"--default-unreachable-toleration-seconds={settings.toleration}", "--profiling=false",
+        GANGS, "--runtime-config=scheduling.k8s.io/v1alpha2=true",
     ]  # fmt: skip
 
 
@@ -55,12 +59,12 @@ def controllers(settings: Settings, authority: Authority) -> list[str]:
         _program("kube-controller-manager"), *_component(settings, authority, "controllers", "kube-controller-manager"),
         "--use-service-account-credentials=true", f"--service-account-private-key-file={authority.certs}/sa.key",
         f"--root-ca-file={authority.ca}", f"--node-monitor-grace-period={settings.node_grace}s",
-        "--node-monitor-period=1s",
+        "--node-monitor-period=1s", GANGS,
     ]  # fmt: skip
 
 
 def scheduler(settings: Settings, authority: Authority) -> list[str]:
-    return [_program("kube-scheduler"), *_component(settings, authority, "scheduler", "kube-scheduler")]
+    return [_program("kube-scheduler"), *_component(settings, authority, "scheduler", "kube-scheduler"), GANGS]
 
 
 def _component(settings: Settings, authority: Authority, part: str, user: str) -> list[str]:
