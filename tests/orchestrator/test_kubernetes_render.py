@@ -63,7 +63,7 @@ FULL: dict[str, Any] = {
 }
 NOT_OF_PODS = {
     "context", "exclude_hours", "gang_seconds", "lost_seconds", "poll_seconds",  # the controller's
-    "scheduler", "gpus",  # by themselves, below
+    "scheduler", "pod_group_api", "gpus",  # by themselves, below
 }  # fmt: skip
 
 
