@@ -116,9 +116,9 @@ def _silent(job: Job, pods: Sequence[Pod], known: Known, nodes: tuple[str, ...],
     if now - since > known.lost_seconds:
         end = kubernetes_ends.lost(silent)
         return Observation(LaunchState.ENDED, known.handle, end.detail, end.cause, end.bad_nodes, nodes)
-    names = ", ".join(sorted({pod.node for pod in silent}))
+    who = few(sorted({pod.node for pod in silent}))
     left = max(known.lost_seconds - (now - since), 0.0)
-    detail = f"job {job.name}{on(nodes)}; not heard of: {names}; given up in {left:.0f} s unless it records a step"
+    detail = f"job {job.name}{on(nodes)}; not heard of: {who}; given up in {left:.0f} s unless it records a step"
     return Observation(LaunchState.RUNNING, known.handle, detail, nodes=nodes)
 
 
@@ -132,10 +132,11 @@ def _left(living: Sequence[Pod]) -> str:
 
 def on(nodes: Sequence[str]) -> str:
     """Where it is, in a few words."""
-    if not nodes:
-        return ""
-    few = ", ".join(nodes[:3])
-    return f" on {few}" + (f" and {len(nodes) - 3} more" if len(nodes) > 3 else "")
+    return f" on {few(nodes)}" if nodes else ""
+
+
+def few(nodes: Sequence[str]) -> str:
+    return ", ".join(nodes[:3]) + (f" and {len(nodes) - 3} more" if len(nodes) > 3 else "")
 
 
 # --- on its way ---------------------------------------------------------------------------------------------------

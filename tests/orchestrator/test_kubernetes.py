@@ -301,7 +301,7 @@ def test_an_attempt_that_records_steps_has_lost_no_node() -> None:
     pods = [pod(n, "Running", silent(3600)) for n in range(4)]
     found = seen(job(), pods, recorded=NOW - 20)
     assert (found.state, found.bad_nodes) == (LaunchState.RUNNING, ())
-    assert "not heard of: node-0, node-1, node-2, node-3; given up in 40 s unless it records a step" in found.detail
+    assert "not heard of: node-0, node-1, node-2 and 1 more; given up in 40 s unless it records a step" in found.detail
     found = seen(job(), pods, recorded=NOW - 61)
     assert (found.state, len(found.bad_nodes)) == (LaunchState.ENDED, 4)
     just_now = [pod(n, "Running", silent(59)) for n in range(4)]
