@@ -21,12 +21,11 @@ from orchestrator.launchers.base import LaunchError, LaunchState, Query
 from orchestrator.launchers.kubernetes import KubernetesLauncher
 from orchestrator.launchers.kubernetes_seen import Where
 from tests.kubernetes.cluster import Place
+from tests.kubernetes.manifests import NAME, documents, post
 from tests.orchestrator.kubernetes_attempts import DIGEST, attempt, profile
 
 pytestmark = [pytest.mark.requires("kubernetes"), pytest.mark.jobs]
 
-MANIFESTS = Path(__file__).parents[2] / "clusters" / "kubernetes"
-NAME = "dinoctl-controller"
 RBAC = "/apis/rbac.authorization.k8s.io/v1"
 
 EVERY = [*rights.of_controller("indexed-job"), *rights.OF_NODES]
@@ -99,33 +98,12 @@ def site(kubernetes: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     admin, namespace = connect(), kubernetes.namespace
     for document in documents("controller.yaml", namespace) + documents("nodes.yaml", namespace):
         if document["kind"] != "Deployment":
-            admin.post(collection(document), document, fieldValidation="Strict")
+            post(admin, document)
     asked = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
     token = admin.post(f"/api/v1/namespaces/{namespace}/serviceaccounts/{NAME}/token", asked)["status"]["token"]
     file = tmp_path / "controller.kubeconfig"
     file.write_text(json.dumps(as_user(yaml.safe_load(Path(kubernetes.kubeconfig).read_text()), {"token": token})))
     return Site(namespace, admin, file, monkeypatch)
-
-
-def documents(file: str, namespace: str) -> list[dict[str, Any]]:
-    """A manifest's objects in another namespace; those of no namespace under a name of its own."""
-    found = [*yaml.safe_load_all((MANIFESTS / file).read_text())]
-    for document in found:
-        if "namespace" in document["metadata"]:
-            document["metadata"]["namespace"] = namespace
-        else:
-            document["metadata"]["name"] = f"{NAME}-{namespace}"
-            if "roleRef" in document:
-                document["roleRef"]["name"] = f"{NAME}-{namespace}"
-        for subject in document.get("subjects", []):
-            subject["namespace"] = namespace
-    return found
-
-
-def collection(document: dict[str, Any]) -> str:
-    version, metadata = document["apiVersion"], document["metadata"]
-    where = f"/namespaces/{metadata['namespace']}" if "namespace" in metadata else ""
-    return f"/{'apis' if '/' in version else 'api'}/{version}{where}/{document['kind'].lower()}s"
 
 
 def as_user(config: dict[str, Any], user: dict[str, str]) -> dict[str, Any]:
@@ -215,7 +193,7 @@ def test_with_all_rights_every_feature_works_and_without_any_one_its_own_does_no
 def test_the_whole_manifest_is_taken_and_grants_what_the_table_says(site: Site) -> None:
     until(lambda: site.missing() == [], "the server to go by the manifest")
     (deployment,) = (one for one in documents("controller.yaml", site.namespace) if one["kind"] == "Deployment")
-    site.admin.post(collection(deployment), deployment, dryRun="All", fieldValidation="Strict")
+    post(site.admin, deployment, dryRun="All")
     beyond = [Right("get", "", "secrets", ""), Right("create", "", "pods", ""), Right("list", "", "secrets", "")]
     assert not any(rights.allowed(site.as_controller(), site.namespace, right) for right in beyond)
     assert not any(

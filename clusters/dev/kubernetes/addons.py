@@ -37,7 +37,9 @@ def apiserver(settings: Settings, authority: Authority) -> list[str]:
     kubelet_certificate, kubelet_key = authority.issue("kubelet-client", kubelet_user)
     return [
         _program("kube-apiserver"), f"--etcd-servers=http://127.0.0.1:{settings.port_of('etcd')}",
-        "--bind-address=127.0.0.1", "--advertise-address=127.0.0.1", f"--secure-port={settings.port}",
+        "--bind-address=0.0.0.0",  # clients of this machine ask 127.0.0.1, pods the gateway
+        "--anonymous-auth=false",  # and who else it is heard by has no certificate
+        "--advertise-address=127.0.0.1", f"--secure-port={settings.port}",
         "--endpoint-reconciler-type=none",  # nothing has to be advertised
         f"--client-ca-file={authority.ca}", f"--tls-cert-file={certificate}", f"--tls-private-key-file={key}",
         "--service-account-issuer=https://kubernetes.default.svc",

@@ -17,7 +17,7 @@ PORTS_OF_A_NODE = 3
 MOST_NODES = 10
 PARTS = ("apiserver", "controllers", "scheduler", "jobset", "webhook", "kwok", "etcd", "peer", "coredns")
 """What has a port on 127.0.0.1, in this order. All but webhook (of jobset) and peer (of etcd) are daemons; CoreDNS
-listens on the gateway's port 53 instead."""
+listens on the gateway's port 53 instead. The API server listens on every address: pods find it at the gateway's."""
 
 
 @dataclass(frozen=True)
