@@ -131,12 +131,18 @@ def _connected(kubeconfig: str, context: str | None) -> Api:
 
     settings = client.Configuration()
     settings.retries = urllib3.Retry(0)  # who asks decides whether to ask again
+    in_a_pod = context is None and not _there(kubeconfig) and IN_CLUSTER in os.environ
     try:
-        if context is None and not _there(kubeconfig) and IN_CLUSTER in os.environ:
+        if in_a_pod:
             config.load_incluster_config(settings)
         else:
             config.load_kube_config(kubeconfig or None, context, settings, persist_config=False)
     except (config.ConfigException, OSError, TypeError, ValueError) as error:
+        if in_a_pod:
+            raise NotConfiguredError(
+                f"this pod cannot ask the cluster around it: {_plain(error)}; it needs a service account's token "
+                "(automountServiceAccountToken: true, as in clusters/kubernetes/controller.yaml), or KUBECONFIG"
+            ) from error
         file = kubeconfig or "~/.kube/config"
         raise NotConfiguredError(
             f"{file} does not say how to reach a cluster{f' named {context}' if context else ''}: {_plain(error)}; "

@@ -165,6 +165,17 @@ def test_without_a_kubeconfig_it_says_what_to_set(tmp_path: Any, monkeypatch: py
         asking_kubernetes.connect()
 
 
+def test_a_pod_without_a_token_says_what_it_lacks(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kubernetes.config import incluster_config
+
+    monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(tmp_path / "token"))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    monkeypatch.setenv(asking_kubernetes.IN_CLUSTER, "10.96.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "443")
+    with pytest.raises(NotConfiguredError, match=r"this pod cannot .*token file does not exist.*automountService"):
+        asking_kubernetes.connect()
+
+
 def test_a_server_that_is_not_there(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tmp_path / "config"
     config.write_text(
