@@ -22,7 +22,7 @@ from model.storage import StoreError
 from orchestrator import control, folded, store
 from orchestrator.control import Controller, LauncherFor, TickResult
 from orchestrator.decide import NOT_SEEN, Rest
-from orchestrator.launchers.base import Launcher, LaunchError, Observation, Query
+from orchestrator.launchers.base import Launcher, LaunchError, LaunchState, Observation, Query
 from orchestrator.perform import ControlError
 from orchestrator.state import IllegalEvent, State
 
@@ -165,4 +165,7 @@ def _line(result: TickResult) -> str:
         return "about to begin"
     if last.end:
         return f"attempt {last.number} of {last.phase} ended: {last.end.cause.value}: {last.end.message}"
-    return f"attempt {last.number} of {last.phase} is {last.status}"
+    # Who reads this in the cluster, by `kubectl logs`, has to learn that the cluster cannot be asked.
+    unheard = result.launch.state is LaunchState.UNKNOWN and result.launch.detail
+    silence = f"; its cluster does not answer: {result.launch.detail}" if unheard else ""
+    return f"attempt {last.number} of {last.phase} is {last.status}{silence}"

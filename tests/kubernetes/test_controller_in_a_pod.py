@@ -1,5 +1,5 @@
-"""The Deployment of clusters/kubernetes/controller.yaml in the cluster itself: a user without powers, the token that the
-kubelet gave its pod, and nobody outside who would do what is due. The ranks are a stand-in."""
+"""The Deployment of clusters/kubernetes/controller.yaml in the cluster itself: a user without powers, the token that
+the kubelet gave its pod, and nobody outside who would do what is due. The ranks are a stand-in."""
 
 from __future__ import annotations
 

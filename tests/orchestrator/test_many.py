@@ -149,6 +149,21 @@ def test_keeping_says_what_happens_and_goes_when_told(runs: Bench, monkeypatch: 
     assert len(said) == len(set(said)), "nothing is said twice"
 
 
+def test_keeping_says_once_that_a_cluster_does_not_answer(runs: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(many, "now", lambda: runs.now)
+    left, said = threading.Event(), list[str]()
+
+    def say(line: str) -> None:
+        said.append(line)
+        runs.launcher.blind = True
+        if sum("connection refused" in known for known in said) == len(NAMES):
+            left.set()
+
+    many.keep(keeper(runs, 10.0), left, say, 0.01)
+    told = "one: attempt 1 of pretrain is launched; its cluster does not answer: connection refused"
+    assert said.count(told) == 1
+
+
 def test_the_commands(runs: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(launchers, "launcher_for", runs.launcher)
     assert cli.main(["tick", "--runs", str(runs.folder)]) == 0
