@@ -167,5 +167,5 @@ def _line(result: TickResult) -> str:
         return f"attempt {last.number} of {last.phase} ended: {last.end.cause.value}: {last.end.message}"
     # Who reads this in the cluster, by `kubectl logs`, has to learn that the cluster cannot be asked.
     unheard = result.launch.state is LaunchState.UNKNOWN and result.launch.detail
-    silence = f"; its cluster does not answer: {result.launch.detail}" if unheard else ""
+    silence = f"; nothing is heard of it: {result.launch.detail}" if unheard else ""
     return f"attempt {last.number} of {last.phase} is {last.status}{silence}"

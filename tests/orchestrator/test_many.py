@@ -160,7 +160,7 @@ def test_keeping_says_once_that_a_cluster_does_not_answer(runs: Bench, monkeypat
             left.set()
 
     many.keep(keeper(runs, 10.0), left, say, 0.01)
-    told = "one: attempt 1 of pretrain is launched; its cluster does not answer: connection refused"
+    told = "one: attempt 1 of pretrain is launched; nothing is heard of it: connection refused"
     assert said.count(told) == 1
 
 
