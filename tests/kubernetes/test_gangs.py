@@ -9,6 +9,7 @@ import pytest
 
 from model.contract import Cause
 from orchestrator import control
+from orchestrator.events import AttemptEnded
 from orchestrator.launchers.base import LaunchState
 from tests.kubernetes.fake import (
     ask,
@@ -82,21 +83,22 @@ def test_two_runs_that_each_hold_what_the_other_lacks(
     for name, folder in runs.items():
         control.submit(folder, control.Request(name, spec, profile, lambda *recorded: recorded), by="test")
         this[name] = control.controller(folder, launcher_of, command="test", settle_seconds=0.0)
-    running: list[str] = []
-    for _ in range(100):
-        for name in runs:
-            result = control.tick(this[name], clock)
-            if result.launch.state is LaunchState.RUNNING and name not in running:
-                running.append(name)
-                control.request_stop(runs[name], by="test", hard=True)  # it has had its turn
+    has_had_its_turn: list[str] = []
+    for _ in range(600):
+        seen = {name: control.tick(this[name], clock).launch for name in runs}
+        for name, other in (("one", "two"), ("two", "one")):
+            lacked = given_back(runs[other]) if scheduler == "indexed-job" else NO_NODE in seen[other].detail
+            is_running = seen[name].state is LaunchState.RUNNING and name not in has_had_its_turn
+            if is_running and (lacked or other in has_had_its_turn):
+                has_had_its_turn.append(name)
+                control.request_stop(runs[name], by="test", hard=True)
         clock += 3.0
-        if len(running) == 2:
+        if len(has_had_its_turn) == 2:
             break
-    assert sorted(running) == ["one", "two"]
-    ends = [attempt.end for name in runs for attempt in control.load(runs[name]).attempts if attempt.end]
-    given_back = [end for end in ends if end.cause is Cause.UNPLACED]
-    assert bool(given_back) == (scheduler == "indexed-job")
-    assert all("of 20 pods have a node, the others none: 0/" in end.message for end in given_back)
+    assert sorted(has_had_its_turn) == ["one", "two"]
+    ends = [end for name in runs for end in given_back(runs[name])]
+    assert bool(ends) == (scheduler == "indexed-job")
+    assert all("of 20 pods have a node, the others none: 0/" in end.message for end in ends)
     for name in runs:
         for _ in range(20):
             control.request_stop(runs[name], by="test", hard=True)
@@ -104,6 +106,15 @@ def test_two_runs_that_each_hold_what_the_other_lacks(
                 break
     for kind in ("jobs", "services", "podgroups"):
         assert names(kubernetes, kind) == []
+
+
+NO_NODE = "none of its 20 pods has a node yet"
+
+
+def given_back(run: str) -> list[AttemptEnded]:
+    """The attempts of a run that had some of their pods, and gave them back."""
+    ends = [attempt.end for attempt in control.load(run).attempts if attempt.end]
+    return [end for end in ends if end.cause is Cause.UNPLACED]
 
 
 def launcher_of(cluster: Any) -> Any:
