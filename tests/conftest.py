@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from model import contract
 from tests import builders
@@ -139,14 +141,21 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "requires(name): needs something of the machine, see tests/conftest.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under `--dist loadgroup` a file's tests share a process, and so do all that need a cluster: there is one of each
-    kind, and what a test does to it others would notice."""
-    for item in items:
-        needs = {mark.args[0] for mark in item.iter_markers("requires")}
-        group = "clusters" if needs & {"slurm", "kubernetes"} else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+class ByFile(LoadFileScheduling):
+    """A file's tests run in one process, and so do all that need a cluster: there is one of each kind, and what a test
+    does to it others would notice."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return "clusters" if file.startswith(OF_CLUSTERS) else file
+
+
+OF_CLUSTERS = ("tests/slurm/", "tests/kubernetes/", "tests/orchestrator/test_launcher_contract.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
+    return ByFile(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
