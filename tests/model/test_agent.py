@@ -168,6 +168,7 @@ def test_a_hung_rank_leaves_its_stacks(tmp_path: Path) -> None:
     assert "health.stall_seconds" in case.outcome.message
 
 
+@pytest.mark.jobs
 def test_a_rank_that_waits_for_a_batch_is_told_from_one_that_hangs(tmp_path: Path) -> None:
     case = make(tmp_path, ["starve"], stall=3.0)
     assert run(case) == contract.EXIT_CODES[Cause.DATA_STALLED]

@@ -174,11 +174,13 @@ def check_after_full_disk(folder: Path) -> None:
     assert sealed.load(ref(attempt, 5), "student")["w"].equal(PARTS["student"]["w"])
 
 
+@pytest.mark.jobs
 def test_a_file_size_limit_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     fill(tmp_path, "ulimit", [])
     check_after_full_disk(tmp_path)
 
 
+@pytest.mark.jobs
 @pytest.mark.requires("mount")
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)], check=True)

@@ -116,6 +116,7 @@ def test_time_in_which_the_agent_stood_still_is_nobodys_fault(tmp_path: Path) ->
 # --- before the ranks -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.jobs
 def test_another_job_or_one_that_was_requeued_finds_the_claim_taken(tmp_path: Path) -> None:
     case = attempt(tmp_path / "run", ["steps:3"] * 2)
     first = over(case, settings="agent.JOIN_SECONDS = 3")
@@ -141,6 +142,7 @@ def test_a_wrong_number_of_nodes(tmp_path: Path) -> None:
     assert "asks for 2 nodes, and its job has 3" in case.outcome.message
 
 
+@pytest.mark.jobs
 def test_no_claim_a_closed_attempt_and_a_node_0_that_is_not_there(tmp_path: Path) -> None:
     case = attempt(tmp_path / "none", ["steps:3"] * 2)
     alone = over(case, settings="agent.JOIN_SECONDS = 1")
@@ -163,6 +165,7 @@ def test_no_claim_a_closed_attempt_and_a_node_0_that_is_not_there(tmp_path: Path
     assert "node 0 cannot be reached" in claimed.log(1)
 
 
+@pytest.mark.jobs
 @pytest.mark.parametrize("asked", [0, 1])
 def test_stopped_or_closed_while_a_node_is_missing(tmp_path: Path, asked: int) -> None:
     """Two of three are there, the other one asked before node 0 has claimed; the third comes later, or never."""
@@ -185,6 +188,7 @@ def test_stopped_or_closed_while_a_node_is_missing(tmp_path: Path, asked: int) -
     assert not list(tmp_path.rglob("facts-*"))
 
 
+@pytest.mark.jobs
 def test_who_does_not_know_the_claim_is_no_part_of_the_attempt(tmp_path: Path) -> None:
     case = attempt(tmp_path / "run", ["steps:3"] * 2)
     one = over(case, settings="agent.JOIN_SECONDS = 5")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -70,6 +71,7 @@ def run_ranks(script: str, world: int, *arguments: str) -> list[subprocess.Compl
     return results
 
 
+@pytest.mark.jobs
 def test_two_processes_agree() -> None:
     for result in run_ranks(TWO_RANKS, 2):
         assert result.returncode == 0, result.stderr

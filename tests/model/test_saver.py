@@ -146,6 +146,7 @@ except storage.DiskFullError as error:
 """
 
 
+@pytest.mark.jobs
 def test_a_full_disk_is_raised_where_training_looks(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-P", "-c", FULL, str(tmp_path)],

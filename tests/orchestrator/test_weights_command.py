@@ -73,6 +73,7 @@ def test_what_is_not_there_is_told_at_once(
         read(tmp_path, inputs)
 
 
+@pytest.mark.jobs
 def test_a_file_that_holds_no_weights_is_told_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "a.pth").write_text("no weights")
     found = weights_command.problems(spec.resolved(read(tmp_path, f"weights: {tmp_path / 'a.pth'}")))
@@ -104,6 +105,7 @@ def dinoctl(*words: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.jobs
 def test_the_command_says_what_it_says() -> None:
     done = dinoctl("weights", "info", "vits16")
     assert done.returncode == 0

@@ -109,6 +109,7 @@ print(hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in weights.val
 """
 
 
+@pytest.mark.jobs
 def test_another_process_makes_the_same_weights():
     own = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in vit().values())).hexdigest()
     other = subprocess.run([sys.executable, "-P", "-c", DIGEST], capture_output=True, text=True, check=True)
