@@ -51,6 +51,10 @@ def _of_python(python: Path) -> set[Path]:
         python = python.parent.resolve() / python.name
 
 
+PATIENT = {"grace_seconds": 90, "lost_seconds": 30}
+"""For jobs that are not a test's: longer than health.notice_seconds is by itself, and than their longest step here."""
+
+
 def write(cluster: Cluster) -> Path:
     """Write it to the cluster's folder: runs lie in `runs` of this checkout or of the working directory."""
     runs = {CHECKOUT / "runs", Path.cwd() / "runs"}
@@ -58,7 +62,7 @@ def write(cluster: Cluster) -> Path:
         folder.mkdir(exist_ok=True)
     profile = {
         "name": NAME, "launcher": "kubernetes", "gpus_per_node": cluster.settings.gpus,
-        "kubernetes": section(*sorted(runs)),
+        "kubernetes": section(*sorted(runs)) | PATIENT,
     }  # fmt: skip
     file = cluster.folder / f"{NAME}.yaml"
     file.write_text(f"# The cluster in this folder, found by KUBECONFIG.\n{json.dumps(profile, indent=1)}\n")
