@@ -32,8 +32,8 @@ from clusters.dev.kubernetes.node import GPU, REAL, WHOLE_NODE, Node
 from clusters.dev.kubernetes.settings import PARTS, Settings
 
 PROGRAMS = ("containerd", "ctr", "runc", "ip", "openssl", "unshare", "nsenter", "mount")
-LONGEST_FOLDER = 80
-"""A Unix socket's path has room for 107 characters."""
+LONGEST_FOLDER = 67
+"""A Unix socket's path has room for 107 characters; a kubelet's longest is real-0/kubelet/pod-resources/1234567890."""
 
 PATIENCE = 120.0
 """Seconds for anything that takes a few on a quiet machine."""
