@@ -92,6 +92,12 @@ def s3(s3_store: weed.Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     return f"s3://{weed.BUCKET}/{tmp_path.name}"
 
 
+@pytest.fixture
+def short_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For a cluster of the test's own: its sockets' paths must be short, and `tmp_path` bears the test's name."""
+    return tmp_path_factory.mktemp("c")
+
+
 @pytest.fixture(scope="session")
 def slurm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cluster.Cluster]:
     """One real Slurm for the whole session: `slurm` is what a test takes."""

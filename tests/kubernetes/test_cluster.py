@@ -137,8 +137,8 @@ def test_jobsets_are_run_by_their_controller_and_looked_at_by_its_webhooks(kuber
         kubernetes.create(jobset | {"metadata": {"name": "long-" * 12 + "x"}})
 
 
-def test_up_and_down_are_one_command_each_and_leave_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = tmp_path_factory.mktemp("k") / "k"
+def test_up_and_down_are_one_command_each_and_leave_nothing(short_path: Path) -> None:
+    folder = short_path / "k"
     sysctls = {name: Path("/proc/sys", name).read_text() for name in node.SYSCTLS}
     there = {name for name in node.FIXED if Path("/", name).exists()}
     up = [SCRIPTS / "up", "--folder", folder, "--nodes", "1", "--fake-nodes", "1"]

@@ -83,8 +83,8 @@ def test_a_job_of_high_preempts_one_of_low(slurm: Cluster, mode: str, becomes: s
     assert state(slurm, low) == becomes
 
 
-def test_of_the_scripts_nothing_is_left_and_another_cluster_is_left_alone(slurm: Cluster, tmp_path: Path) -> None:
-    folder = tmp_path / "other"
+def test_of_the_scripts_nothing_is_left_and_another_cluster_is_left_alone(slurm: Cluster, short_path: Path) -> None:
+    folder = short_path / "other"
     other = ["--folder", str(folder)]
     up = subprocess.run(
         [SCRIPTS / "up", *other, "--nodes=1", "--accounting=none"], capture_output=True, text=True, check=False
@@ -144,8 +144,8 @@ with running(Path(sys.argv[1]), nodes=1, accounting="none"):
 """
 
 
-def test_tests_that_are_killed_leave_no_cluster(slurm: Cluster, tmp_path: Path) -> None:
-    folder = tmp_path / "left"
+def test_tests_that_are_killed_leave_no_cluster(slurm: Cluster, short_path: Path) -> None:
+    folder = short_path / "left"
     command = [sys.executable, "-c", ABANDONED, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=SCRIPTS.parents[2]) as tests:
         assert tests.stdout is not None
@@ -155,8 +155,8 @@ def test_tests_that_are_killed_leave_no_cluster(slurm: Cluster, tmp_path: Path) 
     assert processes.find(folder) == []
 
 
-def test_what_is_kept_is_gone_on_with(tmp_path: Path) -> None:
-    with running(tmp_path / "kept", nodes=1, accounting="none") as cluster:
+def test_what_is_kept_is_gone_on_with(short_path: Path) -> None:
+    with running(short_path / "kept", nodes=1, accounting="none") as cluster:
         first = int(cluster.run("sbatch", "--parsable", "--hold", "--output=/dev/null", SLEEP))
         cluster.down(keep=True)
         assert processes.find(cluster.folder) == []
@@ -165,14 +165,15 @@ def test_what_is_kept_is_gone_on_with(tmp_path: Path) -> None:
         assert int(cluster.run("sbatch", "--parsable", "--hold", "--output=/dev/null", SLEEP)) == first + 1
 
 
-def test_what_cannot_be_is_said(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_is_said(slurm: Cluster, short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ClusterError, match=r"node3: no such node; there are node1, node2"):
         slurm.kill_node("node3")
     with pytest.raises(ClusterError, match="no cluster was brought up there"):
-        Cluster.found(tmp_path)
-    with pytest.raises(OSError, match="or one of the 3 after it is taken"), running(tmp_path, port=slurm.settings.port):
+        Cluster.found(short_path)
+    taken = "or one of the 3 after it is taken"
+    with pytest.raises(OSError, match=taken), running(short_path, port=slurm.settings.port):
         pass
     with pytest.raises(ClusterError, match="paths of sockets must be short"):
-        Cluster(tmp_path / ("x" * 80), Settings(port=1)).up()
-    monkeypatch.setattr(processes, "PATH", str(tmp_path))
+        Cluster(short_path / ("x" * 80), Settings(port=1)).up()
+    monkeypatch.setattr(processes, "PATH", str(short_path))
     assert lacking().startswith("not installed: slurmctld, slurmd, sbatch")

@@ -102,8 +102,10 @@ def test_preempted_in_each_phase_a_node_and_the_controller_killed(
         same_weights(job, undisturbed)
 
 
-def test_after_a_lost_node_it_goes_on_with_those_that_are_left(tmp_path: Path, undisturbed: Job) -> None:
-    with running(tmp_path / "slurm", nodes=2) as cluster, cleaned_up(on_slurm(tmp_path, cluster, "fewer")) as job:
+def test_after_a_lost_node_it_goes_on_with_those_that_are_left(
+    tmp_path: Path, short_path: Path, undisturbed: Job
+) -> None:
+    with running(short_path, nodes=2) as cluster, cleaned_up(on_slurm(tmp_path, cluster, "fewer")) as job:
         spec = yaml.safe_load(job.file.read_text())
         spec["phases"] = {"pretrain": spec["phases"]["pretrain"]}
         del spec["evaluate"]

@@ -26,8 +26,9 @@ from clusters.dev.slurm import settings
 from clusters.dev.slurm.settings import Settings
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "slurmdbd", "mariadbd", "mariadb-install-db", "unshare", "mknod")
-LONGEST_FOLDER = 80
-"""A Unix socket's path has room for 107 characters."""
+LONGEST_FOLDER = 64
+"""A Unix socket's path has room for 107 characters; a step's is nodes/node10/spool/node10_12345.4294967291. Where it is
+too long, a job is cancelled without a word."""
 
 PATIENCE = 60.0
 """Seconds for anything that takes two on a quiet machine."""
