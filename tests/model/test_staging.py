@@ -57,7 +57,7 @@ PEAK = """
 import sys
 from pathlib import Path
 import torch
-from model import checkpoint
+from model import checkpoint, contract
 from model.config import Checkpoints
 from model.progress import Progress
 from model.saver import Saver
@@ -69,6 +69,7 @@ def peak():
 
 size = 256 << 20
 attempt = make_attempt(Path(sys.argv[1]))
+contract.scratch_dir(attempt.launch_name).mkdir(parents=True, exist_ok=True)
 parts = {part: {"w": torch.ones(size // 8)} for part in ("student", "optimizer")}
 small = {part: {"w": torch.ones(8)} for part in parts}
 saver = Saver(attempt, Checkpoints(every=1), torch.distributed.HashStore(), Progress(attempt, 9))
