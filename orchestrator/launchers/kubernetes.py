@@ -161,7 +161,7 @@ HANDLED = ("namespace", "scheduler", "pod_group_api")
 def _where(section: Mapping[str, Any]) -> Where:
     return Where(
         section.get("context"), section.get("namespace") or "default", section.get("scheduler") or "indexed-job",
-        section.get("pod_group_api") or "v1alpha2",
+        section.get("pod_group_api") or records.POD_GROUP_API,
     )  # fmt: skip
 
 

@@ -25,6 +25,9 @@ ROLE, CONTAINER = "node", "agent"
 OVERDUE_SECONDS = 60.0
 """How long after the end of its grace a pod may still be there before whoever should end it is taken for gone."""
 
+POD_GROUP_API = "v1alpha2"
+"""Of scheduling.k8s.io, where a profile does not say."""
+
 KINDS = {
     "indexed-job": "/apis/batch/v1/namespaces/{namespace}/jobs",
     "pod-group": "/apis/batch/v1/namespaces/{namespace}/jobs",

@@ -43,7 +43,7 @@ class Where:
     context: str | None
     namespace: str
     scheduler: str
-    pod_group_api: str = "v1alpha2"
+    pod_group_api: str = records.POD_GROUP_API
 
     @property
     def jobs(self) -> str:

@@ -137,10 +137,11 @@ class SlurmLauncher:
 
     def _with_bad_nodes(self, seen: list[Observation]) -> list[Observation]:
         """Whatever Slurm says of the end: of a node that dies under it a job may say FAILED like any other."""
-        ended = [one for one in seen if one.state is LaunchState.ENDED]
-        bad = set(slurm_queue.bad_nodes(sorted({node for one in ended for node in one.nodes}), self.poll))
+        nodes = {node for one in seen if one.state is LaunchState.ENDED for node in one.nodes}
+        bad = set(slurm_queue.bad_nodes(sorted(nodes), self.poll))
         return [
-            replace(one, bad_nodes=tuple(n for n in one.nodes if n in bad)) if one in ended else one for one in seen
+            replace(one, bad_nodes=tuple(n for n in one.nodes if n in bad)) if one.state is LaunchState.ENDED else one
+            for one in seen
         ]
 
 

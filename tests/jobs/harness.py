@@ -30,7 +30,7 @@ STAGES = (*PHASES, contract.EVALUATE)
 EVERY = 6
 """`checkpoints.every` of tiny.yaml."""
 
-PATIENCE = 480.0
+PATIENCE = 240.0
 """Seconds for anything that a test waits for: a start takes four on a quiet machine, and machines are not."""
 
 

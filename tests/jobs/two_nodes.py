@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from tests.jobs.harness import ROOT, Job, Moment, hold
+from tests.jobs.harness import ROOT, Job, Moment, hold, wait_until
 
 NODES = 3
 """Of the cluster, one more than an attempt takes: a node that failed is left out of the run's next attempts."""
@@ -29,7 +29,8 @@ def submitted(job: Job, file: Path | None = None) -> list[str]:
 
 
 def held(job: Job, phase: str, step: int) -> Moment:
-    """Its four ranks, still once that step is sealed."""
+    """Its four ranks, still once that step is sealed. The phase before it has a start of its own to be waited for."""
+    wait_until(lambda: job.attempts(phase), f"{phase} to begin")
     return hold(job, phase, step, ranks=4, every=EVERY)
 
 

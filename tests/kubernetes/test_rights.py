@@ -28,7 +28,10 @@ pytestmark = [pytest.mark.requires("kubernetes"), pytest.mark.jobs]
 
 RBAC = "/apis/rbac.authorization.k8s.io/v1"
 
-EVERY = [*rights.of_controller("indexed-job"), *rights.OF_NODES]
+SCHEDULER = "pod-group"
+"""It needs all that a plain Job does, and its group."""
+
+EVERY = [*rights.of_controller(SCHEDULER), *rights.OF_NODES]
 
 
 def until(is_so: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
@@ -50,27 +53,27 @@ class Site:
 
     @property
     def launcher(self) -> KubernetesLauncher:
-        return KubernetesLauncher(profile(namespace=self.namespace, poll_seconds=0.001))
+        return KubernetesLauncher(profile(namespace=self.namespace, scheduler=SCHEDULER, poll_seconds=0.001))
 
     @property
     def where(self) -> Where:
-        return Where(None, self.namespace, "indexed-job")
+        return Where(None, self.namespace, SCHEDULER)
 
     def grant(self, granted: Sequence[Right]) -> None:
         """Replace what the controller may do by that, and wait until the server goes by it."""
-        for kind, path, chosen in (
-            ("Role", f"{RBAC}/namespaces/{self.namespace}/roles", [one for one in granted if not one.everywhere]),
-            ("ClusterRole", f"{RBAC}/clusterroles", [one for one in granted if one.everywhere]),
+        roles = f"{RBAC}/namespaces/{self.namespace}/roles"
+        own = [one for one in granted if not (one.everywhere or one in rights.WITH_GROUP)]
+        for role, chosen in (
+            (f"{roles}/{NAME}", own),
+            (f"{roles}/{NAME}-{SCHEDULER}", [one for one in granted if one in rights.WITH_GROUP]),
+            (f"{RBAC}/clusterroles/{NAME}-{self.namespace}", [one for one in granted if one.everywhere]),
         ):
-            name = f"{NAME}-{self.namespace}" if kind == "ClusterRole" else NAME
-            self.admin.patch(f"{path}/{name}", {"rules": rights.rules(chosen)})
+            self.admin.patch(role, {"rules": rights.rules(chosen)})
         gone = [right for right in EVERY if right not in granted]
         until(lambda: self.missing() == gone, f"the server to refuse {[right.words for right in gone]} alone")
 
     def missing(self) -> list[Right]:
-        return [
-            right for right in rights.missing(self.as_controller(), self.namespace, "indexed-job") if right in EVERY
-        ]
+        return [right for right in rights.missing(self.as_controller(), self.namespace, SCHEDULER) if right in EVERY]
 
     def as_controller(self) -> Api:
         self.monkeypatch.setenv("KUBECONFIG", str(self.kubeconfig))
@@ -80,11 +83,11 @@ class Site:
         """An attempt that is there already."""
         told = attempt(number=number)
         for made in kubernetes_app.objects(self.launcher.cluster, told, DIGEST):
-            self.admin.post(self.path(made["kind"]), made)
+            post(self.admin, made)
         jobs = f"{self.path('Job')}/{told.launch_name}"
         uid = self.admin.get(jobs)["metadata"]["uid"]
         until(lambda: self.admin.get(jobs)["status"].get("active"), "its pods to be made")
-        handle = {"job": told.launch_name, "namespace": self.namespace, "uid": uid, "scheduler": "indexed-job"}
+        handle = {"job": told.launch_name, "namespace": self.namespace, "uid": uid, "scheduler": SCHEDULER}
         return Query("/nowhere", told.run_id, told.attempt, told.launch_name, DIGEST, handle)
 
     def path(self, kind: str) -> str:
@@ -96,9 +99,10 @@ class Site:
 def site(kubernetes: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     """The manifests of clusters/kubernetes in the test's namespace, and a kubeconfig of their service account."""
     admin, namespace = connect(), kubernetes.namespace
-    for document in documents("controller.yaml", namespace) + documents("nodes.yaml", namespace):
-        if document["kind"] != "Deployment":
-            post(admin, document)
+    for file in ("controller.yaml", f"{SCHEDULER}.yaml", "nodes.yaml"):
+        for document in documents(file, namespace):
+            if document["kind"] != "Deployment":
+                post(admin, document)
     asked = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
     token = admin.post(f"/api/v1/namespaces/{namespace}/serviceaccounts/{NAME}/token", asked)["status"]["token"]
     file = tmp_path / "controller.kubeconfig"
@@ -138,8 +142,11 @@ def end(site: Site, number: int) -> bool:
         site.launcher.clear(query)
     except LaunchError:
         return False
-    names = [one["metadata"]["name"] for one in site.admin.get(site.path("Service"))["items"]]
-    return query.launch_name not in names
+    group = f"/apis/scheduling.k8s.io/v1alpha2/namespaces/{site.namespace}/podgroups"
+    left = [*site.admin.get(site.path("Service"))["items"], *site.admin.get(group)["items"]]
+    return query.launch_name not in {
+        one["metadata"]["name"] for one in left if "deletionTimestamp" not in one["metadata"]
+    }
 
 
 def kill(site: Site, number: int) -> bool:

@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 
 from model.contract import EXIT_CODES, Cause
-from orchestrator.launchers import kubernetes_nodes, kubernetes_records as records, kubernetes_words
+from orchestrator.kubernetes_section import Kubernetes
+from orchestrator.launchers import (
+    kubernetes as launcher,
+    kubernetes_nodes,
+    kubernetes_records as records,
+    kubernetes_words,
+)
 from orchestrator.launchers.base import LaunchState, Observation
 from orchestrator.launchers.kubernetes_words import Event, Known
 
@@ -85,6 +91,13 @@ FAILED = condition("Failed", "PodFailurePolicy", "Container agent for pod team/r
                    "matching FailJob rule at index 0")  # fmt: skip
 DELETED = {"deleted": 5.0, "ready": False}
 NOT_READY = condition("Ready", status="False")
+
+
+def test_what_a_profile_does_not_say_is_what_its_section_would() -> None:
+    """It may be one that was written before the option was."""
+    said = {name: Kubernetes.model_fields[name].default for name in ("poll_seconds", "gang_seconds", "lost_seconds")}
+    assert tuple(said.values()) == (launcher.POLL_SECONDS, launcher.GANG_SECONDS, launcher.LOST_SECONDS)
+    assert Kubernetes.model_fields["pod_group_api"].default == records.POD_GROUP_API
 
 
 # --- on its way -------------------------------------------------------------------------------------------------------
