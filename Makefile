@@ -37,7 +37,7 @@ ablations: data ## v1's, v2's and v3's ablations on small images, and their curv
 test: unit jobs ## every test that this machine can run
 
 # Side by side: some tests wait.
-check: setup    ## the quick part: under 3 minutes
+check: setup    ## the quick part: a few minutes on 2 cores
 	@$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target lint types unit
 
 lint: setup     ## style
