@@ -10,10 +10,12 @@ help:           ## this list
 
 setup: .venv/.installed   ## .venv with everything, pinned
 
+# Compiled once, here: where Python may not write its bytecode (PYTHONDONTWRITEBYTECODE, somebody else's folder), every
+# process would compile torch anew, for two seconds.
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dinoctl needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet --disable-pip-version-check uv; }
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 data: setup     ## the demo's images, into ~/.cache/dinoctl
