@@ -377,6 +377,7 @@ class Evaluate(Section):
     split: Literal["validation", "test"] = "test"
     image_size: PositiveInt = 224
     batch_size: PositiveInt = 64
+    probes: PositiveInt = Field(10, description="linear probes behind a score, each on a random half of the images")
     bootstrap: PositiveInt = Field(2000, description="resamples behind each confidence interval")
     pictures: Count = Field(8, description="images drawn as patch-PCA and attention heads")
     data: Data

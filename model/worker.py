@@ -52,10 +52,7 @@ def main(attempt_yaml: str, work: Callable[[Attempt], RankEnd]) -> int:
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank}: %(message)s", stream=sys.stderr)
     attempt = contract.read_attempt(storage.read(attempt_yaml), attempt_yaml)
     torch.set_num_threads(attempt.threads)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for to be deterministic
-    torch.use_deterministic_algorithms(True)
-    # Filling every new tensor with NaN shows reads of memory never written; it costs a twentieth of a small step.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    be_deterministic()
     end = work(attempt)
     note(attempt, rank, end)
     try:
@@ -63,6 +60,17 @@ def main(attempt_yaml: str, work: Callable[[Attempt], RankEnd]) -> int:
     except storage.StoreError as error:
         log.error("%s; and that could not be published: %s", end.message, error)
     return contract.EXIT_CODES[end.cause]
+
+
+def be_deterministic() -> None:
+    """What has no deterministic form is an error from here on."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+    # The two together are torch.use_deterministic_algorithms, which imports the whole compiler to tell it so: 2 s and
+    # 150 MiB of every process.
+    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
+    torch.set_deterministic_debug_mode("error")
+    # Filling every new tensor with NaN shows reads of memory never written; it costs a twentieth of a small step.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def failed(error: Exception, step: int | None) -> RankEnd:

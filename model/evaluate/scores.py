@@ -31,9 +31,6 @@ NEIGHBOURS = 10
 TEMPERATURE = 0.07
 REGULARISATIONS = (0.001, 0.01, 0.1, 1.0)
 """Candidates for logistic regression's C, chosen on training images alone."""
-PROBES = 10
-"""One probe of a few hundred images tells as much about those images as about the features: the mean of several, each
-on a random half, varies by a third less (measured by cross-validation on the demo's training images)."""
 
 
 def mean_score(sums: Counts) -> float:
@@ -73,21 +70,24 @@ def majority(train_labels: Ints, test_labels: Ints) -> Counts:
 
 
 def linear_probe(
-    train: Floats, train_labels: Ints, train_groups: Ints, test: Floats, test_labels: Ints, seed: int
-) -> Counts:
-    """Mean accuracy of `PROBES` logistic regressions, each on a random half of the training images (whole groups).
+    train: Floats, train_labels: Ints, train_groups: Ints, test: Floats, test_labels: Ints, seed: int,
+    probes: int,
+) -> Counts:  # fmt: skip
+    """Mean accuracy of `probes` logistic regressions, each on a random half of the training images (whole groups).
 
-    Features are standardised; C is what does best on the other halves of the training images. The halves depend on
-    `seed` alone, so that networks are compared on the same ones.
+    One probe of a few hundred images tells as much about those images as about the features: the mean of ten varies by
+    a third less (measured by cross-validation on the demo's training images). Features are standardised; C is what does
+    best on the other halves of the training images. The halves depend on `seed` alone, so that networks are compared on
+    the same ones.
     """
     inputs, held_out = _standardised(train, test)
-    halves = [_half(train_groups, seed, number) for number in range(PROBES)]
+    halves = [_half(train_groups, seed, number) for number in range(probes)]
 
     def fitted(c: float) -> list[LogisticRegression]:
         return [_logistic(c, inputs[half], train_labels[half]) for half in halves]
 
-    def validated(probes: list[LogisticRegression]) -> float:
-        pairs = zip(probes, halves, strict=True)
+    def validated(candidates: list[LogisticRegression]) -> float:
+        pairs = zip(candidates, halves, strict=True)
         return float(np.mean([probe.score(inputs[~half], train_labels[~half]) for probe, half in pairs]))
 
     # One thread: these products are so small that a pool of threads spends its time waiting for itself.

@@ -71,7 +71,7 @@ def classification(bench: Bench) -> list[Scored]:
         return scores.knn(train, train_labels, held_out, labels)
 
     def probe(train: Floats, held_out: Floats) -> Counts:
-        return scores.linear_probe(train, train_labels, groups, held_out, labels, bench.seed)
+        return scores.linear_probe(train, train_labels, groups, held_out, labels, bench.seed, bench.settings.probes)
 
     majority = {"majority": scores.majority(train_labels, labels)}
     found = []
@@ -82,7 +82,7 @@ def classification(bench: Bench) -> list[Scored]:
         plain = {key: kind(trivial[0][key], trivial[1][key]) for key in trivial[0]}
         note = f"{len(names)} classes"
         if kind is probe:
-            note += f"; mean of {scores.PROBES} probes, each on a random half of the training images"
+            note += f"; mean of {bench.settings.probes} probes, each on a random half of the training images"
         found.append(
             Scored(name, trained, untrained, {**majority, **plain}, bench.held_out.groups, scores.mean_score, note)
         )

@@ -27,7 +27,8 @@ class TextTower(nn.Module):
         super().__init__()
         dim = settings.dim
         self.settings = settings
-        self.token_embedding = nn.Embedding(settings.vocabulary, dim)
+        # Not drawn here, as `init.create` draws all; on the meta device torch's own drawing would import its compiler.
+        self.token_embedding = nn.Embedding.from_pretrained(torch.empty(settings.vocabulary, dim), freeze=False)
         self.positional_embedding = nn.Parameter(torch.empty(settings.context, dim))
         self.blocks = nn.ModuleList(_text_block(settings) for _ in range(settings.depth))
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
