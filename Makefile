@@ -51,9 +51,9 @@ types: setup    ## mypy --strict on both houses and the dev cluster
 unit: setup     ## tests that start no jobs, on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m "not jobs" -n 2 --dist loadfile
 
-# Two at a time: the clusters' tests, which mostly wait, are one process's, and the other takes the rest file by file.
+# Three at a time on two cores: each cluster's tests, which often wait, are one process's, and the rest goes file by file.
 jobs: setup     ## real torchrun jobs, killed and resumed, here and on a real Slurm and a real Kubernetes
-	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m jobs -n 2 --dist loadfile --durations=20
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m jobs -n 3 --dist loadfile --durations=20
 
 slurm:          ## a real Slurm of two virtual nodes on this machine, as root (clusters/dev/slurm)
 	clusters/dev/slurm/install

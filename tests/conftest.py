@@ -148,21 +148,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class ByFile(LoadFileScheduling):
-    """A file's tests run in one process, and so do all that need a cluster: there is one of each kind, and what a test
-    does to it others would notice."""
+    """A file's tests run in one process, and so do all that need Slurm, and all that need Kubernetes: there is one of
+    each, and what a test does to it others would notice."""
 
     def _split_scope(self, nodeid: str) -> str:
-        file: str = super()._split_scope(nodeid)
-        return "clusters" if file.startswith(OF_CLUSTERS) else file
-
-
-OF_KUBERNETES = ("tests/orchestrator/test_launcher_contract.py", "tests/kubernetes/")
-OF_CLUSTERS = ("tests/slurm/", *OF_KUBERNETES)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Kubernetes last: an idle control plane takes a tenth of a core for as long as it is up."""
-    items.sort(key=lambda item: item.nodeid.startswith(OF_KUBERNETES))
+        needs = (kind for kind in ("slurm", "kubernetes") if f"tests/{kind}/" in nodeid or f"[{kind}" in nodeid)
+        return str(next(needs, super()._split_scope(nodeid)))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -178,6 +169,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             if name in demanded:
                 pytest.fail(f"DINOCTL_REQUIRE names {name}, which is not here: {how}", pytrace=False)
             pytest.skip(f"{name} is not here: {how}")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """A failure is named when it happens: a run that is cut off has no summary."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\nFAILED {report.nodeid} ({report.when}): {report.longreprtext.rstrip().rpartition(chr(10))[2]}")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
