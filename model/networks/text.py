@@ -28,7 +28,8 @@ class TextTower(nn.Module):
         dim = settings.dim
         self.settings = settings
         # Not drawn here, as `init.create` draws all; on the meta device torch's own drawing would import its compiler.
-        self.token_embedding = nn.Embedding.from_pretrained(torch.empty(settings.vocabulary, dim), freeze=False)
+        table = torch.empty(settings.vocabulary, dim)
+        self.token_embedding = nn.Embedding.from_pretrained(table, freeze=False)  # type: ignore[no-untyped-call]
         self.positional_embedding = nn.Parameter(torch.empty(settings.context, dim))
         self.blocks = nn.ModuleList(_text_block(settings) for _ in range(settings.depth))
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
