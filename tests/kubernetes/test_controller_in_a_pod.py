@@ -160,4 +160,4 @@ def test_the_run_goes_on_in_the_deployment_s_next_pod_when_one_is_killed(real_no
     assert launched_by == {"pretrain": first, "evaluate": second}
     (pod,) = real_nodes.get(*PODS)["items"]
     assert (pod["metadata"]["name"], pod["status"]["containerStatuses"][0]["restartCount"]) == (second, 0)
-    assert names(real_nodes, "jobs") == names(real_nodes, "services") == []
+    real_nodes.wait(lambda: names(real_nodes, "jobs") == names(real_nodes, "services") == [], "all to be cleared away")
