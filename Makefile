@@ -53,7 +53,7 @@ unit: setup     ## tests that start no jobs, on two cores
 
 # Three at a time on two cores: each cluster's tests, which often wait, are one process's, and the rest goes file by file.
 jobs: setup     ## real torchrun jobs, killed and resumed, here and on a real Slurm and a real Kubernetes
-	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m jobs -n 3 --dist loadfile --durations=20
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m jobs -n 3 --dist loadfile --no-loadscope-reorder --durations=20
 
 slurm:          ## a real Slurm of two virtual nodes on this machine, as root (clusters/dev/slurm)
 	clusters/dev/slurm/install

@@ -112,8 +112,7 @@ def _launch(run_dir: str, owner: str, state: State, launcher: Launcher, action: 
         digest=digest, owner=owner, lease_until=clock + LEASE_SECONDS, nodes=attempt.nodes,
     )  # fmt: skip
     intended = append(run_dir, state, intent)
-    if state.attempts:  # the one before may have come back since it was closed, and nobody looks at it any more
-        _clear(launcher, query(run_dir, state, state.attempts[-1]))
+    _clear(run_dir, state, launcher)  # one may have come back since it was closed, and nobody looks at it any more
     if time.monotonic() - begun > LEASE_SECONDS:
         return intended  # too late to submit: it is looked up and given up like anybody else's
     return _submit(run_dir, intended, launcher, attempt, digest, clock)
@@ -154,17 +153,18 @@ def _ask_to_stop(run_dir: str, state: State, launcher: Launcher, action: AskToSt
 
 def _close(run_dir: str, state: State, launcher: Launcher, action: Close, clock: float) -> State:
     assert state.live is not None
-    job = query(run_dir, state, state.live)
     if action.gone:
-        launcher.cancel(job, hard=True)
+        launcher.cancel(query(run_dir, state, state.live), hard=True)
     after = close(run_dir, state, action, clock)
-    _clear(launcher, job)
+    _clear(run_dir, after, launcher)
     return after
 
 
-def _clear(launcher: Launcher, job: Query) -> None:
-    with suppress(LaunchError):  # one that stays finds its attempt closed, and ends by itself
-        launcher.clear(job)
+def _clear(run_dir: str, state: State, launcher: Launcher) -> None:
+    """Of all closed attempts: a cluster that does not answer now is asked again with the next."""
+    if closed := [query(run_dir, state, attempt) for attempt in state.attempts if attempt.end is not None]:
+        with suppress(LaunchError):  # one that stays finds its attempt closed, and ends by itself
+            launcher.clear(closed)
 
 
 class Closed(Record, frozen=True):

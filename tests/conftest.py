@@ -147,13 +147,25 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "requires(name): needs something of the machine, see tests/conftest.py")
 
 
+CLUSTERS = ("slurm", "kubernetes")
+
+
+def cluster_of(nodeid: str) -> str | None:
+    """The kind of cluster that a test needs."""
+    return next((kind for kind in CLUSTERS if f"tests/{kind}/" in nodeid or f"[{kind}" in nodeid), None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest first: where tests run beside each other, none is left to run alone at the end."""
+    items.sort(key=lambda item: (not cluster_of(item.nodeid), not item.nodeid.startswith("tests/jobs/")))
+
+
 class ByFile(LoadFileScheduling):
-    """A file's tests run in one process, and so do all that need Slurm, and all that need Kubernetes: there is one of
-    each, and what a test does to it others would notice."""
+    """A file's tests run in one process, and so do all that need one kind of cluster: there is one of each, and what a
+    test does to it others would notice."""
 
     def _split_scope(self, nodeid: str) -> str:
-        needs = (kind for kind in ("slurm", "kubernetes") if f"tests/{kind}/" in nodeid or f"[{kind}" in nodeid)
-        return str(next(needs, super()._split_scope(nodeid)))
+        return cluster_of(nodeid) or str(super()._split_scope(nodeid))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -102,17 +102,18 @@ class KubernetesLauncher:
         finally:
             kubernetes_seen.forget()
 
-    def clear(self, query: Query) -> None:
-        """Delete its Job, with whatever pods are left of it, and what is beside it: the log has what was to be known of
-        them. Raises LaunchError if the cluster does not answer."""
-        where = self._place(query)
+    def clear(self, queries: Sequence[Query]) -> None:
+        """Delete their Jobs, with whatever pods are left of them, and what is beside them: the log has what was to be
+        known of them. Raises LaunchError if the cluster does not answer."""
+        closed = {(self._place(query), query.run_id, query.digest) for query in queries}
         try:
-            for path in where.kinds:
-                for item in kubernetes_seen.named(where, path, query.launch_name):
-                    if _is_its(query, records.job(item)):
-                        _delete(where, path, item["metadata"]["name"], item["metadata"]["uid"], "Background")
+            for where, run_id in {(where, run_id) for where, run_id, _ in closed}:
+                for path in where.kinds:
+                    for item in kubernetes_seen.of_run(where, path, run_id):
+                        if (where, run_id, records.job(item).digest) in closed:
+                            _delete(where, path, item["metadata"]["name"], item["metadata"]["uid"], "Background")
         except (NoAnswerError, RefusedError) as error:
-            raise LaunchError(f"{query.launch_name}: its job cannot be deleted now: {error}") from error
+            raise LaunchError(f"jobs that are over cannot be deleted now: {error}") from error
         finally:
             kubernetes_seen.forget()
 

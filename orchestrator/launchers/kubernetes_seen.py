@@ -272,6 +272,15 @@ def _event(item: Mapping[str, Any]) -> Event:
 
 def named(where: Where, path: str, name: str) -> list[dict[str, Any]]:
     """The objects that carry that launch name, as JSON, asked for now. Raises NoAnswerError, RefusedError."""
-    selector = f"{records.OURS},{records.NAME}={name}"
+    return _labelled(where, path, f"{records.NAME}={name}")
+
+
+def of_run(where: Where, path: str, run_id: str) -> list[dict[str, Any]]:
+    """The same for those of a run."""
+    return _labelled(where, path, f"{records.RUN_ID}={run_id}")
+
+
+def _labelled(where: Where, path: str, label: str) -> list[dict[str, Any]]:
+    selector = f"{records.OURS},{label}"
     items: list[dict[str, Any]] = where.api.get(path, labelSelector=selector).get("items") or []
     return items

@@ -94,7 +94,7 @@ class LocalLauncher:
             with suppress(psutil.NoSuchProcess):
                 row.process.send_signal(signal.SIGTERM)
 
-    def clear(self, query: Query) -> None:
+    def clear(self, queries: Sequence[Query]) -> None:
         """Nothing: this machine has no queue."""
 
     def usable_nodes(self, resources: Mapping[str, Any], exclude: Sequence[str]) -> int | None:

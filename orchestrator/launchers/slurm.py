@@ -102,14 +102,15 @@ class SlurmLauncher:
         finally:
             slurm_queue.forget()
 
-    def clear(self, query: Query) -> None:
+    def clear(self, queries: Sequence[Query]) -> None:
         """Raises LaunchError if Slurm does not answer."""
         try:
-            for job in _matching(query, _queue([query])):
+            queue = _queue(queries)
+            for job in (job for query in queries for job in _matching(query, queue)):
                 if slurm_words.state(job.state) is LaunchState.PENDING:
                     _scancel(job.id)
         except NoAnswerError as error:
-            raise LaunchError(f"{query.launch_name}: the queue cannot be cleared now: {error}") from error
+            raise LaunchError(f"the queue cannot be cleared now: {error}") from error
         finally:
             slurm_queue.forget()
 

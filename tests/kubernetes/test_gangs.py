@@ -45,7 +45,7 @@ def test_an_attempt_that_is_stopped_runs_until_its_pods_have_ended(kubernetes: P
     mine.cancel(ask(one, handle), hard=False)  # once more is nothing
     wait_until(mine, one, handle, LaunchState.ENDED)
     assert names(kubernetes, "services") == [handle["job"]]  # the pods meet by its names until the end
-    mine.clear(ask(one, handle))
+    mine.clear([ask(one, handle)])
     assert names(kubernetes, "services") == []
 
 

@@ -93,7 +93,7 @@ def test_a_refusal_is_told_in_the_servers_words(
     assert not isinstance(refused.value, UnansweredError)
     assert all(word in str(refused.value) for word in words)
     mine = launcher(kubernetes)
-    mine.clear(ask(one))  # as the controller does: the Service came first
+    mine.clear([ask(one)])  # as the controller does: the Service came first
     assert (names(kubernetes, "jobs"), names(kubernetes, "services")) == ([], [])
 
 
@@ -109,7 +109,7 @@ def test_a_quota(kubernetes: Place, tmp_path: Path) -> None:
     seen = wait_until(mine, one, handle, LaunchState.PENDING, words="exceeded quota: gpus")
     assert "none of its 4 pods has a node yet" in seen.detail
     mine.cancel(ask(one, handle), hard=True)
-    mine.clear(ask(one, handle))
+    mine.clear([ask(one, handle)])
 
     connect().patch(f"/api/v1/namespaces/{kubernetes.namespace}/resourcequotas/gpus", quota("gpus", few))
     two = case(tmp_path / "two", nodes=4)
@@ -120,7 +120,7 @@ def test_a_quota(kubernetes: Place, tmp_path: Path) -> None:
     assert "exceeded quota: gpus" in seen.detail
     mine.cancel(ask(two, handle), hard=True)
 
-    mine.clear(ask(two, handle))
+    mine.clear([ask(two, handle)])
     kubernetes.create(quota("jobs", {"count/jobs.batch": "0"}))
     three = case(tmp_path / "three")
 
@@ -171,7 +171,7 @@ def test_pods_that_cannot_be_made(kubernetes: Place, tmp_path: Path) -> None:
     seen = wait_until(mine, one, handle, LaunchState.ENDED)
     assert seen.cause is Cause.NOT_LAUNCHED
     assert "the cluster makes none of its pods: " in seen.detail
-    mine.clear(ask(one, handle))
+    mine.clear([ask(one, handle)])
 
 
 # --- what is seen -----------------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def test_the_exit_code_outlives_the_pods(kubernetes: Place, tmp_path: Path) -> N
     seen = look(mine, one, handle)
     assert seen.cause is Cause.DIVERGED
     assert f"pod {pod['metadata']['name']} ended with exit code 84 (diverged)" in seen.detail
-    mine.clear(ask(one, handle))
+    mine.clear([ask(one, handle)])
 
 
 def test_a_drained_node(kubernetes: Place, tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_a_drained_node(kubernetes: Place, tmp_path: Path) -> None:
     assert (seen.cause, seen.bad_nodes) == (Cause.VANISHED, ())
     assert f"pod {pod}" in seen.detail
     assert "its node is being drained (EvictionByEvictionAPI" in seen.detail
-    mine.clear(ask(one, handle))
+    mine.clear([ask(one, handle)])
 
 
 def test_a_lost_node_is_named_before_kubernetes_acts(kubernetes: Place, tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_lost_node_is_named_before_kubernetes_acts(kubernetes: Place, tmp_path
         assert f"node {node} of it not heard of" in seen.detail
         assert mine.usable_nodes({"processes_per_node": 8}, []) == (usable or 0) - 1
         mine.cancel(ask(one, handle), hard=True)  # does not wait for a pod of which nobody can tell
-        mine.clear(ask(one, handle))
+        mine.clear([ask(one, handle)])
         assert set(pods(kubernetes, one)) <= {"3"}
         assert look(mine, one, handle).state is LaunchState.ENDED
     finally:
@@ -252,7 +252,7 @@ def test_a_job_that_waits_says_the_schedulers_reason(kubernetes: Place, tmp_path
     assert "none of its 2 pods has a node yet: 0/" in seen.detail
     mine.cancel(ask(one, handle), hard=False)
     wait_until(mine, one, handle, LaunchState.ENDED)
-    mine.clear(ask(one, handle))
+    mine.clear([ask(one, handle)])
 
 
 def test_a_suspended_job_waits(kubernetes: Place, tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_deleted_by_hand(kubernetes: Place, tmp_path: Path) -> None:
     again = mine.submit(one.attempt, one.digest)  # a job of that name, and not the one that was
     assert look(mine, one, handle).state is LaunchState.ENDED
     assert names(kubernetes, "services") == [handle["job"]]
-    mine.clear(ask(one, again))
+    mine.clear([ask(one, again)])
     assert names(kubernetes, "services") == []
 
 
@@ -296,7 +296,7 @@ def test_an_end_that_was_seen_is_known_after_the_cluster_has_cleared_it_away(kub
     assert look(mine, one, handle).cause is Cause.KILLED
     as_a_new_process()
     assert look(mine, one, handle).cause is Cause.VANISHED
-    mine.clear(ask(one, handle))
+    mine.clear([ask(one, handle)])
 
 
 def test_a_watch_from_a_time_that_the_server_has_forgotten(kubernetes: Place, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def end(site: Site, number: int) -> bool:
     site.as_controller()
     try:
         site.launcher.cancel(query, hard=False)
-        site.launcher.clear(query)
+        site.launcher.clear([query])
     except LaunchError:
         return False
     group = f"/apis/scheduling.k8s.io/v1alpha2/namespaces/{site.namespace}/podgroups"

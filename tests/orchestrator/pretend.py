@@ -165,9 +165,11 @@ class PretendLauncher:
             job.running = job.running and not hard
             job.requeued = job.requeued and not hard
 
-    def clear(self, query: Query) -> None:
+    def clear(self, queries: Sequence[Query]) -> None:
+        if self.blind:
+            raise LaunchError("no answer")
         for job in self.jobs:
-            if job.attempt.launch_name == query.launch_name:
+            if job.attempt.launch_name in {query.launch_name for query in queries}:
                 job.requeued = False
 
     def usable_nodes(self, resources: Mapping[str, Any], exclude: Sequence[str]) -> int | None:

@@ -150,7 +150,7 @@ class FinishesAtOnce:
         return [Observation(LaunchState.ENDED if there else LaunchState.ABSENT) for there in found]
     def cancel(self, query, *, hard):
         pass
-    def clear(self, query):
+    def clear(self, queries):
         pass
     def usable_nodes(self, resources, exclude):
         return None
@@ -223,3 +223,21 @@ def test_what_waits_under_the_name_of_an_attempt_that_said_its_end_is_taken_off_
     bench.tick(seconds=10.0)
     assert len(bench.launcher.jobs) == 2
     assert not job.requeued
+
+
+def test_what_a_cluster_that_did_not_answer_left_behind_is_taken_off_with_a_later_attempt(bench: Bench) -> None:
+    bench.submit()
+    bench.tick()
+    first = bench.launcher.job
+    first.train(2)
+    first.end(Cause.STOPPED)
+    first.requeued = True
+    bench.launcher.blind = True
+    bench.tick()
+    bench.tick(seconds=10.0)
+    assert len(bench.launcher.jobs) == 2
+    assert first.requeued
+    bench.launcher.blind = False
+    bench.launcher.job.end(Cause.STOPPED)
+    bench.tick(seconds=20.0)
+    assert not first.requeued

@@ -150,7 +150,7 @@ def test_of_two_jobs_of_an_attempt_the_one_with_the_claim_counts_and_the_other_i
         seen = look(case, handle)
         assert seen.state is LaunchState.RUNNING
         assert f"job {first['job']}" in seen.detail
-    launcher().clear(ask(case, first))
+    launcher().clear([ask(case, first)])
     assert jobs_of(slurm, case) == {first["job"]: "RUNNING", second["job"]: "CANCELLED"}
 
     third = launcher().submit(case.attempt, case.digest)
