@@ -16,7 +16,7 @@ from model.contract import Cause
 from orchestrator import asking_slurm, cli, sections
 from orchestrator.cluster import read_cluster
 from orchestrator.launchers import launcher_for, slurm_words
-from orchestrator.launchers.base import LaunchError, LaunchState
+from orchestrator.launchers.base import LaunchError, LaunchState, Query
 from orchestrator.launchers.slurm import SlurmLauncher
 from orchestrator.launchers.slurm_queue import Job
 from orchestrator.problems import Problem, SpecError
@@ -294,3 +294,14 @@ def test_advice(words: str, advice: str) -> None:
 
 def test_the_launcher_of_a_profile() -> None:
     assert isinstance(launcher_for({"launcher": "slurm", "slurm": None}), SlurmLauncher)
+
+
+@pytest.mark.parametrize("handle", [{"pid": 7, "started": 1.0}, {"job": "demo-pretrain-1", "submitted": 1.0}])
+def test_attempts_from_before_a_run_moved_here_are_not_looked_for(
+    handle: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no squeue: whoever asked would hear that
+    launcher = SlurmLauncher({"launcher": "slurm", "slurm": {}})
+    launcher.clear([Query("/runs/demo", "run id", 1, "demo-pretrain-1", "digest", handle)])
+    with pytest.raises(LaunchError, match="cannot be cleared now"):
+        launcher.clear([Query("/runs/demo", "run id", 1, "demo-pretrain-1", "digest", None)])
