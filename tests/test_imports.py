@@ -118,7 +118,7 @@ def test_the_way_to_status_is_light() -> None:
 
 
 def test_a_trainer_starts_without_what_few_runs_need() -> None:
-    """torch.compile's machinery, DTensor, tifffile: together longer to import than all the rest but torch."""
+    """torch.compile's machinery, DTensor and sympy, tifffile: together longer to import than all the rest but torch."""
     code = (
         "import sys, torch, model.train; from model import config, optim, worker\n"
         "from model.networks import init, text; worker.be_deterministic()\n"
@@ -127,7 +127,7 @@ def test_a_trainer_starts_without_what_few_runs_need() -> None:
         "settings = config.read(config.Optim, {'batch_size': 8, 'group_size': 8, 'lr': 0.1})\n"
         "optimizer = optim.build({'network': network}, settings); network(torch.ones(2)).sum().backward()\n"
         "optim.clip({'network': network}, 1.0); optim.update(optimizer, torch.tensor(True)); optimizer.zero_grad()\n"
-        "dear = ('torch._dynamo', 'torch.distributed.tensor', 'torch.distributed.fsdp', 'tifffile')\n"
+        "dear = ('torch._dynamo', 'torch.distributed.tensor', 'torch.distributed.fsdp', 'sympy', 'tifffile')\n"
         "print(*[name for name in dear if name in sys.modules])"
     )
     answer = subprocess.run([sys.executable, "-P", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

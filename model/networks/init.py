@@ -71,13 +71,26 @@ def create(
         module = kind()
     if prepare is not None:
         prepare(module)
-    module.to_empty(device=device)
+    _allocate(module, device)
     rules = initial_rules(module)
     with torch.no_grad():
         for key, tensor in module.state_dict(keep_vars=True).items():
             own = cut.local(tensor.data)
             fill(own, rules[key], seed, f"{name}.{key}", cut.rows(tensor).start)
     return module.to(dtype)
+
+
+def _allocate(module: nn.Module, device: torch.device | str) -> None:
+    """Memory for a module on the meta device, where it is cut for this process's rows alone."""
+    if any(cut.is_cut(parameter) for parameter in module.parameters()):
+        module.to_empty(device=device)
+        return
+    # Of whole tensors to_empty does no more than this, in a way that imports sympy: 0.4 s of each process.
+    for part in module.modules():
+        for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            parameter = isinstance(tensor, nn.Parameter)
+            setattr(part, name, nn.Parameter(empty, tensor.requires_grad) if parameter else empty)
 
 
 def initial_rules(module: nn.Module) -> dict[str, Rule]:
