@@ -14,7 +14,7 @@ from model import storage
 from model.contract import EVALUATE, Cause, closed_file
 from orchestrator import control, store
 from orchestrator.decide import Wait
-from tests.orchestrator.pretend import Bench, PretendLauncher, job_spec, phase
+from tests.orchestrator.pretend import Bench, Job, PretendLauncher, job_spec, phase
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -210,13 +210,19 @@ def test_a_job_that_the_site_requeued_is_cancelled_and_the_next_attempt_goes_on(
     assert [ref.step for ref in bench.launcher.job.attempt.resume] == [2]
 
 
-def test_what_waits_under_the_name_of_an_attempt_that_said_its_end_is_taken_off_the_queue(bench: Bench) -> None:
+def requeued_after_its_end(bench: Bench) -> Job:
+    """The job of a first attempt that said its end, and waits in the queue again."""
     bench.submit()
     bench.tick()
     job = bench.launcher.job
     job.train(2)
     job.end(Cause.STOPPED)
     job.requeued = True
+    return job
+
+
+def test_what_waits_under_the_name_of_an_attempt_that_said_its_end_is_taken_off_the_queue(bench: Bench) -> None:
+    job = requeued_after_its_end(bench)
     bench.tick()
     assert (job.requeued, job.running, job.asked) == (False, True, []), "its agent is in its last act"
     job.requeued = True  # the site was slow
@@ -226,12 +232,7 @@ def test_what_waits_under_the_name_of_an_attempt_that_said_its_end_is_taken_off_
 
 
 def test_what_a_cluster_that_did_not_answer_left_behind_is_taken_off_with_a_later_attempt(bench: Bench) -> None:
-    bench.submit()
-    bench.tick()
-    first = bench.launcher.job
-    first.train(2)
-    first.end(Cause.STOPPED)
-    first.requeued = True
+    first = requeued_after_its_end(bench)
     bench.launcher.blind = True
     bench.tick()
     bench.tick(seconds=10.0)
