@@ -210,9 +210,12 @@ def tick(options: Options) -> int:
 
     if options.run is not None:
         run_dir = _find(options)
-        followed = control.follow(control.controller(run_dir, launchers.launcher_for, command="tick", every=0.0))
+        this = control.controller(run_dir, launchers.launcher_for, command="tick", every=0.0)
+        followed = control.follow(this)
         _say_left_alone([run_dir] if followed.left_alone else [])
-        return 0
+        for said in this.uncleared:
+            print(f"dinoctl: {run_dir}: {said}; tick again later", file=sys.stderr)
+        return 1 if this.uncleared else 0
     folder = _folder(options)
     keeper = many.keeper(folder, launchers.launcher_for, command="tick", every=0.0)
     done = many.follow(keeper)

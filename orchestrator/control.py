@@ -1,8 +1,8 @@
 """The controller: what a user asks of a run (submit, resume, stop, cancel) and the tick that keeps it going.
 
-Nothing is remembered between ticks but since when an attempt was missing: any process may tick, and of two that do the
-log lets one go on. A tick reads the log, looks at the live attempt, decides (`orchestrator.decide`) and performs that
-one action (`orchestrator.perform`).
+Nothing is remembered between ticks but since when an attempt was missing, and what a cluster did not take away: any
+process may tick, and of two that do the log lets one go on. A tick reads the log, looks at the live attempt, decides
+(`orchestrator.decide`) and performs that one action (`orchestrator.perform`).
 """
 
 from __future__ import annotations
@@ -29,9 +29,21 @@ from model.contract import (
     outcome_file,
 )
 from orchestrator import amend, attempts, code, handoff, store, submission
-from orchestrator.decide import NOT_SEEN, POLL_SECONDS, Action, Close, Fail, Rest, Seen, Wait, decide, missing_since
+from orchestrator.decide import (
+    NOT_SEEN,
+    POLL_SECONDS,
+    Action,
+    Close,
+    Fail,
+    Launch,
+    Rest,
+    Seen,
+    Wait,
+    decide,
+    missing_since,
+)
 from orchestrator.events import Cancelled, Resumed, StopRequested
-from orchestrator.launchers.base import Launcher, Observation, Query
+from orchestrator.launchers.base import Launcher, LaunchError, Observation, Query
 from orchestrator.perform import ControlError, close, insist, load, perform, query
 from orchestrator.state import Desired, IllegalEvent, Situation, State, fold
 from orchestrator.submission import Request, SpecChangedError
@@ -44,6 +56,7 @@ __all__ = [
     "Submitted",
     "TickResult",
     "cancel",
+    "clear",
     "controller",
     "follow",
     "load",
@@ -177,7 +190,8 @@ def absolute(run_dir: str) -> str:
 
 @dataclass(frozen=True)
 class Controller:
-    """One process that ticks a run. `missing`: when it first found an attempt gone, by number."""
+    """One process that ticks a run. `missing`: when it first found an attempt gone, by number. `uncleared`: why closed
+    attempts may still be on the cluster, in its words; empty if they are not."""
 
     run_dir: str
     launcher_for: LauncherFor
@@ -185,6 +199,7 @@ class Controller:
     owner: str
     settle_seconds: float | None = None  # None: what the launcher is known to need
     missing: dict[int, float] = field(default_factory=dict)
+    uncleared: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -257,8 +272,22 @@ def act(this: Controller, state: State, launcher: Launcher, launch: Observation,
         after = perform(this.run_dir, this.owner, state, launcher, action, clock)
     except store.Conflict:
         return TickResult(state, action, 0.0, launch, conflict=True)
+    if isinstance(action, (Launch, Close, Rest)) or this.uncleared:
+        clear(this, after, launcher)
     pause = action.seconds if isinstance(action, Wait) else POLL_SECONDS if after is state else 0.0
     return TickResult(after, action, pause, launch)
+
+
+def clear(this: Controller, state: State, launcher: Launcher) -> None:
+    """Take off the cluster what is there of closed attempts: what came back, or a cluster did not take away before. One
+    that does not answer is asked again with the next tick; what stays meanwhile finds its attempt closed, and ends."""
+    this.uncleared.clear()
+    closed = [query(this.run_dir, state, attempt) for attempt in state.attempts if attempt.end is not None]
+    try:
+        if closed:
+            launcher.clear(closed)
+    except LaunchError as error:
+        this.uncleared.append(str(error))
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,13 @@ class Keeper:
 
     def of(self, run_dir: str) -> Controller:
         if run_dir not in self.controllers:
-            self.controllers[run_dir] = replace(self.me, run_dir=run_dir, missing={})
+            self.controllers[run_dir] = replace(self.me, run_dir=run_dir, missing={}, uncleared=[])
         return self.controllers[run_dir]
+
+    def is_done_with(self, state: State, run_dir: str) -> bool:
+        """Whether a run is over, and so is what it had on its cluster."""
+        known = self.controllers.get(run_dir)
+        return state.status != "running" and not (known and known.uncleared)
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,8 @@ def keeper(runs: str, launcher_for: LauncherFor, *, command: str, every: float) 
 
 
 def pass_over(this: Keeper, clock: float, idle: frozenset[str] = frozenset()) -> Pass:
-    """Tick every live run of the folder once. idle: those to leave as they are."""
+    """Tick every live run of the folder once, and those whose cluster did not take away what is over. idle: those to
+    leave as they are."""
     store.heartbeat(this.me.run_dir, msgspec.structs.replace(this.me.me, seen_at=clock))
     results: dict[str, TickResult] = {}
     errors: dict[str, str] = {}
@@ -82,18 +88,19 @@ def pass_over(this: Keeper, clock: float, idle: frozenset[str] = frozenset()) ->
                 results[run_dir] = control.act(this.of(run_dir), state, group.launcher, launch, clock)
             except FAILURES as error:
                 errors[run_dir] = str(error)
-    return Pass(results, errors)
+    uncleared = {run_dir: said for run_dir, known in this.controllers.items() for said in known.uncleared}
+    return Pass(results, uncleared | errors)
 
 
 def _groups(this: Keeper, idle: frozenset[str], errors: dict[str, str]) -> list[_Group]:
-    """The live runs by cluster profile. What is wrong with a run goes into `errors`."""
+    """The runs to tick by cluster profile. What is wrong with a run goes into `errors`."""
     groups: dict[bytes, _Group] = {}
     for run_dir in (f"{this.runs}/{name}" for name in storage.names(this.runs)):
         if run_dir in idle:
             continue
         try:
             state = folded.load(run_dir)
-            if state is None or state.status != "running" or _is_elsewhere(state):
+            if state is None or this.is_done_with(state, run_dir) or _is_elsewhere(state):
                 continue
             profile = msgspec.json.encode(state.cluster)
             if profile not in groups:

@@ -112,7 +112,6 @@ def _launch(run_dir: str, owner: str, state: State, launcher: Launcher, action: 
         digest=digest, owner=owner, lease_until=clock + LEASE_SECONDS, nodes=attempt.nodes,
     )  # fmt: skip
     intended = append(run_dir, state, intent)
-    _clear(run_dir, state, launcher)  # one may have come back since it was closed, and nobody looks at it any more
     if time.monotonic() - begun > LEASE_SECONDS:
         return intended  # too late to submit: it is looked up and given up like anybody else's
     return _submit(run_dir, intended, launcher, attempt, digest, clock)
@@ -155,16 +154,7 @@ def _close(run_dir: str, state: State, launcher: Launcher, action: Close, clock:
     assert state.live is not None
     if action.gone:
         launcher.cancel(query(run_dir, state, state.live), hard=True)
-    after = close(run_dir, state, action, clock)
-    _clear(run_dir, after, launcher)
-    return after
-
-
-def _clear(run_dir: str, state: State, launcher: Launcher) -> None:
-    """Of all closed attempts: a cluster that does not answer now is asked again with the next."""
-    if closed := [query(run_dir, state, attempt) for attempt in state.attempts if attempt.end is not None]:
-        with suppress(LaunchError):  # one that stays finds its attempt closed, and ends by itself
-            launcher.clear(closed)
+    return close(run_dir, state, action, clock)
 
 
 class Closed(Record, frozen=True):

@@ -30,6 +30,7 @@ CLUSTER_TICK_SECONDS = 10.0  # between two questions to a cluster that others us
 OUT_OF_REACH_SECONDS = 600.0  # a store that does not answer for this long ends the watch, not the run
 DISK_FULL_SECONDS = 30.0
 SHIPPER_SECONDS = 20.0  # how long a finished run waits for MLflow before it says where it stands
+CLEAR_SECONDS = 60.0  # and for a cluster to take away what is over
 
 
 @dataclass
@@ -89,6 +90,8 @@ def stay(run_dir: str, console: Console, command: str) -> State:
         return control.load(run_dir)
     if shipper is not None:
         _wait_for_mlflow(run_dir, end, shipper, console)
+    if this.uncleared:
+        _wait_for_the_cluster(this, end, console)
     return end
 
 
@@ -221,6 +224,17 @@ def _wait_for_mlflow(run_dir: str, end: State, shipper: subprocess.Popen[bytes],
         console.print(
             f"MLflow ({uri}) has not got everything yet; {tracking.log_file(run_dir)} says why", style="yellow"
         )
+
+
+def _wait_for_the_cluster(this: Controller, end: State, console: Console) -> None:
+    """Bounded too: what is over takes no node, and anybody's tick takes it away."""
+    deadline = time.monotonic() + CLEAR_SECONDS
+    with suppress(KeyboardInterrupt):
+        while this.uncleared and time.monotonic() < deadline:
+            time.sleep(this.me.every)
+            control.clear(this, end, launchers.launcher_for(end.cluster))
+    for said in this.uncleared:
+        console.print(f"{said}; `dinoctl tick {this.run_dir}` asks again", style="yellow", soft_wrap=True)
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
-from model import contract
+from model import contract, s3 as s3_requests
 from tests import builders
 from tests.kubernetes import cluster as kubernetes_cluster
 from tests.slurm import cluster
@@ -89,6 +89,7 @@ def s3(s3_store: weed.Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     for name, value in s3_store.environment().items():
         monkeypatch.setenv(name, value)
     S3FileSystem.clear_instance_cache()
+    monkeypatch.setattr(s3_requests, "PATIENCE", s3_requests.Patience())  # a command that a test ran here shortens it
     return f"s3://{weed.BUCKET}/{tmp_path.name}"
 
 

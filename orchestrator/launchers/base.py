@@ -75,7 +75,7 @@ class Launcher(Protocol):
     def clear(self, queries: Sequence[Query]) -> None:
         """Of a run's closed attempts: take off the queue what waits there under their names (requeued by the site, or
         submitted twice). What runs is left alone: the agent that holds the claim is in its last act, any other finds
-        the claim taken. Raises LaunchError if the cluster does not answer: the next time all are named again."""
+        the claim taken. Raises LaunchError if the cluster does not answer: they are named again later."""
 
     def usable_nodes(self, resources: Mapping[str, Any], exclude: Sequence[str]) -> int | None:
         """How many nodes could be given to an attempt with these `resources` of its phase, busy ones included, down and

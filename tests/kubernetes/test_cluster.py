@@ -71,6 +71,8 @@ def test_pods_run_this_checkout_on_nodes_of_their_own(real_nodes: Place, tmp_pat
     name = pods(real_nodes)[0]["metadata"]["name"]
     assert real_nodes.kubectl("logs", name) == "done\n"
     assert real_nodes.kubectl("exec", name, "--", "sh", "-c", "echo $NODE").startswith("real-")
+    ours = real_nodes.ours.settings  # with a bridge's own address, which no pod that comes or goes changes
+    assert (LINKS / ours.bridge / "address").read_text().strip() == ours.bridge_mac
 
 
 def test_pods_find_each_other_by_name(real_nodes: Place) -> None:

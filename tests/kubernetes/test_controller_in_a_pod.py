@@ -153,6 +153,8 @@ def test_the_run_goes_on_in_the_deployment_s_next_pod_when_one_is_killed(real_no
         real_nodes.wait(lambda: not any(process.is_running() for process in old), f"the processes of {first} to end")
         (folder / "go").touch()
         real_nodes.wait(lambda: control.load(run).status != "running", "the run to be over")
+        cleared = lambda: names(real_nodes, "jobs") == names(real_nodes, "services") == []  # noqa: E731
+        real_nodes.wait(cleared, "all to be cleared away")
     end = control.load(run)
     assert end.status == "done", end.failed
     assert [attempt.end and attempt.end.cause for attempt in end.attempts] == [Cause.DONE] * 2
@@ -160,4 +162,3 @@ def test_the_run_goes_on_in_the_deployment_s_next_pod_when_one_is_killed(real_no
     assert launched_by == {"pretrain": first, "evaluate": second}
     (pod,) = real_nodes.get(*PODS)["items"]
     assert (pod["metadata"]["name"], pod["status"]["containerStatuses"][0]["restartCount"]) == (second, 0)
-    real_nodes.wait(lambda: names(real_nodes, "jobs") == names(real_nodes, "services") == [], "all to be cleared away")

@@ -13,7 +13,7 @@ import pytest
 from model import storage
 from model.contract import EVALUATE, Cause, closed_file
 from orchestrator import control, store
-from orchestrator.decide import Wait
+from orchestrator.decide import Rest, Wait
 from tests.orchestrator.pretend import Bench, Job, PretendLauncher, job_spec, phase
 
 REPOSITORY = Path(__file__).parents[2]
@@ -231,14 +231,29 @@ def test_what_waits_under_the_name_of_an_attempt_that_said_its_end_is_taken_off_
     assert not job.requeued
 
 
-def test_what_a_cluster_that_did_not_answer_left_behind_is_taken_off_with_a_later_attempt(bench: Bench) -> None:
+@pytest.mark.parametrize("same", [True, False])
+def test_what_a_cluster_that_did_not_answer_left_behind_is_taken_off_later(bench: Bench, *, same: bool) -> None:
+    """By the same process with its next tick, by another with the next that it has to do."""
     first = requeued_after_its_end(bench)
+    this = bench.controller()
     bench.launcher.blind = True
-    bench.tick()
-    bench.tick(seconds=10.0)
+    bench.tick(this)
+    bench.tick(this, seconds=10.0)
     assert len(bench.launcher.jobs) == 2
     assert first.requeued
+    assert this.uncleared == ["no answer"]
     bench.launcher.blind = False
-    bench.launcher.job.end(Cause.STOPPED)
-    bench.tick(seconds=20.0)
+    if not same:
+        this = bench.controller()
+        bench.launcher.job.end(Cause.STOPPED)
+    bench.tick(this, seconds=20.0)
     assert not first.requeued
+    assert this.uncleared == []
+
+
+def test_what_is_left_of_a_run_that_is_over_a_tick_takes_off(bench: Bench) -> None:
+    bench.submit()
+    assert bench.drive().status == "done"
+    bench.launcher.job.requeued = True
+    assert isinstance(bench.tick().action, Rest)
+    assert not bench.launcher.job.requeued

@@ -101,6 +101,27 @@ def test_each_cluster_is_asked_once_and_one_that_cannot_be_is_said(bench: Bench)
     assert done.errors == {bench.dir("d"): "no squeue here"}
 
 
+def test_a_run_that_is_over_is_kept_until_its_cluster_has_taken_away_what_it_had(runs: Bench) -> None:
+    this = keeper(runs)
+    for name in NAMES:
+        control.cancel(runs.dir(name), by="test")
+    assert pass_over(runs, this).results == {}, "they never began"
+    runs.submit(run="four")
+    pass_over(runs, this)
+    control.cancel(runs.dir("four"), by="test")
+    runs.launcher.job.end(Cause.STOPPED)
+    runs.launcher.job.requeued = True
+    runs.launcher.blind = True
+    for _ in range(2):
+        done = pass_over(runs, this)
+        assert done.results[runs.dir("four")].state.status == "cancelled"
+        assert done.errors == {runs.dir("four"): "no answer"}
+    runs.launcher.blind = False
+    assert pass_over(runs, this).errors == {}
+    assert not runs.launcher.job.requeued
+    assert pass_over(runs, this).results == {}
+
+
 def _spec() -> dict[str, Any]:
     from tests.orchestrator.pretend import job_spec
 
@@ -177,3 +198,16 @@ def test_the_commands(runs: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     first.unlink()
     first.write_text("{")
     assert cli.main(["tick", "--runs", str(runs.folder)]) == 1
+
+
+def test_a_tick_says_what_a_cluster_did_not_take_away(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launchers, "launcher_for", bench.launcher)
+    bench.submit()
+    bench.drive()
+    bench.launcher.blind = True
+    assert cli.main(["tick", bench.dir()]) == 1
+    assert capsys.readouterr().err == f"dinoctl: {bench.dir()}: no answer; tick again later\n"
+    bench.launcher.blind = False
+    assert cli.main(["tick", bench.dir()]) == 0

@@ -16,7 +16,7 @@ from model import storage
 from model.contract import Cause
 from orchestrator import control, launchers, watch
 from orchestrator.decide import Wait
-from orchestrator.launchers.base import Observation, Query
+from orchestrator.launchers.base import LaunchError, Observation, Query
 from orchestrator.screen import Lines
 from tests.orchestrator.pretend import Job, PretendLauncher, request, tiny_code
 
@@ -220,6 +220,27 @@ def test_who_leaves_pods_leaves_somebody_behind(
 
     _, text = stay(run_dir, Willing(before=leave), monkeypatch, command)
     assert said in text
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_cluster_that_does_not_take_away_what_is_over_is_asked_again_and_then_left(
+    on_a_cluster: str, monkeypatch: pytest.MonkeyPatch, *, answers: bool
+) -> None:
+    asked: list[int] = []
+
+    def clear(queries: Sequence[Query]) -> None:
+        asked.append(len(queries))
+        if len(queries) == 4 and (asked.count(4) < 3 or not answers):
+            raise LaunchError("jobs that are over cannot be deleted now")
+
+    monkeypatch.setattr(watch, "CLEAR_SECONDS", 0.5)
+    launcher = Willing()
+    launcher.clear = clear  # type: ignore[method-assign]
+    code, text = stay(on_a_cluster, launcher, monkeypatch)
+    assert code == 0
+    said = f"jobs that are over cannot be deleted now; `dinoctl tick {on_a_cluster}` asks again"
+    assert (said in text) is not answers
+    assert asked.count(4) == 3 if answers else asked.count(4) > 3
 
 
 def test_a_terminal_that_is_gone_does_not_keep_anybody(on_a_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,8 +186,10 @@ class Node:
 
 
 def make_bridge(settings: Settings) -> None:
+    """With an address of its own: else it takes the lowest of its pods', another with each that comes or goes, and what
+    the others send to it is lost until they ask for it again."""
     if not (LINKS / settings.bridge).exists():
-        _ip("link", "add", settings.bridge, "type", "bridge")
+        _ip("link", "add", settings.bridge, "address", settings.bridge_mac, "type", "bridge")
         _ip("link", "set", settings.bridge, "up")
     _address("add", settings.gateway, settings.bridge)
 

@@ -59,6 +59,11 @@ class Settings:
         return f"{BRIDGES}{self.net}"
 
     @property
+    def bridge_mac(self) -> str:
+        """The gateway's address, after the two bytes of one that is nobody's product."""
+        return "02:00:" + ":".join(f"{int(part):02x}" for part in self.gateway.split("."))
+
+    @property
     def server(self) -> str:
         return f"https://127.0.0.1:{self.port}"
 
