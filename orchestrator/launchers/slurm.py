@@ -26,8 +26,9 @@ from orchestrator.launchers.slurm_queue import Job, label
 LAG_SECONDS = 30.0
 """How long accounts may lag: a job that neither squeue nor sacct knows is over once it was not seen for so long."""
 
-GONE_SECONDS = 60.0
-"""How long a killed job may take to leave its nodes."""
+GONE_SECONDS = 90.0
+"""How long a killed job may take to leave its nodes: Slurm gives a step that does not end 60 s (UnkillableStepTimeout),
+and then ends it without."""
 
 LOOK_BACK_SECONDS = 7 * 86400.0
 """How far back the accounts are searched for a job of which only the name is known."""
