@@ -21,7 +21,7 @@ def again(function: Callable[..., Tensor], inputs: Sequence[Tensor], then: Calla
 
     Under activation checkpointing and torch.compile, which choose for themselves what is kept, it is just that.
     """
-    dtype = _product_dtype(inputs[0])
+    dtype = product_dtype(inputs[0])
 
     def compute() -> Tensor:
         return function(*inputs).to(dtype)
@@ -49,7 +49,7 @@ def _restored(kept: Tensor | torch.Size, compute: Callable[[], Tensor]) -> Tenso
     return kept if isinstance(kept, Tensor) else compute().view(kept)
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """What autocast computes products of `x` in: cast here, so that the layer keeps nothing that is not `y`."""
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype

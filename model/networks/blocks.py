@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from model.accounting import swiglu_width
 from model.networks.again import again
 from model.networks.attention import Group, attend, split_heads
 from model.networks.init import Rule
+from model.networks.layer_scale import LayerScale
 from model.networks.rope import Rotation
 
 
@@ -30,27 +32,14 @@ class Kept:
     scale: float  # sequences / kept: keeps the expectation of the residual
 
 
-class LayerScale(nn.Module):
-    def __init__(self, dim: int, value: float) -> None:
-        super().__init__()
-        self.value = value
-        self.gamma = nn.Parameter(torch.empty(dim))
-
-    def initial(self) -> dict[str, Rule]:
-        return {"gamma": self.value}
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
-
-
 class Mlp(nn.Module):
     def __init__(self, dim: int, ratio: float) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, int(dim * ratio))
         self.fc2 = nn.Linear(int(dim * ratio), dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return again(F.gelu, [self.fc1(x)], self.fc2)
+    def forward(self, x: Tensor, scale: LayerScale | None = None) -> Tensor:
+        return again(F.gelu, [self.fc1(x)], _last(self.fc2, scale))
 
 
 class SwiGlu(nn.Module):
@@ -63,8 +52,8 @@ class SwiGlu(nn.Module):
         self.w2 = nn.Linear(dim, hidden)
         self.w3 = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return again(_gated, [self.w1(x), self.w2(x)], self.w3)
+    def forward(self, x: Tensor, scale: LayerScale | None = None) -> Tensor:
+        return again(_gated, [self.w1(x), self.w2(x)], _last(self.w3, scale))
 
 
 class FusedSwiGlu(nn.Module):
@@ -76,8 +65,13 @@ class FusedSwiGlu(nn.Module):
         self.w12 = nn.Linear(dim, 2 * hidden)
         self.w3 = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return again(_gated, self.w12(x).chunk(2, dim=-1), self.w3)
+    def forward(self, x: Tensor, scale: LayerScale | None = None) -> Tensor:
+        return again(_gated, self.w12(x).chunk(2, dim=-1), _last(self.w3, scale))
+
+
+def _last(layer: nn.Linear, scale: LayerScale | None) -> Callable[[Tensor], Tensor]:
+    """A branch's last layer, with the branch's factor if it has one."""
+    return layer if scale is None else partial(scale, layer)
 
 
 def _gated(gate: Tensor, value: Tensor) -> Tensor:
@@ -107,9 +101,9 @@ class Attention(nn.Module):
         self.qkv = KeyMaskedLinear(dim) if qkv_bias and mask_k_bias else nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, groups: Sequence[Group]) -> Tensor:
+    def forward(self, x: Tensor, groups: Sequence[Group], scale: LayerScale | None = None) -> Tensor:
         """Of the packed tokens [tokens, dim] of these groups."""
-        return self.proj(attend(self.qkv(x), groups, self.heads, causal=self.causal))  # type: ignore[no-any-return]
+        return _last(self.proj, scale)(attend(self.qkv(x), groups, self.heads, causal=self.causal))
 
     def weights(self, x: Tensor, rotation: Rotation | None, query: int) -> Tensor:
         """What the token at `query` attends to: [sequences, heads, tokens] of x [sequences, tokens, dim], fp32. For
@@ -126,10 +120,10 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = attn
-        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        self.ls1 = None if layer_scale is None else LayerScale(dim, layer_scale)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = mlp
-        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        self.ls2 = None if layer_scale is None else LayerScale(dim, layer_scale)
 
     def forward(self, x: Tensor, groups: Sequence[Group], kept: Sequence[Kept | None]) -> Tensor:
         """x: the packed tokens [tokens, dim] of these groups; kept: one a group, None for all of its sequences."""
@@ -137,10 +131,10 @@ class Block(nn.Module):
         return _residual(x, groups, [None if k is None else (k.ffn, k.scale) for k in kept], self._feed)
 
     def _attend(self, x: Tensor, groups: Sequence[Group]) -> Tensor:
-        return self.ls1(again(self.norm1, [x], lambda y: self.attn(y, groups)))  # type: ignore[no-any-return]
+        return again(self.norm1, [x], lambda y: self.attn(y, groups, self.ls1))
 
     def _feed(self, x: Tensor, groups: Sequence[Group]) -> Tensor:
-        return self.ls2(again(self.norm2, [x], self.mlp))  # type: ignore[no-any-return]
+        return again(self.norm2, [x], lambda y: self.mlp(y, self.ls2))
 
 
 def _residual(

@@ -46,6 +46,10 @@ def convert(module: nn.Module) -> None:
         layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
 
 
+def is_converted(layer: nn.Linear) -> bool:
+    return "forward" in vars(layer)
+
+
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     bias = layer.bias
     if (mask := getattr(layer, "bias_mask", None)) is not None:

@@ -115,9 +115,9 @@ def test_drop_path_scales_the_residual_of_those_it_keeps():
     kept = Kept(torch.tensor([2, 0]), torch.tensor([3, 0]), scale=2.0)
     groups = [Group(4, 5)]
     out = block(pack([x]), groups, [kept]).view_as(x)
-    attention = x + 2.0 * block.ls1(block.attn(block.norm1(pack([x])), groups)).view_as(x)
+    attention = x + 2.0 * (block.ls1.gamma * block.attn(block.norm1(pack([x])), groups)).view_as(x)
     after = torch.stack([attention[0], x[1], attention[2], x[3]])
-    ffn = after + 2.0 * block.ls2(block.mlp(block.norm2(after)))
+    ffn = after + 2.0 * block.ls2.gamma * block.mlp(block.norm2(after))
     torch.testing.assert_close(out, torch.stack([ffn[0], after[1], after[2], ffn[3]]))
 
 
