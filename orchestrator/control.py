@@ -272,7 +272,7 @@ def act(this: Controller, state: State, launcher: Launcher, launch: Observation,
         after = perform(this.run_dir, this.owner, state, launcher, action, clock)
     except store.Conflict:
         return TickResult(state, action, 0.0, launch, conflict=True)
-    if isinstance(action, (Launch, Close, Rest)) or this.uncleared:
+    if isinstance(action, (Launch, Close)) or this.uncleared:
         clear(this, after, launcher)
     pause = action.seconds if isinstance(action, Wait) else POLL_SECONDS if after is state else 0.0
     return TickResult(after, action, pause, launch)
@@ -309,6 +309,8 @@ def follow(
     while True:
         result = tick(this, clock())
         watched = any(store.surely_watches(other, began, clock()) for other in _others(this, result.state))
+        if isinstance(result.action, Rest):  # who saw the run's end may have found the cluster silent
+            clear(this, result.state, this.launcher_for(result.state.cluster))
         if result.idle or (isinstance(result.action, Wait) and watched):
             return Followed(result.state, left_alone(this, result, clock()))
         sleep(result.pause)

@@ -256,4 +256,6 @@ def test_what_is_left_of_a_run_that_is_over_a_tick_takes_off(bench: Bench) -> No
     assert bench.drive().status == "done"
     bench.launcher.job.requeued = True
     assert isinstance(bench.tick().action, Rest)
+    assert bench.launcher.job.requeued, "who only shows what is over asks nobody"
+    control.follow(bench.controller(), clock=lambda: bench.now)
     assert not bench.launcher.job.requeued

@@ -241,6 +241,9 @@ def test_a_cluster_that_does_not_take_away_what_is_over_is_asked_again_and_then_
     said = f"jobs that are over cannot be deleted now; `dinoctl tick {on_a_cluster}` asks again"
     assert (said in text) is not answers
     assert asked.count(4) == 3 if answers else asked.count(4) > 3
+    count = len(asked)
+    stay(on_a_cluster, launcher, monkeypatch)
+    assert len(asked) == count, "who comes to what is over asks nobody"
 
 
 def test_a_terminal_that_is_gone_does_not_keep_anybody(on_a_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
