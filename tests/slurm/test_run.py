@@ -55,12 +55,14 @@ def at_work(cluster: Cluster) -> str:
     return cluster.run("squeue", "--noheader", "--states=R", "--partition=low", "--format=%N").split()[0]
 
 
-def preempt(cluster: Cluster, moment: Moment) -> None:
-    """A job of a partition with a higher priority takes the nodes away; the ranks, held still, then learn of it."""
+def preempt(cluster: Cluster, job: Job, moment: Moment) -> None:
+    """A job of a partition with a higher priority takes the nodes away; the ranks, held still, then learn of it. They
+    may still pass a save: who wants to hold the next attempt has to wait for it."""
     words = ("--partition=high", "--exclusive", f"--nodelist={at_work(cluster)}", "--output=/dev/null")
     cluster.run("sbatch", *words, "--wrap=sleep 1")
     wait_until(moment.asked, "an agent to be asked to stop")
     moment.let_go()
+    wait_until(lambda: job.attempts(moment.phase)[-1] != moment.attempt, "the next attempt")
 
 
 def test_preempted_in_each_phase_a_node_and_the_controller_killed(
@@ -69,21 +71,20 @@ def test_preempted_in_each_phase_a_node_and_the_controller_killed(
     with cleaned_up(on_slurm(tmp_path, cluster, "ci")) as job:
         dinoctl = job.start(submitted(job))
         preempted = [held(job, "pretrain", 5)]
-        preempt(cluster, preempted[0])
+        preempt(cluster, job, preempted[0])
 
         moment = held(job, "pretrain", 10)
         dinoctl.kill()
         dinoctl.wait()
         moment.let_go()
         preempted.append(held(job, "gram", 5))  # begun by the agent's last act: no other process of ours was there
-        preempt(cluster, preempted[-1])
-        wait_until(lambda: len(job.attempts("gram")) > 1, "the next attempt, though nobody watches")
+        preempt(cluster, job, preempted[-1])  # its next attempt begins though nobody watches
         dinoctl = job.start(["resume", job.name])
 
         preempted.append(held(job, "highres", 5))
-        preempt(cluster, preempted[-1])
+        preempt(cluster, job, preempted[-1])
         preempted.append(held(job, "text", 5))
-        preempt(cluster, preempted[-1])
+        preempt(cluster, job, preempted[-1])
 
         lost = held(job, "text", 10)
         node = cluster.run("scontrol", "show", "hostnames", at_work(cluster)).split()[-1]  # not that of rank 0
