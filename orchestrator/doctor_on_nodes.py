@@ -212,7 +212,7 @@ def judge(patient: Patient, seen: Seen) -> Iterator[Finding]:
             yield wrong(f"node {report.host}", error, "the check named first could not be made there")
     if missing:
         return
-    yield ok("on nodes", f"{listed([report.host for report in seen.reports])} reported")
+    yield ok("on nodes", f"{listed(sorted(report.host for report in seen.reports))} reported")
     yield from _shared(patient, seen.reports)
     yield from _speed(patient, seen.reports)
     yield from _clocks(seen.reports)
