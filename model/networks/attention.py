@@ -1,12 +1,12 @@
 """Attention of packed groups of sequences: torch's fused one, and on a CPU another for short sequences.
 
-For 14 to 50 tokens, as small crops have, plain products are faster than torch's kernel (tests/benchmarks/losses.py),
-of which the advantage, that it keeps no scores, begins at some two hundred.
+For 14 to 50 tokens, as small crops have, plain products are faster than torch's kernel (tests/benchmarks/losses.py);
+its advantage begins at some two hundred.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.losses.precision import promote
+from model.networks.again import again
 from model.networks.rope import Rotation
 
 SHORT = 128
@@ -53,14 +54,17 @@ def unpack(flat: Tensor, groups: Sequence[Group]) -> list[Tensor]:
     return [part.view(group.sequences, group.tokens, -1) for part, group in zip(parts, groups, strict=True)]
 
 
-def attend(qkv: Tensor, groups: Sequence[Group], heads: int, *, causal: bool = False) -> Tensor:
-    """What each token gathers from its sequence: packed queries, keys and values [tokens, 3 dim] -> [tokens, dim]."""
+def attend(
+    qkv: Tensor, groups: Sequence[Group], heads: int, then: Callable[[Tensor], Tensor], *, causal: bool = False
+) -> Tensor:
+    """`then` of what each token gathers from its sequence, [tokens, dim]; qkv: packed queries, keys and values
+    [tokens, 3 dim]."""
     longest = max(group.tokens for group in groups)
     if qkv.device.type == "cpu" and longest <= SHORT and not causal and not torch.compiler.is_compiling():
-        with torch.autocast("cpu", enabled=False):
-            return _Short.apply(qkv, groups, heads)  # type: ignore[no-any-return]
+        dtype = qkv.dtype
+        return again(lambda *parts: _gather(parts, groups, dtype), _Split.apply(qkv, groups, heads), then)
     parts = zip(unpack(qkv, groups), groups, strict=True)
-    return pack([_fused(part, group.rotation, heads, causal) for part, group in parts])
+    return then(pack([_fused(part, group.rotation, heads, causal) for part, group in parts]))
 
 
 def split_heads(qkv: Tensor, rotation: Rotation | None, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,41 +82,63 @@ def _fused(qkv: Tensor, rotation: Rotation | None, heads: int, causal: bool) -> 
     return attended.transpose(1, 2).flatten(2)
 
 
-class _Short(torch.autograd.Function):
-    """softmax(q k^T / sqrt(d)) v by plain products, fp32 at least: each pass over the tokens writes into its place."""
+def _gather(parts: Sequence[Tensor], groups: Sequence[Group], dtype: torch.dtype) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return _Gathered.apply(groups, dtype, *parts)  # type: ignore[no-any-return]
+
+
+class _Split(torch.autograd.Function):
+    """Packed [tokens, 3 dim] to rotated queries, rotated keys and values, [3, sequences, heads, tokens, head dim] of
+    each group, fp32 at least. All that backward needs of attention is these."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, groups: Sequence[Group], heads: int) -> Tensor:
-        out = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
-        kept = []
-        for rows, group in _ranges(groups):
-            q, k, v = three = _to_heads(qkv[rows], group, heads, 3)
-            if group.rotation is not None:
-                group.rotation.turn_(three[:2])
-            p = _softmax(torch.baddbmm(q.new_empty(()), _flat(q), _flat(k).mT, beta=0, alpha=q.shape[-1] ** -0.5))
-            _from_heads(torch.bmm(p, _flat(v)).view_as(v)[None], out[rows], group)
-            kept += [three, p]
-        ctx.save_for_backward(*kept)
+    def forward(ctx: Any, qkv: Tensor, groups: Sequence[Group], heads: int) -> tuple[Tensor, ...]:
         ctx.groups, ctx.heads, ctx.dtype = groups, heads, qkv.dtype
-        return out
+        parts = []
+        for rows, group in _ranges(groups):
+            given = promote(_by_head(qkv[rows], group, heads, 3))
+            parts.append(given.new_empty(given.shape))
+            _copy_turned(given, parts[-1], group.rotation)
+        return tuple(parts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (g,) = gradients
-        kept, dqkv = ctx.saved_tensors, g.new_empty(len(g), 3 * g.shape[1])
-        for (rows, group), three, p in zip(_ranges(ctx.groups), kept[::2], kept[1::2], strict=True):
-            q, k, v = (_flat(x) for x in three)
-            (out,) = _to_heads(g[rows], group, ctx.heads, 1)
-            d = torch.empty_like(three)
+        tokens, width = sum(group.rows for group in ctx.groups), 3 * ctx.heads * gradients[0].shape[-1]
+        dqkv = gradients[0].new_empty(tokens, width, dtype=ctx.dtype)
+        for (rows, group), g in zip(_ranges(ctx.groups), gradients, strict=True):
+            back = None if group.rotation is None else group.rotation.inverse()
+            _copy_turned(g, _by_head(dqkv[rows], group, ctx.heads, 3), back)
+        return dqkv, None, None
+
+
+class _Gathered(torch.autograd.Function):
+    """softmax(q k^T / sqrt(d)) v by plain products, of the parts of `_Split`: [tokens, dim]."""
+
+    @staticmethod
+    def forward(ctx: Any, groups: Sequence[Group], dtype: torch.dtype, *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(*parts)
+        ctx.groups = groups
+        _, _, heads, _, width = parts[0].shape
+        out = parts[0].new_empty(sum(group.rows for group in groups), heads * width, dtype=dtype)
+        for (rows, group), (q, k, v) in zip(_ranges(groups), parts, strict=True):
+            gathered = torch.bmm(_weights(_flat(q), _flat(k)), _flat(v))
+            _by_head(out[rows], group, heads, 1)[0].copy_(gathered.view_as(v))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (g,), parts = gradients, ctx.saved_tensors
+        found = [torch.empty_like(part) for part in parts]
+        for (rows, group), part, d in zip(_ranges(ctx.groups), parts, found, strict=True):
+            q, k, v = (_flat(x) for x in part)
             dq, dk, dv = (_flat(x) for x in d)
-            ds = _softmax_backward(torch.bmm(_flat(out), v.mT), p).mul_(q.shape[-1] ** -0.5)
+            dout = _flat(promote(_by_head(g[rows], group, part.shape[2], 1)[0]).contiguous())
+            p = _weights(q, k)
+            ds = _softmax_backward(torch.bmm(dout, v.mT), p).mul_(q.shape[-1] ** -0.5)
             torch.bmm(ds, k, out=dq)
             torch.bmm(ds.mT, q, out=dk)
-            torch.bmm(p.mT, _flat(out), out=dv)
-            if group.rotation is not None:
-                group.rotation.inverse().turn_(d[:2])
-            _from_heads(d, dqkv[rows], group)
-        return dqkv, None, None
+            torch.bmm(p.mT, dout, out=dv)
+        return (None, None, *found)
 
 
 def _ranges(groups: Sequence[Group]) -> Iterator[tuple[slice, Group]]:
@@ -122,20 +148,27 @@ def _ranges(groups: Sequence[Group]) -> Iterator[tuple[slice, Group]]:
         start += group.rows
 
 
-def _to_heads(x: Tensor, group: Group, heads: int, parts: int) -> Tensor:
-    """[rows, parts * dim] copied to [parts, sequences, heads, tokens, head dim], fp32 at least."""
-    split = x.view(group.sequences, group.tokens, parts, heads, -1).permute(2, 0, 3, 1, 4)
-    return promote(split).contiguous()
+def _by_head(x: Tensor, group: Group, heads: int, parts: int) -> Tensor:
+    """[rows, parts * dim] seen as [parts, sequences, heads, tokens, head dim]."""
+    return x.view(group.sequences, group.tokens, parts, heads, -1).permute(2, 0, 3, 1, 4)
 
 
-def _from_heads(x: Tensor, into: Tensor, group: Group) -> None:
-    """The inverse of `_to_heads`."""
-    parts, _, heads, _, _ = x.shape
-    into.view(group.sequences, group.tokens, parts, heads, -1).copy_(x.permute(1, 3, 0, 2, 4))
+def _copy_turned(x: Tensor, into: Tensor, rotation: Rotation | None) -> None:
+    """Queries, keys and values [3, sequences, heads, tokens, head dim], the former two rotated."""
+    if rotation is None:
+        into.copy_(x)
+    else:
+        rotation.copy_turned(x[:2], into[:2])
+        into[2].copy_(x[2])
 
 
 def _flat(x: Tensor) -> Tensor:
     return x.flatten(0, 1)
+
+
+def _weights(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) of [batch, tokens, d]."""
+    return _softmax(torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5))
 
 
 def _softmax(scores: Tensor) -> Tensor:

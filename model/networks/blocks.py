@@ -103,7 +103,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, groups: Sequence[Group], scale: LayerScale | None = None) -> Tensor:
         """Of the packed tokens [tokens, dim] of these groups."""
-        return _last(self.proj, scale)(attend(self.qkv(x), groups, self.heads, causal=self.causal))
+        return attend(self.qkv(x), groups, self.heads, _last(self.proj, scale), causal=self.causal)
 
     def weights(self, x: Tensor, rotation: Rotation | None, query: int) -> Tensor:
         """What the token at `query` attends to: [sequences, heads, tokens] of x [sequences, tokens, dim], fp32. For

@@ -51,25 +51,19 @@ class Rotation:
     def turn(self, x: Tensor) -> Tensor:
         """Rotate [crops, heads, tokens, head dim] in `cos`'s dtype; the result has x's. Channels (i, i + half) pair
         up."""
-        wide = x.to(self.cos.dtype)
-        return (wide * self.cos + _partners(wide) * self._signed()).to(x.dtype)
-
-    def turn_(self, x: Tensor) -> None:
-        """`turn` in place, where no gradient is asked for."""
-        if x.dtype == self.cos.dtype:
-            partners = _partners(x)
-            x.mul_(self.cos).addcmul_(partners, self._signed())
-        else:
-            x.copy_(self.turn(x))
-
-    def _signed(self) -> Tensor:
+        wide, half = x.to(self.cos.dtype), x.shape[-1] // 2
         first, second = self.sin.chunk(2, dim=-1)
-        return torch.cat((-first, second), dim=-1)
+        return (wide * self.cos + wide.roll(half, dims=-1) * torch.cat((-first, second), dim=-1)).to(x.dtype)
 
-
-def _partners(x: Tensor) -> Tensor:
-    """What each channel is mixed with: the one half a head away."""
-    return x.roll(x.shape[-1] // 2, dims=-1)
+    def copy_turned(self, x: Tensor, into: Tensor) -> None:
+        """`turn` into another tensor, where no gradient is asked for; either may lie in memory in any order."""
+        if not x.dtype == into.dtype == self.cos.dtype:
+            into.copy_(self.turn(x))
+            return
+        torch.mul(x, self.cos, out=into)
+        (x1, x2), (into1, into2), (sin1, sin2) = (t.chunk(2, dim=-1) for t in (x, into, self.sin))
+        into1.addcmul_(x2, sin1, value=-1)
+        into2.addcmul_(x1, sin2)
 
 
 def periods(head_dim: int, base: float, dtype: torch.dtype = torch.float32) -> Tensor:

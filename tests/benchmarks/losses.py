@@ -79,7 +79,7 @@ def of_attention(sequences: int, tokens: int, heads: int = 6, width: int = 64) -
 
     def learn(short: int) -> None:
         attention.SHORT = short
-        torch.autograd.grad(attend(qkv, [group], heads), qkv, gradient)
+        torch.autograd.grad(attend(qkv, [group], heads, lambda attended: attended), qkv, gradient)
 
     ways = {"ours": lambda: learn(tokens), "torch's": lambda: learn(0)}
     print(f"Attention, forward and backward of {sequences} x {tokens} tokens: {medians(ways)}")

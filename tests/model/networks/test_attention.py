@@ -43,11 +43,15 @@ def result_and_gradient(function):
     return out.detach(), qkv.grad
 
 
+def same(attended):
+    return attended
+
+
 def test_short_sequences_are_what_torch_computes(monkeypatch):
     expected = result_and_gradient(by_torch)
-    found = result_and_gradient(lambda qkv: attend(qkv, groups(), HEADS))
+    found = result_and_gradient(lambda qkv: attend(qkv, groups(), HEADS, same))
     monkeypatch.setattr(attention, "SHORT", 17)
-    fused = result_and_gradient(lambda qkv: attend(qkv, groups(), HEADS))
+    fused = result_and_gradient(lambda qkv: attend(qkv, groups(), HEADS, same))
     for values in (found, fused):
         torch.testing.assert_close(values, expected, rtol=1e-12, atol=1e-12)
 
@@ -55,9 +59,9 @@ def test_short_sequences_are_what_torch_computes(monkeypatch):
 def test_bf16_is_rounded_once_at_the_end():
     qkv = packed(torch.bfloat16).requires_grad_()
     plain = [Group(group.sequences, group.tokens) for group in groups()]
-    out = attend(qkv, plain, HEADS)
+    out = attend(qkv, plain, HEADS, same)
     assert out.dtype == torch.bfloat16
-    assert torch.equal(out, attend(qkv.float(), plain, HEADS).bfloat16())
+    assert torch.equal(out, attend(qkv.float(), plain, HEADS, same).bfloat16())
     out.sum().backward()
     assert qkv.grad.dtype == torch.bfloat16
 
