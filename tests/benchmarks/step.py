@@ -9,6 +9,7 @@ products alone; what is printed are medians of the rounds (of the large product 
 - `data` is what one loader thread takes to make a batch of decoded images. It is made beside the step, and not part of
   it; `images_per_s_with_data` is for cores that do both.
 - Memory is the process's peak after the first steps, interpreter and libraries included; on a GPU what torch allocated.
+- It starts itself anew with what an agent sets for the memory of its ranks (`model.processes.MEMORY`).
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import platform
 import resource
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,6 +43,7 @@ from model.networks.init import create
 from model.objectives.base import Moment
 from model.objectives.build import build
 from model.objectives.ssl import SslObjective
+from model.processes import MEMORY
 from tests.benchmarks.products import Product, Timer, cube_flops_per_second, recorded
 
 HEAD = {"hidden": 2048, "bottleneck": 256}
@@ -305,6 +309,8 @@ def main() -> None:
     options = parse()
     if options.cpu_time and (options.threads > 1 or options.device != "cpu"):
         raise SystemExit("--cpu-time: threads that wait for each other take CPU time too; go with --threads 1 on a CPU")
+    if not MEMORY.keys() <= os.environ.keys():
+        os.execve(sys.executable, sys.orig_argv, {**MEMORY, **os.environ})
     told = measure(options)
     if options.json:
         print(json.dumps(told))
