@@ -187,7 +187,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """A failure is named when it happens: a run that is cut off has no summary."""
     if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
-        print(f"\nFAILED {report.nodeid} ({report.when}):", *report.longreprtext.splitlines()[-1:])
+        crash = getattr(report.longrepr, "reprcrash", None)
+        why = crash.message.splitlines()[:1] if crash else []
+        print(f"\nFAILED {report.nodeid} ({report.when}):", *report.longreprtext.splitlines()[-1:], *why)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

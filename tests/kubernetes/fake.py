@@ -40,13 +40,15 @@ def wait_until(
 ) -> Observation:
     """The first look of such a state, with these words in its detail."""
 
-    def there() -> Observation | None:
-        seen = look(mine, of, handle)
-        return seen if seen.state in wanted and words in seen.detail else None
+    seen = look(mine, of, handle)
 
-    found = wait_for(there, 90)
-    assert found is not None
-    return found
+    def there() -> bool:
+        nonlocal seen
+        seen = look(mine, of, handle)
+        return seen.state in wanted and words in seen.detail
+
+    wait_for(there, 90, lambda: f"{[*wanted]} with {words!r}; the last seen is {seen}")
+    return seen
 
 
 def run(mine: KubernetesLauncher, of: Case) -> dict[str, Any]:

@@ -335,5 +335,5 @@ def test_an_api_server_that_is_away_for_two_minutes_leaves_the_state_unknown(kub
         kubernetes.start_apiserver()
     seen = wait_until(mine, one, handle, LaunchState.RUNNING, words="not heard of: gpu-")
     assert "given up in 1" in seen.detail
-    wait_for(lambda: mine.usable_nodes({}, []) == usable)
+    wait_for(lambda: mine.usable_nodes({}, []) == usable, what=lambda: (usable, mine.usable_nodes({}, [])))
     mine.cancel(ask(one, handle), hard=True)

@@ -146,10 +146,10 @@ def agent(case: Case, **environment: str) -> subprocess.Popen[bytes]:
         )
 
 
-def wait_for(value: Callable[[], T], seconds: float = 90.0) -> T:
-    """`value()` once it is true; fails if that takes longer than `seconds`."""
+def wait_for(value: Callable[[], T], seconds: float = 90.0, what: Callable[[], object] = lambda: "") -> T:
+    """`value()` once it is true; fails if that takes longer than `seconds`, with `what` was waited for."""
     deadline = time.monotonic() + seconds
     while not (result := value()):
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, f"waited in vain: {what()}"
         time.sleep(0.02)
     return result
