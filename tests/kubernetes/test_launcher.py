@@ -15,6 +15,7 @@ from orchestrator import asking_kubernetes
 from orchestrator.asking_kubernetes import connect
 from orchestrator.launchers import kubernetes_seen
 from orchestrator.launchers.base import LaunchError, LaunchState, UnansweredError
+from tests.jobs.harness import PATIENCE
 from tests.kubernetes.cluster import GPU
 from tests.kubernetes.fake import (
     as_a_new_process,
@@ -335,5 +336,5 @@ def test_an_api_server_that_is_away_for_two_minutes_leaves_the_state_unknown(kub
         kubernetes.start_apiserver()
     seen = wait_until(mine, one, handle, LaunchState.RUNNING, words="not heard of: gpu-")
     assert "given up in 1" in seen.detail
-    wait_for(lambda: mine.usable_nodes({}, []) == usable, what=lambda: (usable, mine.usable_nodes({}, [])))
+    wait_for(lambda: mine.usable_nodes({}, []) == usable, PATIENCE, lambda: (usable, mine.usable_nodes({}, [])))
     mine.cancel(ask(one, handle), hard=True)
