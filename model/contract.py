@@ -54,6 +54,7 @@ from model.run_files import (
 )
 from model.scratch import (
     end_file as end_file,
+    looking_file as looking_file,
     pid_file as pid_file,
     pulse_file as pulse_file,
     scratch_dir as scratch_dir,

@@ -23,6 +23,7 @@ from model.data.loader import Loader, Stream, learn_tokenizer
 from model.data.skips import MOST_NAMES
 from model.data.sources import Found, build_or_read
 from model.data.waiting import awaited
+from model.looking import Looking, LookingForAll, wait_for_rank_0
 from model.networks.init import Make, create
 from model.objectives.base import Moment, Objective
 from model.objectives.build import build
@@ -209,17 +210,14 @@ def check_layout(settings: config.AnyPhase, world: int) -> None:
 
 def _index(attempt: Attempt, settings: config.AnyPhase) -> list[Found]:
     """The run's index; rank 0 makes it, if this attempt is the first to need it, and the others wait."""
-    pulse = contract.pulse_file(attempt.launch_name, parallel.rank())
-
-    def tell(done: int, total: int) -> None:
-        if done == total or done % 100 == 0:
-            log.info("indexed %s of %s tar shards", f"{done:,}", f"{total:,}")
-        pulse.touch()  # this may take longer than `health.stall_seconds`
-
+    file = contract.looking_file(attempt.launch_name, parallel.rank())
     if parallel.rank() == 0:
-        learn_tokenizer(settings, build_or_read(settings.data, attempt.run_dir, tell), attempt.run_dir)
-    parallel.gather_text("the index is there")
-    return build_or_read(settings.data, attempt.run_dir, tell)
+        looking = LookingForAll(file)
+        learn_tokenizer(settings, build_or_read(settings.data, attempt.run_dir, looking), attempt.run_dir)
+        looking.ready()
+    else:
+        wait_for_rank_0(file)
+    return build_or_read(settings.data, attempt.run_dir, Looking(file))
 
 
 def _jumps(loop: Loop) -> str:

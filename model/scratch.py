@@ -24,6 +24,11 @@ def pulse_file(launch_name: str, rank: int) -> Path:
     return scratch_dir(launch_name) / f"pulse-{rank}"
 
 
+def looking_file(launch_name: str, rank: int) -> Path:
+    """A rank touches it, before its first step, whenever it looked at one more image or shard for the index."""
+    return scratch_dir(launch_name) / f"looking-{rank}"
+
+
 def waiting_file(launch_name: str, rank: int) -> Path:
     """There while a rank waits for a batch; it says where the images lie."""
     return scratch_dir(launch_name) / f"waiting-{rank}"

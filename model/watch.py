@@ -29,12 +29,13 @@ DUMP_SECONDS = 1.0
 class Watch:
     """What the agent has seen so far. All times are of the monotonic clock."""
 
-    began: float
+    began: float  # or when a rank last looked at an image for the index, which is before the first step
     ranks: range = range(1)  # those of this node
     host: str = ""  # this node, for messages; empty where there is but one
     asked: float | None = None  # when a stop was asked for
     pulses: dict[int, int] = field(default_factory=dict)
     pulse: float | None = None  # when a pulse was last seen
+    looks: dict[int, int] = field(default_factory=dict)
     waiting: dict[int, str] = field(default_factory=dict)  # ranks that wait for a batch, and where their images lie
     pids: dict[int, int] = field(default_factory=dict)
     dead: list[int] = field(default_factory=list)  # in the order of their deaths
@@ -66,6 +67,10 @@ def look(attempt: Attempt, watch: Watch, team: Team, selector: selectors.BaseSel
     pulses = {rank: _modified(contract.pulse_file(attempt.launch_name, rank)) for rank in watch.ranks}
     if pulses != watch.pulses and any(pulses.values()):
         watch.pulses, watch.pulse = pulses, now
+    looks = {rank: _modified(contract.looking_file(attempt.launch_name, rank)) for rank in watch.ranks}
+    if looks != watch.looks:
+        watch.looks = looks
+        watch.began = now if any(looks.values()) else watch.began
     watch.waiting = _waiting(attempt, watch.ranks)
     watch.dead += _deaths(attempt, watch, selector, ended)
     team.share(watch.dead)

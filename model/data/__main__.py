@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from model import config, storage
 from model.data import check, pack, shards, stats
 from model.data.errors import DataError
-from model.data.shards import Tell
+from model.data.threads import Tell
 from model.data.whole import Whole, open_whole, patterns_of
 
 DONE, UNREADABLE, WRONG_INPUT, DISK_FULL, INTERRUPTED = 0, 1, 2, 3, 130

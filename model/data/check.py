@@ -8,8 +8,8 @@ from functools import partial
 from model import storage
 from model.data.errors import Skipped, UnreadableImageError
 from model.data.patience import patiently
-from model.data.shards import ShardSet, Tell
-from model.data.threads import cores, in_threads
+from model.data.shards import ShardSet
+from model.data.threads import Tell, cores, in_threads
 from model.data.whole import Whole
 
 

@@ -1,6 +1,6 @@
 """The index of a folder of images: what is there, what is alike, what training may see. Built once a run.
 
-    build_or_read(data, run_dir) -> Index           every rank and the evaluation read the same one
+    build_or_read(data, run_dir, tell) -> Index     every rank and the evaluation read the same one
     training_entries(index, data) -> list[Entry]    in index order; the order of training is drawn over these
     entries_of(index, split) -> list[Entry]
 
@@ -25,7 +25,10 @@ from model.data.errors import BadDataError, DataError, Skipped, UnreadableImageE
 from model.data.images import decode_with_alpha
 from model.data.skips import MOST_NAMES
 from model.data.splits import HIDDEN, Split, split_of
-from model.data.threads import cores, in_threads
+from model.data.threads import Tell, cores, in_threads, untold
+
+LOOKED_AT = "looked at %s of %s images"
+"""What `tell` is told of, for the log."""
 
 COMPARE_AT_MOST = 20_000
 """Images past which only equal files are grouped: comparing each with each grows with the square."""
@@ -63,7 +66,7 @@ class Index(contract.Record, frozen=True):
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def build_or_read(data: config.Data, run_dir: str) -> Index:
+def build_or_read(data: config.Data, run_dir: str, tell: Tell) -> Index:
     """The run's index of `data.path`, made if this is the first to ask; two at once agree on the first one published.
 
     Raises DataError if the folder is missing or holds no image that can be read, BadDataError if too many cannot.
@@ -79,7 +82,7 @@ def build_or_read(data: config.Data, run_dir: str) -> Index:
         return contract.decode(storage.read(path), Index, path)
     except FileNotFoundError:
         pass
-    index = build(root, data)
+    index = build(root, data, tell)
     check_skip_rate(index, 0, [], data.max_skip_rate)  # before it is published: a repaired folder is looked at anew
     try:
         storage.publish(path, contract.encode(index))
@@ -133,14 +136,17 @@ def folder(path: str) -> Path:
 # --- building ---------------------------------------------------------------------------------------------------------
 
 
-def build(root: Path, data: config.Data) -> Index:
+def build(root: Path, data: config.Data, tell: Tell) -> Index:
     """Look at every image under `root`. Raises DataError if there is none, or none that can be read."""
-    paths = list_images(root, data.suffixes)
+    paths = list_images(root, data.suffixes, tell)
     if not paths:
         endings = ", ".join(sorted(data.suffixes))
         raise DataError(f"data.path: no images under {root} (looked for {endings} in all its folders)")
     compare = len(paths) <= COMPARE_AT_MOST
-    looks = list(in_threads(lambda path: _look(root / path, data, compare), paths, min(16, cores())))
+    looks = []
+    for look in in_threads(lambda path: _look(root / path, data, compare), paths, min(16, cores())):
+        looks.append(look)
+        tell(len(looks), len(paths))
     skipped = [Skipped(path=p, reason=look) for p, look in zip(paths, looks, strict=True) if isinstance(look, str)]
     read = [(path, look) for path, look in zip(paths, looks, strict=True) if not isinstance(look, str)]
     if not read:
@@ -172,9 +178,10 @@ def _entries(paths: list[str], looks: list[_Look]) -> list[Entry]:
     ]
 
 
-def list_images(root: Path, suffixes: frozenset[str] = contract.IMAGE_SUFFIXES) -> list[str]:
-    """Relative paths of the files under `root` whose names end like an image's, sorted; hidden ones left out."""
-    found = []
+def list_images(root: Path, suffixes: frozenset[str] = contract.IMAGE_SUFFIXES, tell: Tell = untold) -> list[str]:
+    """Relative paths of the files under `root` whose names end like an image's, sorted; hidden ones left out. `tell` is
+    told after each folder that none of those found so far was looked at."""
+    found: list[str] = []
     for place, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
         within = Path(place).relative_to(root)
@@ -183,6 +190,7 @@ def list_images(root: Path, suffixes: frozenset[str] = contract.IMAGE_SUFFIXES) 
             for name in files
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes
         ]
+        tell(0, len(found))
     return sorted(found)
 
 

@@ -21,7 +21,7 @@ from model.data.errors import DataError
 from model.data.index import folder, list_images
 from model.data.patience import patiently
 from model.data.patterns import absolute
-from model.data.shards import Tell
+from model.data.threads import Tell
 from model.draws import generator
 
 CLASSES = "classes.txt"

@@ -30,7 +30,7 @@ from model.data.read_ahead import Piece, read_now
 from model.data.skips import MOST_NAMES, Skips
 from model.data.splits import HIDDEN, SPLITS
 from model.data.tar_shard import Samples, Shard
-from model.data.threads import in_threads
+from model.data.threads import Tell, in_threads
 
 VERSION = 1
 THREADS = 16
@@ -43,8 +43,8 @@ FEWEST = 1000
 LONGEST_CAPTION = 10_000
 """Bytes that are looked at."""
 
-Tell = Callable[[int, int], None]
-"""Told how many of how many shards are done."""
+INDEXED = "indexed %s of %s tar shards"
+"""What `tell` is told of, for the log."""
 
 
 class ShardSet(contract.Record, frozen=True):

@@ -1,6 +1,6 @@
 """Where the images of a phase come from: a folder, or tar shards. The loader asks for images by number and no more.
 
-    build_or_read(data, run_dir, tell) -> [Found]      what is there; made at the first use, the same for every rank
+    build_or_read(data, run_dir, looking) -> [Found]   what is there; made at the first use, the same for every rank
     open_sources(found, data, captioned) -> [Source]   what training may see of it, place by place
     draw(sources, ...) -> Drawn                        which image stands at which position
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -26,7 +27,7 @@ from model.data.index import Entry, Index
 from model.data.mixture import MixedOrder, Share
 from model.data.order import Order
 from model.data.read_ahead import Piece, read_now
-from model.data.shards import ShardSet, ShardSource, Tell
+from model.data.shards import ShardSet, ShardSource
 from model.data.skips import Skips
 from model.data_section import PER_THOUSAND
 
@@ -35,6 +36,9 @@ MEMORY_BUDGET = 512 * 2**20
 
 Found = Index | ShardSet
 """What lies at one place."""
+
+Looking = Callable[[str, int, int], None]
+"""Told what is done, how much of it, and of how many (`model.looking`)."""
 
 Read = Callable[[Piece], bytes]
 
@@ -74,10 +78,11 @@ class Source(Protocol):
         """Raises BadDataError if these, of `seen` images so far, are more than `data.max_skip_rate` allows."""
 
 
-def build_or_read(data: config.Data, run_dir: str, tell: Tell) -> list[Found]:
+def build_or_read(data: config.Data, run_dir: str, looking: Looking) -> list[Found]:
     """The run's index of `data.path`, and of each of `data.also`. Raises DataError if one has no image, StoreError."""
+    shard, image = (partial(looking, what) for what in (shards.INDEXED, folders.LOOKED_AT))
     return [
-        shards.build_or_read(part, run_dir, tell) if part.shards else folders.build_or_read(part, run_dir)
+        shards.build_or_read(part, run_dir, shard) if part.shards else folders.build_or_read(part, run_dir, image)
         for _, part in data.parts
     ]
 

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from model import config, storage
 from model.data.errors import DataError, UnreadableImageError
 from model.data.images import FULL_8, FULL_16
-from model.data.shards import Tell
-from model.data.threads import cores, in_threads
+from model.data.threads import Tell, cores, in_threads
 from model.data.whole import Whole
 
 Floats = NDArray[np.float64]

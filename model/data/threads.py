@@ -16,6 +16,14 @@ AHEAD = 4
 ASYNCHRONOUS = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 """What other processes ask for; not the faults of a thread's own, which must still be told of."""
 
+Tell = Callable[[int, int], None]
+"""Told how many of how many are done."""
+
+
+def untold(done: int, total: int) -> None:
+    """A `Tell` for who does not want to know."""
+
+
 A = TypeVar("A")
 B = TypeVar("B")
 

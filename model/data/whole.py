@@ -13,7 +13,8 @@ from model.data import index as folders, shards
 from model.data.errors import DataError
 from model.data.images import Picture, decode
 from model.data.patterns import absolute
-from model.data.shards import ShardSet, ShardSource, Tell
+from model.data.shards import ShardSet, ShardSource
+from model.data.threads import Tell
 
 
 @dataclass(frozen=True)

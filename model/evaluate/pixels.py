@@ -15,12 +15,17 @@ from model.config import RGB, Data
 from model.data.images import decode_with_alpha
 from model.data.index import Entry
 from model.data.resize import square, unit
+from model.data.threads import Tell, untold
 from model.evaluate.baselines import Images
 
 QUERY_AREA = (0.3, 0.7)
 """Share of the image that a retrieval query shows."""
 QUERY_COLOUR = 0.3
 """Brightness, contrast and saturation of a query are scaled by a factor in [1 - this, 1 + this]."""
+
+
+OPENED = "opened %s of %s images"
+"""What `tell` is told of, for the log."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +36,14 @@ class Squares:
     opacity: list[NDArray[np.float32] | None]  # [side, side] in [0, 1]; None for an image without transparent pixels
 
 
-def squares(entries: Sequence[Entry], root: str, side: int, data: Data) -> Squares:
+def squares(entries: Sequence[Entry], root: str, side: int, data: Data, tell: Tell = untold) -> Squares:
     """Load every entry. Raises UnreadableImageError if one has become unreadable since the index was made."""
     images, opacity = [], []
-    for entry in entries:
+    for done, entry in enumerate(entries, 1):
         image, alpha = decode_with_alpha(Path(root) / entry.path, data)
         images.append(square(image, side))
         opacity.append(None if alpha is None else unit(square(alpha[..., None], side))[..., 0])
+        tell(done, len(entries))
     return Squares(np.stack(images), opacity)
 
 

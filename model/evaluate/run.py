@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -15,10 +16,12 @@ from model import config, contract, sealed, storage, worker
 from model.contract import REPORT_DIR, REPORT_FILE, Attempt, Cause, RankEnd
 from model.data import index as images, splits
 from model.data.index import Entry, Index
+from model.data.threads import Tell, untold
 from model.evaluate import features, pixels, report, tasks
 from model.evaluate.report import LeftOut, Report, Row, Scored
 from model.evaluate.scores import Ints
 from model.evaluate.tasks import Bench, Side
+from model.looking import Looking
 from model.progress import Progress
 
 STAGES = ("images", "features", "classification", "dense", "instance retrieval", "captions", "intervals", "pictures")
@@ -56,8 +59,9 @@ def evaluate(work: Work) -> None:
     attempt = work.attempt
     settings = config.read(config.Evaluate, attempt.settings)
     model = config.read(config.Model, attempt.model)
-    index = images.build_or_read(settings.data, attempt.run_dir)
-    train, held_out = sides(index, settings)
+    looking = Looking(contract.looking_file(attempt.launch_name, 0))
+    index = images.build_or_read(settings.data, attempt.run_dir, partial(looking, images.LOOKED_AT))
+    train, held_out = sides(index, settings, partial(looking, pixels.OPENED))
     work.finished()
     weights = sealed.load(attempt.inputs["backbone"], "teacher_backbone")
     trained, untrained = (
@@ -73,16 +77,16 @@ def evaluate(work: Work) -> None:
     work.finished()
 
 
-def sides(index: Index, settings: config.Evaluate) -> tuple[Side, Side]:
+def sides(index: Index, settings: config.Evaluate, tell: Tell = untold) -> tuple[Side, Side]:
     """What training saw, and the split that it did not."""
     hidden: tuple[str, ...] = splits.HIDDEN["test" if settings.split == "test" else "validation"]
     seen = [entry for entry in index.entries if entry.split not in hidden]
     held_out = images.entries_of(index, settings.split)
-    return _side(seen, index, settings), _side(held_out, index, settings)
+    return _side(seen, index, settings, tell), _side(held_out, index, settings, tell)
 
 
-def _side(entries: list[Entry], index: Index, settings: config.Evaluate) -> Side:
-    return Side(entries, pixels.squares(entries, index.root, settings.image_size, settings.data))
+def _side(entries: list[Entry], index: Index, settings: config.Evaluate, tell: Tell) -> Side:
+    return Side(entries, pixels.squares(entries, index.root, settings.image_size, settings.data, tell))
 
 
 def all_scores(bench: Bench, index: Index, work: Work) -> tuple[list[Scored], list[LeftOut]]:

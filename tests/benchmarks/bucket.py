@@ -92,7 +92,7 @@ def measure(data: dict[str, Any], run: Path, batches: int, proxy: subprocess.Pop
         "crops": {"resolutions": [{"global_size": 32, "local_size": 16}], "local_count": 1},
     }  # fmt: skip
     settings = config.read_phase(values)
-    found = sources.build_or_read(settings.data, str(run), lambda done, total: None)
+    found = sources.build_or_read(settings.data, str(run), lambda *_: None)
     views = SslViews(settings.crops.resolutions[0], patch_size=4)  # type: ignore[union-attr]
     made = loader.Loader(settings, loader.Stream(0, "pretrain", range(batches)), found, str(run), lambda _: views)
     before, began = counted(proxy), time.perf_counter()
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str]) -> None:
         with weed.running(folder / "store") as store, slow_proxy(store.endpoint, options.latency) as (endpoint, proxy):
             os.environ.update(store.environment(endpoint))
             target = f"s3://{weed.BUCKET}/tars"
-            packed = pack.pack(str(folder / "images"), target, "x", options.images // 16, 0, lambda done, total: None)
+            packed = pack.pack(str(folder / "images"), target, "x", options.images // 16, 0, lambda *_: None)
             ahead = loader.ReadAhead
             for name, reader in (("alone", Alone), ("ahead", ahead)):
                 loader.ReadAhead = reader  # type: ignore[misc,assignment]

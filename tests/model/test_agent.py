@@ -141,6 +141,20 @@ def test_a_stop_before_the_first_step_waits_for_nothing(tmp_path: Path) -> None:
     assert process.wait(10) == contract.EXIT_CODES[Cause.STOPPED]
 
 
+def test_an_index_that_takes_longer_than_a_stall_is_not_hung_as_long_as_it_goes_on(tmp_path: Path) -> None:
+    case = make(tmp_path, ["look:150"], stall=1.0)
+    assert run(case) == contract.EXIT_CODES[Cause.DONE]
+
+
+def test_a_stop_while_the_images_are_looked_at_waits_for_nothing(tmp_path: Path) -> None:
+    case = make(tmp_path, ["look:100000"])
+    process = agent(case)
+    wait_for(contract.looking_file(case.attempt.launch_name, 0).exists)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == contract.EXIT_CODES[Cause.STOPPED]
+    assert "before its first step" in case.outcome.message
+
+
 @pytest.mark.parametrize("signals", [[signal.SIGTERM, signal.SIGINT], [signal.SIGUSR1]], ids=["twice", "notice"])
 def test_a_second_signal_or_the_end_of_the_notice_kills_everything(
     tmp_path: Path, signals: list[signal.Signals]

@@ -32,7 +32,7 @@ def loader(
         "crops": {"resolutions": [{"global_size": 16, "local_size": 8}], "local_count": 1},
     }  # fmt: skip
     settings = config.read_phase(values)
-    found = sources.build_or_read(settings.data, str(run), lambda done, total: None)
+    found = sources.build_or_read(settings.data, str(run), lambda *_: None)
     return Loader(settings, Stream(0, "pretrain", range(*clocks), rank, world), found, str(run), lambda _: VIEWS)
 
 

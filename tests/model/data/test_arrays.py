@@ -20,6 +20,7 @@ from model.data.batch import SslBatch
 from model.data.errors import UnreadableImageError
 from model.data.images import decode, decode_with_alpha
 from model.data.pack import pack
+from model.data.threads import untold
 from tests.model.data.conftest import PHOTOGRAPHS, picture, save
 from tests.model.data.loading import batches
 
@@ -204,7 +205,7 @@ def test_npy_is_an_image_where_images_are_no_photographs_and_copies_are_found(tm
     root = tmp_path / "images"
     save(picture(1), root / "a.png")
     np.save(root / "a.npy", np.zeros((4, 4), np.float32))  # features, say
-    assert [entry.path for entry in index.build(root, PHOTOGRAPHS).entries] == ["a.png"]
+    assert [entry.path for entry in index.build(root, PHOTOGRAPHS, untold).entries] == ["a.png"]
     many = tmp_path / "many"
     many.mkdir()
     dim = np.random.default_rng(1).integers(0, 2048, (6, 8, 8, 5)).repeat(8, 1).repeat(8, 2)  # 11 bits of 16
@@ -212,6 +213,6 @@ def test_npy_is_an_image_where_images_are_no_photographs_and_copies_are_found(tm
     for number, pixels in enumerate(dim.astype(np.uint16)):
         np.save(many / f"{number}.npy", pixels)
     (many / "rgb.tif").write_bytes(tiff(RGB16, photometric="rgb"))
-    found = index.build(many, kind(5, 16))
+    found = index.build(many, kind(5, 16), untold)
     assert [entry.group for entry in found.entries] == [0, 1, 2, 3, 4, 0]
     assert [(one.path, one.reason) for one in found.skipped] == [("rgb.tif", "3 channels, and data.channels is 5")]

@@ -32,7 +32,7 @@ def pairs(data: config.Data, run: Path, rank: int = 0, world: int = 1) -> list[B
         "vision_tower": "pretrain@final", "text": {"vocabulary": 300, "context": 12},
     }  # fmt: skip
     text = config.read_phase(values)
-    found = sources.build_or_read(text.data, str(run), lambda done, total: None)
+    found = sources.build_or_read(text.data, str(run), lambda *_: None)
     return list(Loader(text, Stream(0, "text", range(7), rank, world), found, str(run), lambda _: PairViews(16, 12)))
 
 

@@ -12,6 +12,7 @@ from model import config, contract
 from model.data import duplicates, index
 from model.data.errors import BadDataError, DataError
 from model.data.splits import split_of
+from model.data.threads import untold
 from tests.model.data.conftest import PHOTOGRAPHS, picture, save
 
 
@@ -21,7 +22,7 @@ def settings(root: Path, **values: object) -> config.Data:
 
 def test_what_an_entry_knows(images: Path, tmp_path: Path) -> None:
     save(Image.new("RGB", (30, 20), "navy"), images / "flat.jpg")
-    entries = {entry.path: entry for entry in index.build_or_read(settings(images), str(tmp_path)).entries}
+    entries = {entry.path: entry for entry in index.build_or_read(settings(images), str(tmp_path), untold).entries}
     assert list(entries) == sorted(entries)
     one = entries["a/02.png"]
     assert (one.label, one.caption, one.has_alpha) == ("a", "A picture of number 2.", True)
@@ -30,7 +31,7 @@ def test_what_an_entry_knows(images: Path, tmp_path: Path) -> None:
 
 
 def test_mirrored_and_brighter_copies_are_one_group_and_others_are_not(images: Path) -> None:
-    built = index.build(images, PHOTOGRAPHS)
+    built = index.build(images, PHOTOGRAPHS, untold)
     group = {entry.path: entry.group for entry in built.entries}
     assert group["a/00.png"] == group["a/mirrored.png"] == group["b/brighter.png"]
     assert len(set(group.values())) == len(built.entries) - 2
@@ -41,7 +42,7 @@ def test_no_group_is_split_and_the_shares_are_as_said(tmp_path: Path) -> None:
         save(picture(number), tmp_path / f"images/{number}.png")
         if number % 10 == 0:
             save(picture(number), tmp_path / f"images/copies/{number}.png")
-    entries = index.build(tmp_path / "images", PHOTOGRAPHS).entries
+    entries = index.build(tmp_path / "images", PHOTOGRAPHS, untold).entries
     splits: dict[int, set[str]] = defaultdict(set)
     for entry in entries:
         splits[entry.group].add(entry.split)
@@ -57,7 +58,7 @@ def test_the_split_of_a_path_never_changes() -> None:
 
 
 def test_hold_out(images: Path, tmp_path: Path) -> None:
-    built = index.build_or_read(settings(images), str(tmp_path))
+    built = index.build_or_read(settings(images), str(tmp_path), untold)
     seen = {
         hold_out: {entry.split for entry in index.training_entries(built, settings(images, hold_out=hold_out))}
         for hold_out in ("none", "test", "validation")
@@ -74,7 +75,7 @@ def test_nothing_left_to_train_on(tmp_path: Path) -> None:
     save(picture(1), tmp_path / "images" / names[0])
     data = settings(tmp_path / "images", hold_out="test")
     with pytest.raises(DataError, match="none of the 1 images"):
-        index.training_entries(index.build_or_read(data, str(tmp_path)), data)
+        index.training_entries(index.build_or_read(data, str(tmp_path), untold), data)
 
 
 def test_families() -> None:
@@ -97,13 +98,13 @@ def test_a_family_still_needs_likeness() -> None:
 def test_equal_files_of_one_colour_are_one_group(tmp_path: Path) -> None:
     for name, colour in (("1.png", "red"), ("2.png", "red"), ("3.png", "blue")):
         save(Image.new("RGB", (8, 8), colour), tmp_path / "images" / name)
-    assert [entry.group for entry in index.build(tmp_path / "images", PHOTOGRAPHS).entries] == [0, 0, 1]
+    assert [entry.group for entry in index.build(tmp_path / "images", PHOTOGRAPHS, untold).entries] == [0, 0, 1]
 
 
 def test_a_large_folder_is_grouped_by_equal_files_and_says_so(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "COMPARE_AT_MOST", 10)
     save(picture(3), images / "c/copy.png")
-    built = index.build(images, PHOTOGRAPHS)
+    built = index.build(images, PHOTOGRAPHS, untold)
     group = {entry.path: entry.group for entry in built.entries}
     assert built.grouping == "equal files"
     assert group["c/copy.png"] == group["b/03.png"]
@@ -114,7 +115,7 @@ def test_unreadable_images_are_named_and_too_many_of_them_stop_the_run(images: P
     (images / "a/empty.png").write_bytes(b"")
     (images / "a/torn.png").write_bytes((images / "a/02.png").read_bytes()[:80])
     few = settings(images, max_skip_rate=0.05)
-    built = index.build_or_read(few, str(tmp_path))
+    built = index.build_or_read(few, str(tmp_path), untold)
     assert [one.path for one in built.skipped] == ["a/empty.png", "a/torn.png"]
     assert len(built.entries) == 40
     assert len(index.training_entries(built, few)) == 40
@@ -126,35 +127,45 @@ def test_a_folder_that_was_repaired_is_looked_at_anew(images: Path, tmp_path: Pa
     torn = images / "a/torn.png"
     torn.write_bytes((images / "a/02.png").read_bytes()[:80])
     with pytest.raises(BadDataError, match=r"1 of 41 images"):
-        index.build_or_read(settings(images), str(tmp_path))
+        index.build_or_read(settings(images), str(tmp_path), untold)
     torn.unlink()
-    assert not index.build_or_read(settings(images), str(tmp_path)).skipped
+    assert not index.build_or_read(settings(images), str(tmp_path), untold).skipped
 
 
 def test_missing_and_empty_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(DataError, match=r"no such folder: .*nowhere"):
-        index.build_or_read(settings(tmp_path / "nowhere"), str(tmp_path))
+        index.build_or_read(settings(tmp_path / "nowhere"), str(tmp_path), untold)
     with pytest.raises(DataError, match=r"cache:birds: .*dinoctl/birds is not there; `make data`"):
-        index.build_or_read(config.Data(path="cache:birds"), str(tmp_path))
+        index.build_or_read(config.Data(path="cache:birds"), str(tmp_path), untold)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no images under"):
-        index.build_or_read(settings(tmp_path / "empty"), str(tmp_path))
+        index.build_or_read(settings(tmp_path / "empty"), str(tmp_path), untold)
     (tmp_path / "empty/x.png").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"none of the 1 images .* can be read; x.png: not an image"):
-        index.build_or_read(settings(tmp_path / "empty"), str(tmp_path))
+        index.build_or_read(settings(tmp_path / "empty"), str(tmp_path), untold)
 
 
 def test_a_run_keeps_its_index_whatever_happens_to_the_folder(images: Path, tmp_path: Path) -> None:
-    first = index.build_or_read(settings(images), str(tmp_path))
+    first = index.build_or_read(settings(images), str(tmp_path), untold)
     save(picture(99), images / "a/later.png")
-    assert index.build_or_read(settings(images), str(tmp_path)) == first
+    assert index.build_or_read(settings(images), str(tmp_path), untold) == first
+
+
+def test_it_is_told_how_far_the_looking_is(images: Path, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    index.build_or_read(settings(images), str(tmp_path), lambda done, total: told.append((done, total)))
+    assert (told[0], told[2]) == ((0, 0), (0, 40))  # after each folder
+    assert told[3:] == [(done, 40) for done in range(1, 41)]
+    told.clear()
+    index.build_or_read(settings(images), str(tmp_path), lambda done, total: told.append((done, total)))
+    assert told == []
 
 
 def test_two_that_build_at_once_agree(images: Path, tmp_path: Path) -> None:
     found: list[index.Index] = []
     threads = [
-        threading.Thread(target=lambda: found.append(index.build_or_read(settings(images), str(tmp_path))))
+        threading.Thread(target=lambda: found.append(index.build_or_read(settings(images), str(tmp_path), untold)))
         for _ in range(3)
     ]
     for thread in threads:
@@ -170,7 +181,7 @@ STAMPS = contract.cache_dir() / "tuxpaint-stamps"
 
 @pytest.mark.requires("stamps")
 def test_the_demos_images() -> None:
-    built = index.build(STAMPS, PHOTOGRAPHS)
+    built = index.build(STAMPS, PHOTOGRAPHS, untold)
     group = {entry.path: entry.group for entry in built.entries}
     assert len(built.entries) == 950
     assert built.skipped == []

@@ -49,7 +49,7 @@ def make(
     views: Callable[[int], Views] = gram_views,
     jumps: tuple[tuple[int, int], ...] = (),
 ) -> Loader:
-    built = sources.build_or_read(settings.data, str(run_dir), lambda done, total: None)
+    built = sources.build_or_read(settings.data, str(run_dir), lambda *_: None)
     return Loader(settings, Stream(0, "pretrain", range(*clocks), *rank, jumps), built, str(run_dir), views)
 
 

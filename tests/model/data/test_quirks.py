@@ -26,7 +26,7 @@ def first_batch(images: Path, run_dir: Path, *, quirks: bool, **augment: float) 
         "crops": {"resolutions": [SIZES.model_dump()], "local_count": 2}, "official_quirks": quirks,
     }  # fmt: skip
     settings = config.read_phase(values)
-    built = sources.build_or_read(settings.data, str(run_dir), lambda done, total: None)
+    built = sources.build_or_read(settings.data, str(run_dir), lambda *_: None)
     views = SslViews(SIZES, patch_size=4, gram=False)
     batch = next(iter(Loader(settings, Stream(0, "pretrain", range(1)), built, str(run_dir), lambda _: views)))
     assert isinstance(batch, SslBatch)

@@ -3,6 +3,7 @@
 `settings["standin"]` names one behaviour per rank (the last one holds for the rest):
     steps:N      N steps of 20 ms each, then done; seals and stops at a stop request
     deaf         steps for ever, whatever is asked
+    look:N       looks at N images for the index, 20 ms each, then one step
     hang         one step, then none
     starve       one step, then waits for a batch that does not come
     cause:NAME   ends with that cause of the contract, in its own published words
@@ -41,6 +42,9 @@ def main(attempt_yaml: str) -> None:
         end(attempt, rank, Cause(value), "told to", 1)
     if kind == "children":
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], start_new_session=True)
+    if kind == "look":
+        look(attempt, rank, int(value))
+        value = "1"
     if kind == "orphans":
         subprocess.run(["sh", "-c", "sleep 0.5 & sleep 0.6 & sleep 0.7 &"], check=True)
     take_steps(attempt, rank, "steps" if kind == "orphans" else kind, int(value or 10**9))
@@ -66,6 +70,12 @@ def take_steps(attempt: Attempt, rank: int, kind: str, steps: int) -> None:
         if kind == "steps" and contract.stop_file(attempt.launch_name).exists():
             end(attempt, rank, Cause.STOPPED, "sealed", done)
     end(attempt, rank, Cause.DONE, "all steps done", steps)
+
+
+def look(attempt: Attempt, rank: int, images: int) -> None:
+    for _ in range(images):
+        time.sleep(0.02)
+        contract.looking_file(attempt.launch_name, rank).touch()
 
 
 def step(attempt: Attempt, rank: int) -> None:
