@@ -13,7 +13,6 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import imagecodecs
@@ -63,12 +62,12 @@ CHANNEL_AXES, UNNAMED_AXES = ("", "S", "C"), ("Q", "I")
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it tells of damaged files is our reason's, not a log's
 
 
-def load_array(source: Path | bytes, channels: int, bits: int) -> Array:
-    """The image in a file, or in a file's bytes, upright, its values as they are stored.
+def load_array(content: bytes, channels: int, bits: int) -> Array:
+    """The image in a file's bytes, upright, its values as they are stored.
 
     Raises UnreadableImageError for another number of channels or bits, and whatever else is wrong.
     """
-    with _opened(source) as file:
+    with _opened(content) as file:
         pixels = _unsigned(decode(file, channels))
     if pixels.shape[2] != channels:
         raise UnreadableImageError(f"{_channels(pixels.shape[2])}, and data.channels is {channels}")
@@ -78,10 +77,10 @@ def load_array(source: Path | bytes, channels: int, bits: int) -> Array:
     return pixels
 
 
-def load_wide(source: Path | bytes) -> NDArray[np.uint16] | None:
+def load_wide(content: bytes) -> NDArray[np.uint16] | None:
     """A 16-bit image as RGB, or RGBA if it has an alpha channel; grey becomes RGB of equal channels. None for an image
     of 8 bits, which Pillow reads whole. Raises UnreadableImageError."""
-    with _opened(source) as file:
+    with _opened(content) as file:
         if stored_bits(file) <= 8:
             return None
         pixels = _unsigned(decode(file, RGB))
@@ -91,10 +90,10 @@ def load_wide(source: Path | bytes) -> NDArray[np.uint16] | None:
     return np.ascontiguousarray(pixels if count > 2 else pixels[..., [0, 0, 0, *([1] if count == 2 else [])]])
 
 
-def unlike_photographs(source: Path | bytes) -> str:
+def unlike_photographs(content: bytes) -> str:
     """What a file that Pillow does not know is, if it is an image at all; "" if not."""
     try:
-        with _opened(source) as file:
+        with _opened(content) as file:
             pixels = _unsigned(decode(file, RGB))
     except UnreadableImageError:
         return ""
@@ -105,10 +104,10 @@ def unlike_photographs(source: Path | bytes) -> str:
 
 
 @contextmanager
-def _opened(source: Path | bytes) -> Iterator[BinaryIO]:
+def _opened(content: bytes) -> Iterator[BinaryIO]:
     """Whatever is raised within becomes UnreadableImageError."""
     try:
-        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+        with io.BytesIO(content) as file:
             yield file
     except UnreadableImageError:
         raise
@@ -144,8 +143,6 @@ def decode(file: BinaryIO, channels: int) -> NDArray[Any]:
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image of a known format"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
     return str(error) or type(error).__name__
 
 

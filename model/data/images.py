@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from model.config import RGB, Data, Rgb
+from model.data import files
 from model.data.arrays import load_array, load_wide, unlike_photographs
 from model.data.errors import UnreadableImageError
 
@@ -32,10 +33,11 @@ def load(source: Path | bytes) -> Image.Image:
     """The image in a file, or in a file's bytes, as mode RGB, or RGBA if it says which pixels are transparent; upright,
     first frame, 8 bits a channel.
 
-    Raises UnreadableImageError, whatever is wrong with the file.
+    Raises UnreadableImageError, whatever is wrong with the file; StoreError where it cannot be read off its disk.
     """
+    content = _content(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(io.BytesIO(content)) as image:
             _refuse_bomb(image)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
@@ -45,7 +47,12 @@ def load(source: Path | bytes) -> Image.Image:
     except MemoryError as error:
         raise UnreadableImageError("not enough memory to decode it") from error
     except Exception as error:  # decoders raise what they like on damaged bytes: struct.error, IndexError, SyntaxError
-        raise UnreadableImageError(_reason(error, source)) from error
+        raise UnreadableImageError(_reason(error, content)) from error
+
+
+def _content(source: Path | bytes) -> bytes:
+    """Read before it is decoded, so that a disk that fails is never taken for a damaged image."""
+    return source if isinstance(source, bytes) else files.read(source, source.parent)
 
 
 def _refuse_bomb(image: Image.Image) -> None:
@@ -53,14 +60,11 @@ def _refuse_bomb(image: Image.Image) -> None:
         raise UnreadableImageError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}: make it smaller")
 
 
-def _reason(error: Exception, source: Path | bytes) -> str:
+def _reason(error: Exception, content: bytes) -> str:
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return f"more than {MAX_PIXELS:,} pixels: make it smaller"
     if isinstance(error, UnidentifiedImageError):
-        size = len(source) if isinstance(source, bytes) else source.stat().st_size
-        return "empty file" if size == 0 else unlike_photographs(source) or "not an image of a known format"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+        return unlike_photographs(content) or "not an image of a known format" if content else "empty file"
     return str(error) or type(error).__name__
 
 
@@ -89,21 +93,22 @@ def over(image: Image.Image, background: Rgb) -> Image.Image:
 
 
 def decode(source: Path | bytes, data: Data) -> Picture:
-    """The image as `data` says that images are, [H, W, channels]. Raises UnreadableImageError."""
+    """The image as `data` says that images are, [H, W, channels]. Raises as `load`."""
     return np.array(over(load(source), data.background)) if data.photographs else decode_with_alpha(source, data)[0]
 
 
 def decode_with_alpha(source: Path | bytes, data: Data) -> tuple[Picture, NDArray[np.float32] | None]:
     """`decode`, and the image's opacity [H, W] in [0, 1]; None if it has no transparent pixels, or is not RGB.
 
-    For the evaluation, which takes opacity as foreground mask. Raises UnreadableImageError.
+    For the evaluation, which takes opacity as foreground mask. Raises as `load`.
     """
+    content = _content(source)
     if data.channels != RGB:
-        return load_array(source, data.channels, data.bits), None
-    wide = load_wide(source) if data.bits == 16 else None
+        return load_array(content, data.channels, data.bits), None
+    wide = load_wide(content) if data.bits == 16 else None
     if wide is not None:
         return _wide_over(wide, data.background), _opacity(wide[..., 3]) if wide.shape[2] > RGB else None
-    image = load(source)
+    image = load(content)
     picture = np.array(over(image, data.background))
     return picture if data.bits == 8 else picture * np.uint16(FULL_16 // FULL_8), alpha(image)
 

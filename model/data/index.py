@@ -10,7 +10,10 @@ So the order of the data, and with it a resumed run, does not depend on what hap
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
+import logging
 import os
 from pathlib import Path
 from typing import Literal
@@ -20,18 +23,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model import config, contract, storage
-from model.data import duplicates
+from model.data import duplicates, files
 from model.data.errors import BadDataError, DataError, Skipped, UnreadableImageError
 from model.data.images import decode_with_alpha
+from model.data.patience import patiently
 from model.data.skips import MOST_NAMES
 from model.data.splits import HIDDEN, Split, split_of
 from model.data.threads import Tell, cores, in_threads, untold
+
+log = logging.getLogger(__name__)
 
 LOOKED_AT = "looked at %s of %s images"
 """What `tell` is told of, for the log."""
 
 COMPARE_AT_MOST = 20_000
 """Images past which only equal files are grouped: comparing each with each grows with the square."""
+
+LONGEST_CAPTION = 10_000
+"""Letters that are looked at."""
 
 VERSION = 1
 
@@ -69,11 +78,12 @@ class Index(contract.Record, frozen=True):
 def build_or_read(data: config.Data, run_dir: str, tell: Tell) -> Index:
     """The run's index of `data.path`, made if this is the first to ask; two at once agree on the first one published.
 
-    Raises DataError if the folder is missing or holds no image that can be read, BadDataError if too many cannot.
+    Raises DataError if the folder is missing or holds no image that can be read, BadDataError if too many cannot,
+    StoreError.
     """
     if data.shards or not isinstance(data.path, str):
         raise DataError(f"data.path: {data.shown}: these are tar shards; an evaluation looks at a folder of images")
-    root = folder(data.path)
+    root = contract.data_folder(data.path).absolute()
     key = f"{VERSION}\0{root}\0{data.background}"
     if not data.photographs:
         key += f"\0{data.channels} x {data.bits} bits"
@@ -82,7 +92,7 @@ def build_or_read(data: config.Data, run_dir: str, tell: Tell) -> Index:
         return contract.decode(storage.read(path), Index, path)
     except FileNotFoundError:
         pass
-    index = build(root, data, tell)
+    index = build(folder(data.path), data, tell)
     check_skip_rate(index, 0, [], data.max_skip_rate)  # before it is published: a repaired folder is looked at anew
     try:
         storage.publish(path, contract.encode(index))
@@ -144,7 +154,7 @@ def build(root: Path, data: config.Data, tell: Tell) -> Index:
         raise DataError(f"data.path: no images under {root} (looked for {endings} in all its folders)")
     compare = len(paths) <= COMPARE_AT_MOST
     looks = []
-    for look in in_threads(lambda path: _look(root / path, data, compare), paths, min(16, cores())):
+    for look in in_threads(lambda path: _look(root / path, root, data, compare), paths, min(16, cores())):
         looks.append(look)
         tell(len(looks), len(paths))
     skipped = [Skipped(path=p, reason=look) for p, look in zip(paths, looks, strict=True) if isinstance(look, str)]
@@ -180,14 +190,25 @@ def _entries(paths: list[str], looks: list[_Look]) -> list[Entry]:
 
 def list_images(root: Path, suffixes: frozenset[str] = contract.IMAGE_SUFFIXES, tell: Tell = untold) -> list[str]:
     """Relative paths of the files under `root` whose names end like an image's, sorted; hidden ones left out. `tell` is
-    told after each folder that none of those found so far was looked at."""
+    told after each folder that none of those found so far was looked at. Raises StoreError: what cannot be listed would
+    be missing without a word. A folder that is not ours to list is left out, and the log says so."""
+    return patiently(lambda: _list(root, suffixes, tell))
+
+
+def _list(root: Path, suffixes: frozenset[str], tell: Tell) -> list[str]:
+    def cannot(error: OSError) -> None:
+        if error.errno in files.FORBIDDEN and Path(error.filename) != root:
+            log.warning("left out: %s: %s", error.filename, error.strerror)
+        elif error.errno != errno.ENOENT:
+            raise files.failed(error, "listing", error.filename) from error
+
     found: list[str] = []
-    for place, folders, files in os.walk(root):
+    for place, folders, names in os.walk(root, onerror=cannot):
         folders[:] = [name for name in folders if not name.startswith(".")]
         within = Path(place).relative_to(root)
         found += [
             (within / name).as_posix()
-            for name in files
+            for name in names
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes
         ]
         tell(0, len(found))
@@ -202,30 +223,31 @@ class _Look(msgspec.Struct, frozen=True):
     content: str
 
 
-def _look(path: Path, data: config.Data, compare: bool) -> _Look | str:
-    """What the index keeps of one image, or why it cannot be read."""
+def _look(path: Path, root: Path, data: config.Data, compare: bool) -> _Look | str:
+    """What the index keeps of one image, or why it cannot be read. Raises StoreError: the index is for good, and a
+    store that fails is not to be in it."""
     try:
-        content = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-        picture, opacity = decode_with_alpha(path, data)
+        content = files.read(path, root)
+        picture, opacity = decode_with_alpha(content, data)
+        caption = _caption(path.with_suffix(".txt"))
     except UnreadableImageError as error:
         return str(error)
-    except OSError as error:
-        return error.strerror or str(error)
     return _Look(
         size=(picture.shape[1], picture.shape[0]),
         has_alpha=opacity is not None,
-        caption=_caption(path),
+        caption=caption,
         thumbnail=duplicates.thumbnail(picture) if compare else None,
-        content=content,
+        content=hashlib.blake2b(content, digest_size=16).hexdigest(),
     )
 
 
-def _caption(path: Path) -> str | None:
+def _caption(file: Path) -> str | None:
     try:
-        with path.with_suffix(".txt").open(encoding="utf-8", errors="replace") as file:
-            return file.readline(10_000).strip() or None
-    except FileNotFoundError:
-        return None
+        head = files.head(file, 4 * LONGEST_CAPTION)  # a letter has four bytes at most
+    except UnreadableImageError as error:
+        raise UnreadableImageError(f"its caption {file.name}: {error}") from error
+    lines = io.TextIOWrapper(io.BytesIO(head or b""), encoding="utf-8", errors="replace")
+    return lines.readline(LONGEST_CAPTION).strip() or None
 
 
 def _groups(paths: list[str], looks: list[_Look]) -> list[int]:

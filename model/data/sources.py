@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model import config
-from model.data import index as folders, shards
+from model.data import files, index as folders, shards
 from model.data.captions import Captions
 from model.data.errors import DataError
 from model.data.images import Picture, decode
@@ -170,6 +170,7 @@ class _Images:
     """Decoded images by number: kept if all of them fit in the budget, else decoded each time."""
 
     def __init__(self, root: Path, entries: list[Entry], data: config.Data) -> None:
+        self._root = root
         self._paths = [root / entry.path for entry in entries]
         self._data = data
         bytes_per_pixel = data.channels * data.bits // 8
@@ -178,12 +179,12 @@ class _Images:
         self._lock = threading.Lock()
 
     def get(self, number: int) -> Picture:
-        """Raises UnreadableImageError."""
+        """Raises UnreadableImageError, StoreError."""
         with self._lock:
             kept = self._kept.get(number)
         if kept is not None:
             return kept
-        image = decode(self._paths[number], self._data)
+        image = decode(files.read(self._paths[number], self._root), self._data)
         if self._keep:
             with self._lock:
                 self._kept[number] = image

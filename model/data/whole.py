@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from model import config, storage
-from model.data import index as folders, shards
+from model.data import files, index as folders, shards
 from model.data.errors import DataError
 from model.data.images import Picture, decode
 from model.data.patterns import absolute
@@ -19,7 +19,7 @@ from model.data.threads import Tell
 
 @dataclass(frozen=True)
 class Whole:
-    """`image` raises UnreadableImageError. `shards`: the set that they are in; None for a folder."""
+    """`image` raises UnreadableImageError, StoreError. `shards`: the set that they are in; None for a folder."""
 
     total: int
     where: str
@@ -40,7 +40,11 @@ def open_whole(data: config.Data, index: str, tell: Tell) -> Whole:
     paths = folders.list_images(root, data.suffixes)
     if not paths:
         raise DataError(f"no images under {root}")
-    return Whole(len(paths), str(root), lambda number: decode(root / paths[number], data), paths.__getitem__, None)
+
+    def image(number: int) -> Picture:
+        return decode(files.read(root / paths[number], root), data)
+
+    return Whole(len(paths), str(root), image, paths.__getitem__, None)
 
 
 def patterns_of(data: config.Data) -> list[str]:

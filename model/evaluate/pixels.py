@@ -12,6 +12,7 @@ from PIL import Image, ImageEnhance
 
 from model import draws
 from model.config import RGB, Data
+from model.data import files
 from model.data.images import decode_with_alpha
 from model.data.index import Entry
 from model.data.resize import square, unit
@@ -37,10 +38,10 @@ class Squares:
 
 
 def squares(entries: Sequence[Entry], root: str, side: int, data: Data, tell: Tell = untold) -> Squares:
-    """Load every entry. Raises UnreadableImageError if one has become unreadable since the index was made."""
+    """Load every entry. Raises UnreadableImageError if one cannot be read any more, StoreError."""
     images, opacity = [], []
     for done, entry in enumerate(entries, 1):
-        image, alpha = decode_with_alpha(Path(root) / entry.path, data)
+        image, alpha = decode_with_alpha(files.read(Path(root, entry.path), Path(root)), data)
         images.append(square(image, side))
         opacity.append(None if alpha is None else unit(square(alpha[..., None], side))[..., 0])
         tell(done, len(entries))

@@ -144,8 +144,10 @@ def test_without_channels_in_the_spec_the_reason_says_what_to_set() -> None:
 
 def test_a_large_array_is_refused_before_it_is_read(tmp_path: Path) -> None:
     np.lib.format.open_memmap(tmp_path / "large.npy", mode="w+", dtype=np.uint16, shape=(20000, 20000, 5))  # sparse
+    with (tmp_path / "large.npy").open("rb") as file:
+        begins = file.read(4096)
     with pytest.raises(UnreadableImageError, match="20000 x 20000 x 5 values of 16 bits, more than 255 MiB"):
-        load_array(tmp_path / "large.npy", 5, 16)
+        load_array(begins, 5, 16)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

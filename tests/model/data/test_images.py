@@ -120,6 +120,7 @@ def test_what_cannot_be_read_is_one_error_with_the_reason(tmp_path: Path, conten
 
 
 def test_a_missing_file_and_floating_point_pixels_are_unreadable(tmp_path: Path) -> None:
+    saved(Image.new("RGB", (2, 2), RED), tmp_path / "something.png")
     with pytest.raises(UnreadableImageError, match="No such file"):
         load(tmp_path / "nothing.png")
     with pytest.raises(UnreadableImageError, match="no known range"):

@@ -1,0 +1,76 @@
+"""The files of a folder of images, read whole: a file that is at fault is told from a store that fails.
+
+A store that fails is asked again (`model.data.patience`), as for tar shards, and in the end it is the store's failure.
+What is the matter with one file makes one image unreadable: it was deleted, or may not be read.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from functools import partial
+from pathlib import Path
+
+from model.data.errors import UnreadableImageError
+from model.data.patience import patiently
+from model.storage import StoreError
+
+GONE = (errno.ENOENT, errno.ENOTDIR)
+FORBIDDEN = (errno.EACCES, errno.EPERM)
+MISPLACED = (errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+"""What may be the matter with one file. Any other number is the store's, or this machine's."""
+
+
+def read(path: Path, root: Path) -> bytes:
+    """The bytes of a file under the folder `root`.
+
+    Raises UnreadableImageError if the file is gone or may not be read while `root` is there; where `root` itself is
+    gone, or empty as the place of a file system that is not mounted, StalledDataError, as for a store that fails.
+    """
+    return patiently(partial(_read, path, root))
+
+
+def head(path: Path, most: int) -> bytes | None:
+    """The first `most` bytes of a file that may not be there; None then. Raises as `read`."""
+    return patiently(partial(_head, path, most))
+
+
+def failed(error: OSError, doing: str, path: str | Path) -> StoreError:
+    """The error as the store's, with what was being done."""
+    return StoreError(error.errno or errno.EIO, f"{doing} {path}: {error.strerror or error}")
+
+
+def _read(path: Path, root: Path) -> bytes:
+    try:
+        return _bytes(path)
+    except OSError as error:
+        if error.errno not in GONE + FORBIDDEN + MISPLACED:
+            raise failed(error, "reading", path) from error
+        if not _holds_something(root):
+            missing = f"{error.strerror}, and {root} is empty, not there or closed to us: is it mounted?"
+            raise StoreError(error.errno, f"reading {path}: {missing}") from error
+        raise UnreadableImageError(error.strerror or str(error)) from error
+
+
+def _head(path: Path, most: int) -> bytes | None:
+    try:
+        return _bytes(path, most)
+    except OSError as error:
+        if error.errno in GONE:
+            return None
+        if error.errno in FORBIDDEN + MISPLACED:
+            raise UnreadableImageError(error.strerror or str(error)) from error
+        raise failed(error, "reading", path) from error
+
+
+def _bytes(path: Path, most: int = -1) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return file.read(most)
+
+
+def _holds_something(root: Path) -> bool:
+    try:
+        with os.scandir(root) as found:
+            return next(found, None) is not None
+    except OSError:
+        return False

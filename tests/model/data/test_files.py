@@ -1,0 +1,145 @@
+"""A file that is at fault is told from a store that fails: with real files, and errors of a real kernel."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from model import config
+from model.data import check, files, index, patience
+from model.data.errors import StalledDataError, UnreadableImageError
+from model.data.images import decode
+from model.data.threads import untold
+from model.data.whole import open_whole
+from model.storage import StoreError
+from tests.model.data import loading
+from tests.model.data.conftest import PHOTOGRAPHS
+
+FAILS = "/proc/self/mem"
+"""Whoever reads it at its beginning gets EIO from the kernel, as from a disk that is going."""
+
+
+def data_of(root: Path) -> config.Data:
+    return config.read(config.Data, {"path": str(root)})
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "WAITS", (0.0, 0.0))
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_disk_that_fails_is_no_unreadable_image_and_nothing_of_it_gets_into_the_index(
+    images: Path, tmp_path: Path
+) -> None:
+    (images / "a/bad.png").symlink_to(FAILS)
+    with pytest.raises(StalledDataError, match=r"reading .*a/bad.png: Input/output error, after 3 tries"):
+        index.build_or_read(data_of(images), str(tmp_path), untold)
+    with pytest.raises(StalledDataError, match=r"bad\.png"):
+        list(check.problems(open_whole(data_of(images), "", untold), untold))
+    with pytest.raises(StalledDataError, match=r"bad\.png"):
+        decode(images / "a/bad.png", PHOTOGRAPHS)
+    assert not (tmp_path / "data").exists()
+    (images / "a/bad.png").unlink()
+    assert index.build_or_read(data_of(images), str(tmp_path), untold).skipped == []
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_disk_that_fails_in_training_ends_the_attempt(images: Path, tmp_path: Path) -> None:
+    made = loading.loader({"path": str(images), "workers": 2}, tmp_path / "run")
+    for path in images.glob("*/*.png"):
+        path.unlink()
+        path.symlink_to(FAILS)
+    with pytest.raises(StalledDataError, match="Input/output error, after 3 tries"):
+        list(made)
+    assert made.skipped.count == 0
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("how", ["gone", "not mounted"])
+def test_a_folder_that_is_gone_is_the_stores(images: Path, tmp_path: Path, how: str) -> None:
+    run = tmp_path / "run"
+    made = loading.loader({"path": str(images), "workers": 0}, run)
+    images.rename(tmp_path / "elsewhere")
+    if how == "not mounted":
+        images.mkdir()
+    with pytest.raises(StalledDataError, match=r"No such file .*, and .*/images is empty, not there or .*mounted"):
+        list(made)
+    with pytest.raises(StalledDataError):  # as the next attempt, which has the index
+        list(loading.loader({"path": str(images), "workers": 0}, run))
+
+
+def test_a_folder_that_comes_back_is_waited_for(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(patience, "WAITS", (0.1,) * 100)
+    made = loading.loader({"path": str(images), "workers": 2}, tmp_path / "run")
+    images.rename(tmp_path / "elsewhere")
+
+    def bring_back() -> None:
+        time.sleep(0.5)
+        (tmp_path / "elsewhere").rename(images)
+
+    thread = threading.Thread(target=bring_back)
+    thread.start()
+    batches = list(made)
+    thread.join()
+    assert (len(batches), made.skipped.replaced) == (7, 0)
+    assert "again in 0.1 s" in caplog.text
+
+
+def test_a_single_image_that_is_gone_is_that_images(images: Path, tmp_path: Path) -> None:
+    made = loading.loader({"path": str(images), "workers": 0, "max_skip_rate": 0.5}, tmp_path / "run")
+    for path in images.glob("a/*.png"):
+        path.unlink()
+    assert len(list(made)) == 7
+    assert {one.reason for one in made.skipped.last} == {"No such file or directory"}
+
+
+def test_a_file_that_may_not_be_read_is_that_files(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = files._bytes
+
+    def refused(path: Path, most: int = -1) -> bytes:  # nothing is refused to root
+        if path.name in ("02.png", "03.txt"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return ours(path, most)
+
+    monkeypatch.setattr(files, "_bytes", refused)
+    found = index.build(images, PHOTOGRAPHS, untold)
+    assert [(one.path, one.reason) for one in found.skipped] == [
+        ("a/02.png", "Permission denied"),
+        ("b/03.png", "its caption 03.txt: Permission denied"),
+    ]
+    monkeypatch.setattr(files, "_holds_something", lambda root: False)
+    with pytest.raises(StalledDataError, match="after 1 tries"):
+        index.build(images, PHOTOGRAPHS, untold)
+
+
+def test_too_many_open_files_are_this_machines(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "WAITS", ())
+
+    def full(path: Path, most: int = -1) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    monkeypatch.setattr(files, "_bytes", full)
+    with pytest.raises(StoreError, match=r"reading .*\.png: Too many open files"):
+        files.read(images / "a/02.png", images)
+
+
+def test_what_is_wrong_with_one_name(images: Path) -> None:
+    (images / "a/loop.png").symlink_to("loop.png")
+    (images / "a/nowhere.png").symlink_to("nothing.png")
+    (images / "a/00.txt").unlink()
+    (images / "a/00.txt").mkdir()
+    found = index.build(images, PHOTOGRAPHS, untold)
+    assert {one.path: one.reason for one in found.skipped} == {
+        "a/00.png": "its caption 00.txt: Is a directory",
+        "a/loop.png": "Too many levels of symbolic links",
+        "a/nowhere.png": "No such file or directory",
+    }
+    with pytest.raises(UnreadableImageError, match="Is a directory"):
+        files.read(images / "a", images)
