@@ -1,13 +1,15 @@
 """The files of a folder of images, read whole: a file that is at fault is told from a store that fails.
 
 A store that fails is asked again (`model.data.patience`), as for tar shards, and in the end it is the store's failure.
-What is the matter with one file makes one image unreadable: it was deleted, or may not be read.
+What is the matter with one file makes one image unreadable: it was deleted, may not be read, is no file but a pipe, or
+larger than any image.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import stat
 from functools import partial
 from pathlib import Path
 
@@ -21,11 +23,17 @@ MISPLACED = (errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 """What may be the matter with one file. Any other number is the store's, or this machine's."""
 
 
+LARGEST = 2**30
+"""Bytes of a file: more than any image takes that is not refused for its pixels (`images.MAX_PIXELS` of four channels
+of 16 bits, uncompressed, are 683 MiB). Each thread that looks at images may have one in memory."""
+
+
 def read(path: Path, root: Path) -> bytes:
     """The bytes of a file under the folder `root`.
 
-    Raises UnreadableImageError if the file is gone or may not be read while `root` is there; where `root` itself is
-    gone, or empty as the place of a file system that is not mounted, StalledDataError, as for a store that fails.
+    Raises UnreadableImageError if the file is gone, may not be read, is no file or too large, while `root` is there.
+    Where `root` itself is gone, or empty as the place of a file system that is not mounted, StalledDataError, as for a
+    store that fails.
     """
     return patiently(partial(_read, path, root))
 
@@ -64,8 +72,23 @@ def _head(path: Path, most: int) -> bytes | None:
 
 
 def _bytes(path: Path, most: int = -1) -> bytes:
-    with open(path, "rb", buffering=0) as file:
-        return file.read(most)
+    with open(path, "rb", buffering=0, opener=_at_once) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise UnreadableImageError("not a file but a pipe, a device or the like")
+        if most < 0 and found.st_size > LARGEST:
+            raise UnreadableImageError(
+                f"a file of {found.st_size:,} bytes, more than {LARGEST:,}: save one image a file, or cut it into tiles"
+            )
+        try:
+            return file.read(most)
+        except MemoryError as error:
+            raise UnreadableImageError("not enough memory to read it") from error
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Opens it; a pipe would otherwise be waited for until somebody writes to it."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _holds_something(root: Path) -> bool:

@@ -17,7 +17,8 @@ from pathlib import Path, PurePosixPath
 
 from model import storage
 from model.contract import IMAGE_SUFFIXES
-from model.data.errors import DataError
+from model.data import files
+from model.data.errors import DataError, UnreadableImageError
 from model.data.index import folder, list_images
 from model.data.patience import patiently
 from model.data.patterns import absolute
@@ -48,7 +49,8 @@ def pack(
     `suffixes`: how the names of images end.
 
     `target` is a folder or a URI. A label is the place of its first-level folder in classes.txt, from 0. Raises
-    DataError for a folder that is not there or holds no image and for a target that holds shards of that name, OSError.
+    DataError for a folder that is not there, holds no image or one that cannot be read, and for a target that holds
+    shards of that name, OSError.
     """
     root, out = folder(source), absolute(target).rstrip("/")
     paths = list_images(root, suffixes)
@@ -68,7 +70,7 @@ def pack(
     for shard in range(count):
         part = [paths[number] for number in order[shard * images_per_shard : (shard + 1) * images_per_shard]]
         with _whole(f"{out}/{name}-{shard:06d}.tar") as file:
-            _write(file, [(keys[path], root / path, _label(path, labels)) for path in part])
+            _write(file, root, [(keys[path], root / path, _label(path, labels)) for path in part])
         done += len(part)
         tell(done, len(paths))
     last = f"-{{000000..{count - 1:06d}}}" if count > 1 else "-000000"
@@ -120,19 +122,26 @@ def _whole(target: str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _write(shard: Path, samples: list[tuple[str, Path, int | None]]) -> None:
+def _write(shard: Path, root: Path, samples: list[tuple[str, Path, int | None]]) -> None:
     with tarfile.open(shard, "w") as tar:
         for key, image, label in samples:
-            for suffix, data in _files(image, label):
+            for suffix, data in _files(image, root, label):
                 member = tarfile.TarInfo(f"{key}{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
 
 
-def _files(image: Path, label: int | None) -> Iterator[tuple[str, bytes]]:
-    yield image.suffix.lower(), image.read_bytes()
+def _files(image: Path, root: Path, label: int | None) -> Iterator[tuple[str, bytes]]:
+    yield image.suffix.lower(), _content(image, root)
     caption = image.with_suffix(".txt")
     if caption.is_file():
-        yield ".txt", caption.read_bytes()
+        yield ".txt", _content(caption, root)
     if label is not None:
         yield ".cls", str(label).encode()
+
+
+def _content(file: Path, root: Path) -> bytes:
+    try:
+        return files.read(file, root)
+    except UnreadableImageError as error:
+        raise DataError(f"{file}: {error}; repair or remove it, as a shard has to hold it") from error

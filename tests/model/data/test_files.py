@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import os
 import threading
 import time
 from pathlib import Path
@@ -11,8 +13,9 @@ import pytest
 
 from model import config
 from model.data import check, files, index, patience
-from model.data.errors import StalledDataError, UnreadableImageError
+from model.data.errors import DataError, StalledDataError, UnreadableImageError
 from model.data.images import decode
+from model.data.pack import pack
 from model.data.threads import untold
 from model.data.whole import open_whole
 from model.storage import StoreError
@@ -143,3 +146,43 @@ def test_what_is_wrong_with_one_name(images: Path) -> None:
     }
     with pytest.raises(UnreadableImageError, match="Is a directory"):
         files.read(images / "a", images)
+
+
+def test_a_pipe_a_device_and_a_file_of_60_gb_do_not_hold_up_an_index_or_a_check(images: Path, tmp_path: Path) -> None:
+    os.mkfifo(images / "a/pipe.jpg")
+    (images / "a/zeros.png").symlink_to("/dev/zero")
+    (images / "b/linked.png").symlink_to(images / "b/01.png")
+    with (images / "b/huge.tif").open("wb") as file:
+        file.truncate(60 * 10**9)  # sparse
+    huge = "a file of 60,000,000,000 bytes, more than 1,073,741,824: save one image a file, or cut it into tiles"
+    expected = {
+        "a/pipe.jpg": "not a file but a pipe, a device or the like",
+        "a/zeros.png": "not a file but a pipe, a device or the like",
+        "b/huge.tif": huge,
+    }
+    found = index.build(images, PHOTOGRAPHS, untold)
+    assert {one.path: one.reason for one in found.skipped} == expected
+    group = {entry.path: entry.group for entry in found.entries}
+    assert group["b/linked.png"] == group["b/01.png"]
+    checked = check.problems(open_whole(data_of(images), "", untold), untold)
+    assert {one.path: one.reason for one in checked} == expected
+    with pytest.raises(DataError, match=r"(pipe|device).* or the like; repair or remove it|60,000,000,000 bytes"):
+        pack(str(images), str(tmp_path / "shards"), "x", 100, 0, untold)
+    assert not list((tmp_path / "shards").glob("*.tar"))
+
+
+def test_a_caption_that_is_a_pipe_or_has_no_end(images: Path) -> None:
+    (images / "a/00.txt").unlink()
+    os.mkfifo(images / "a/00.txt")
+    with (images / "a/02.txt").open("r+b") as file:
+        file.truncate(60 * 10**9)
+    found = index.build(images, PHOTOGRAPHS, untold)
+    assert [one.reason for one in found.skipped] == ["its caption 00.txt: not a file but a pipe, a device or the like"]
+    captions = {entry.path: entry.caption for entry in found.entries}
+    assert captions["a/02.png"] == "A picture of number 2."
+
+
+def test_the_digest_by_which_equal_files_are_found_is_that_of_their_bytes(images: Path) -> None:
+    look = index._look(images / "a/02.png", images, PHOTOGRAPHS, False)
+    assert not isinstance(look, str)
+    assert look.content == hashlib.blake2b((images / "a/02.png").read_bytes(), digest_size=16).hexdigest()
