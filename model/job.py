@@ -126,7 +126,8 @@ class Job:
     last_sealed: CheckpointRef | None = None  # of this phase, by this attempt or one that it goes on from
     begun: Begun | None = None  # the last step, as long as the host does not know what it came to
     recorded_non_finite: bool = False  # a step that was not finite was written down (`model.recording`)
-    skips_told: int = 0  # unreadable images that somebody was told of
+    skips_told: int = 0  # unreadable images of all ranks that somebody was told of
+    skips_named: int = 0  # those of this rank that its log names
 
     @property
     def dtype(self) -> torch.dtype:

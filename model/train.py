@@ -32,6 +32,10 @@ from model.worker import DivergedError
 
 log = logging.getLogger(__name__)
 
+REPLACED, UNREADABLE = "data/replaced", "data/unreadable"
+"""How often an image was replaced as it could not be read, and how many different ones each rank met. The second is for
+the note alone, which would else come again with each epoch."""
+
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
@@ -69,7 +73,7 @@ def train(job: Job) -> Cause:
         job.loop = job.loop.after_step(settings.optim.batch_size)
         if job.loop.step % settings.health.every == 0 or job.loop.step == settings.steps:
             known |= health.measure(objective, targets, terms.get("loss/dino_global"))
-        known |= _tell_skipped(job)
+        _name_skipped(job)
         take_in(job, job.saver.ended())
         rate = settings.optim.batch_size / (time.monotonic() - began)
         job.begun = Begun.of(moment, batch, tuple(terms), values, known, rate)
@@ -86,7 +90,8 @@ def train(job: Job) -> Cause:
 
 
 def _backward(job: Job, batch: Batch, targets: Slices, moment: Moment) -> dict[str, Tensor]:
-    """Add up the gradients of the micro-batches. Returns each term of the global loss, under its metric's name."""
+    """Add up the gradients of the micro-batches. Returns each term of the global loss, under its metric's name, and how
+    many images could not be read so far; all of them sums over the ranks."""
     parts = job.settings.optim.micro_batches(parallel.world())
     images = len(batch.positions) // parts
     sums: dict[str, Tensor] = {}
@@ -96,8 +101,12 @@ def _backward(job: Job, batch: Batch, targets: Slices, moment: Moment) -> dict[s
         sharding.last_micro_batch(job.objective.networks().trained, end == len(batch.positions))
         terms["total"].backward()  # type: ignore[no-untyped-call]
         sums = {name: term.detach() + sums.get(name, 0) for name, term in terms.items()}
-    values = parallel.all_reduce_sum(torch.stack(list(sums.values())))
-    return {"loss" if name == "total" else f"loss/{name}": value for name, value in zip(sums, values, strict=True)}
+    named = {"loss" if name == "total" else f"loss/{name}": term for name, term in sums.items()}
+    # The counts ride along: filled in on the device, so nobody waits, and whole numbers in fp32 up to 16 million.
+    skipped = job.loader.skipped
+    counts = {REPLACED: skipped.replaced, UNREADABLE: skipped.count}
+    named |= {name: sums["total"].new_full((), count) for name, count in counts.items()}
+    return dict(zip(named, parallel.all_reduce_sum(torch.stack(list(named.values()))), strict=True))
 
 
 def _settle(job: Job) -> None:
@@ -108,6 +117,7 @@ def _settle(job: Job) -> None:
     metrics = begun.metrics()
     names = ", ".join(name for name in begun.names if not math.isfinite(metrics[name]))
     job.loop = job.loop.settled(finite=not names)
+    _tell_replaced(job, metrics)
     step = begun.moment.step + 1
     if step == job.settings.steps and (collapsed := health.collapse(metrics)):
         job.progress.note(f"collapsed: {collapsed}")
@@ -126,14 +136,23 @@ def _changed_nothing(job: Job, begun: Begun, step: int, names: str) -> None:
         raise DivergedError(f"step {step} is the last of {limit} in a row that were not finite: {names}")
 
 
-def _tell_skipped(job: Job) -> dict[str, float]:
-    """This rank's unreadable images, by name for a person and, once there is one, as a metric."""
+def _tell_replaced(job: Job, metrics: dict[str, float]) -> None:
+    """All ranks' unreadable images: a note when there are more of them, and a metric once there is one."""
+    unreadable = int(metrics.pop(UNREADABLE))
+    if not metrics[REPLACED]:
+        del metrics[REPLACED]
+    if unreadable > job.skips_told and parallel.rank() == 0:
+        job.skips_told = unreadable
+        own = f"; last of rank 0: {job.loader.skipped.named}" if job.loader.skipped.last else ""
+        job.progress.note(f"{unreadable} unreadable images replaced so far, over all ranks{own}")
+
+
+def _name_skipped(job: Job) -> None:
+    """This rank's own unreadable images by name, in its log: names are not sent around."""
     skipped = job.loader.skipped
-    if skipped.count > job.skips_told:
-        job.skips_told = skipped.count
-        last = ", ".join(f"{image.path} ({image.reason})" for image in skipped.last)
-        job.progress.note(f"{skipped.count} unreadable images replaced so far, last: {last}")
-    return {"data/replaced": float(skipped.replaced)} if skipped.replaced else {}
+    if skipped.count > job.skips_named:
+        job.skips_named = skipped.count
+        log.info("%d unreadable images of this rank replaced so far, last: %s", skipped.count, skipped.named)
 
 
 def seal(job: Job, last: bool) -> None:

@@ -22,6 +22,11 @@ class Skips:
     last: deque[Skipped] = field(default_factory=lambda: deque(maxlen=MOST_NAMES))
     _known: set[str] = field(default_factory=set)
 
+    @property
+    def named(self) -> str:
+        """The last ones, for a person."""
+        return ", ".join(f"{one.path} ({one.reason})" for one in self.last)
+
     def add(self, skipped: Iterable[Skipped]) -> None:
         for one in skipped:
             self.replaced += 1

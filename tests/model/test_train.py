@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model import contract, sealed, storage
+from model import config, contract, sealed, storage
 from model.contract import Attempt, Cause, CheckpointRef, RankEnd
+from model.data import index
+from model.data.order import Order
 from model.job import Loop
 from orchestrator import progress
 from tests.model.test_checkpoint import make_attempt
@@ -179,6 +182,7 @@ def test_a_run_left_alone(alone: Ran) -> None:
     assert alone.sealed() == [8, 12]  # keep_last
     recorded = progress.steps(alone.attempt.run_dir, 1)
     assert {"loss", "loss/dino_global", "loss/ibot", "lr", "grad_norm/backbone"} <= recorded[-1].metrics.keys()
+    assert "data/replaced" not in recorded[-1].metrics
     assert {"health/effective_rank", "health/entropy", "health/prototypes_used"} <= recorded[4].metrics.keys()
     told = {step.note.split(" (")[0]: step.metrics for step in recorded if step.note}
     assert {"sealed 4", "sealed 8"} <= told.keys()  # the last one's end is told of in the log alone: no step follows
@@ -280,6 +284,28 @@ def test_a_loss_that_stays_non_finite_ends_the_attempt(tmp_path: Path, images: P
     diverged = train(describe(tmp_path, images, settings=settings), 1)
     assert diverged.end().cause is Cause.DIVERGED, diverged.log()
     assert diverged.end().step == 3
+
+
+@pytest.mark.jobs
+def test_every_ranks_unreadable_images_are_counted(tmp_path: Path, images: Path) -> None:
+    """Two images that rank 1 meets, and rank 0 does not, go bad once the run knows them."""
+    folder = Path(shutil.copytree(images, tmp_path / "images"))
+    settings = phase_settings(folder, steps=2, data={"path": str(folder), "workers": 1, "max_skip_rate": 0.5})
+    attempt = describe(tmp_path, folder, settings=settings)
+    entries = index.build_or_read(config.read(config.Data, settings["data"]), attempt.run_dir).entries
+    order = Order(attempt.seed, attempt.phase, np.array([len(entries)]), 1, len(entries))
+    bad = [entries[order.number(position)].path for position in (8, 16 + 15)]  # of batches of 16, rank 1 has 8 to 15
+    for name in bad:
+        (folder / name).write_bytes(b"not an image")
+    ran = train(attempt)
+    assert ran.end().cause is Cause.DONE, ran.log()
+    first, second = progress.steps(attempt.run_dir, 1)
+    assert (first.metrics["data/replaced"], second.metrics["data/replaced"]) == (1, 2)
+    assert "data/unreadable" not in second.metrics
+    assert "1 unreadable images replaced so far, over all ranks" in first.note
+    assert "2 unreadable images replaced so far, over all ranks" in second.note
+    logs = [(Path(attempt.run_dir) / contract.rank_log(1, rank)).read_text() for rank in range(2)]
+    assert [[name in text for name in bad] for text in logs] == [[False, False], [True, True]]
 
 
 # --- saves that take long ---------------------------------------------------------------------------------------------
