@@ -1,7 +1,7 @@
 """The index of a folder of images: what is there, what is alike, what training may see. Built once a run.
 
     build_or_read(data, run_dir, tell) -> Index     every rank and the evaluation read the same one
-    training_entries(index, data) -> list[Entry]    in index order; the order of training is drawn over these
+    training_entries(index, data) -> Entries        in index order; the order of training is drawn over these
     entries_of(index, split) -> list[Entry]
 
 The index of a run is never made again: images that come later are not seen, those that go missing count as unreadable.
@@ -15,6 +15,7 @@ import hashlib
 import io
 import logging
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 
 from model import config, contract, storage
 from model.data import duplicates, files
+from model.data.entries import Entries as Entries, Entry as Entry
 from model.data.errors import BadDataError, DataError, Skipped, UnreadableImageError
 from model.data.images import decode_with_alpha
 from model.data.patience import patiently
@@ -45,25 +47,12 @@ LONGEST_CAPTION = 10_000
 VERSION = 1
 
 
-class Entry(contract.Record, frozen=True):
-    """One image that can be read."""
-
-    path: str  # relative to the index's root, with forward slashes
-    label: str | None  # the first-level folder; None if the image lies in the root
-    caption: str | None  # first line of the .txt beside it
-    group: int  # near-duplicates share it
-    split: Split
-    has_alpha: bool
-    width: int
-    height: int
-
-
 class Index(contract.Record, frozen=True):
     """All images of a folder. `grouping` says how near-duplicates were found."""
 
     root: str
     grouping: Literal["likeness", "equal files"]
-    entries: list[Entry]  # sorted by path
+    entries: Sequence[Entry]  # sorted by path
     skipped: list[Skipped]
 
     @property
@@ -89,7 +78,7 @@ def build_or_read(data: config.Data, run_dir: str, tell: Tell) -> Index:
         key += f"\0{data.channels} x {data.bits} bits"
     path = f"{run_dir}/data/index-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     try:
-        return contract.decode(storage.read(path), Index, path)
+        return _read(path)
     except FileNotFoundError:
         pass
     index = build(folder(data.path), data, tell)
@@ -97,15 +86,46 @@ def build_or_read(data: config.Data, run_dir: str, tell: Tell) -> Index:
     try:
         storage.publish(path, contract.encode(index))
     except storage.AlreadyPublished:
-        return contract.decode(storage.read(path), Index, path)
-    return index
+        return _read(path)
+    return msgspec.structs.replace(index, entries=Entries.of(index.entries))
 
 
-def training_entries(index: Index, data: config.Data) -> list[Entry]:
+class _Stored(contract.Record, frozen=True):
+    """An Index as its file holds it, each entry still as JSON."""
+
+    root: str
+    grouping: Literal["likeness", "equal files"]
+    entries: list[msgspec.Raw]
+    skipped: list[Skipped]
+
+
+def _read(path: str) -> Index:
+    """The index in a file. Entry by entry, so that at no time all of them are objects."""
+    stored = contract.decode(storage.read(path), _Stored, path)
+    return Index(
+        root=stored.root,
+        grouping=stored.grouping,
+        entries=Entries.of(_decoded(stored.entries, path)),
+        skipped=stored.skipped,
+    )
+
+
+def _decoded(entries: list[msgspec.Raw], path: str) -> Iterator[Entry]:
+    decoder = msgspec.json.Decoder(Entry)
+    for number, entry in enumerate(entries):
+        try:
+            yield decoder.decode(entry)
+        except msgspec.ValidationError as error:
+            raise contract.ContractError(
+                f"{path}: not an Index that this version of dinoctl writes: entry {number}: {error}"
+            ) from error
+
+
+def training_entries(index: Index, data: config.Data) -> Entries:
     """What training sees under `data.hold_out`. Raises DataError if nothing is left, BadDataError if too many images
     of the folder are unreadable."""
     check_skip_rate(index, 0, [], data.max_skip_rate)
-    entries = [entry for entry in index.entries if entry.split not in HIDDEN[data.hold_out]]
+    entries = Entries.of(index.entries).outside(HIDDEN[data.hold_out])
     if not entries:
         raise DataError(
             f"data.hold_out: with {data.hold_out!r} none of the {len(index.entries)} images under {index.root} are "

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from model import config
 from model.data import files, index as folders, shards
 from model.data.captions import Captions
+from model.data.entries import Entries
 from model.data.errors import DataError
 from model.data.images import Picture, decode
-from model.data.index import Entry, Index
+from model.data.index import Index
 from model.data.mixture import MixedOrder, Share
 from model.data.order import Order
 from model.data.read_ahead import Piece, read_now
@@ -156,8 +157,8 @@ class FolderSource:
         folders.check_skip_rate(self._index, skips.count, list(skips.last), self._most)
 
 
-def _with_captions(entries: list[Entry], index: Index) -> list[Entry]:
-    captioned = [entry for entry in entries if entry.caption]
+def _with_captions(entries: Entries, index: Index) -> Entries:
+    captioned = entries.captioned()
     if not captioned:
         raise DataError(
             f"data.path: no training image under {index.root} has a caption; a text phase needs a .txt beside each "
@@ -169,12 +170,10 @@ def _with_captions(entries: list[Entry], index: Index) -> list[Entry]:
 class _Images:
     """Decoded images by number: kept if all of them fit in the budget, else decoded each time."""
 
-    def __init__(self, root: Path, entries: list[Entry], data: config.Data) -> None:
-        self._root = root
-        self._paths = [root / entry.path for entry in entries]
-        self._data = data
+    def __init__(self, root: Path, entries: Entries, data: config.Data) -> None:
+        self._root, self._entries, self._data = root, entries, data
         bytes_per_pixel = data.channels * data.bits // 8
-        self._keep = sum(entry.width * entry.height for entry in entries) * bytes_per_pixel <= MEMORY_BUDGET
+        self._keep = entries.pixels() * bytes_per_pixel <= MEMORY_BUDGET
         self._kept: dict[int, Picture] = {}
         self._lock = threading.Lock()
 
@@ -184,7 +183,7 @@ class _Images:
             kept = self._kept.get(number)
         if kept is not None:
             return kept
-        image = decode(files.read(self._paths[number], self._root), self._data)
+        image = decode(files.read(self._root / self._entries[number].path, self._root), self._data)
         if self._keep:
             with self._lock:
                 self._kept[number] = image
