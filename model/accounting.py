@@ -25,6 +25,11 @@ def swiglu_width(dim: int, ratio: float, align: int) -> int:
     return math.ceil(int(int(dim * ratio) * 2 / 3) / align) * align
 
 
+def ffn_width(dim: int, kind: str, ratio: float, align: int) -> int:
+    """Of the hidden layer of a block's FFN of that kind."""
+    return int(dim * ratio) if kind == "mlp" else swiglu_width(dim, ratio, align)
+
+
 def backbone_parameters(backbone: Backbone) -> int:
     dim = backbone.dim
     tokens = (1 + backbone.mask_token + backbone.registers) * dim  # CLS, mask token, registers
@@ -46,11 +51,8 @@ def _attention_parameters(dim: int, *, qkv_bias: bool) -> int:
 
 
 def _ffn_parameters(dim: int, kind: str, ratio: float, align: int) -> int:
-    if kind != "mlp":
-        hidden = swiglu_width(dim, ratio, align)
-        return 2 * hidden * (dim + 1) + dim * (hidden + 1)
-    hidden = int(dim * ratio)
-    return hidden * (dim + 1) + dim * (hidden + 1)
+    hidden = ffn_width(dim, kind, ratio, align)
+    return (1 if kind == "mlp" else 2) * hidden * (dim + 1) + dim * (hidden + 1)
 
 
 def head_parameters(head: Head, dim: int) -> int:

@@ -21,7 +21,12 @@ from model.data_section import (
     Jump as Jump,
     Statistics as Statistics,
 )
-from model.engine_section import Optim as Optim, Parallel as Parallel, Precision as Precision
+from model.engine_section import (
+    FP8_MULTIPLE as FP8_MULTIPLE,
+    Optim as Optim,
+    Parallel as Parallel,
+    Precision as Precision,
+)
 from model.sections import (
     BelowOne as BelowOne,
     Count as Count,

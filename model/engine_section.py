@@ -65,6 +65,10 @@ class Optim(Section):
         return next(parts for parts in range(1, groups + 1) if groups % parts == 0 and groups // parts <= most)
 
 
+FP8_MULTIPLE = 16
+"""Both widths of a weight must be one, or its product is not to be had in fp8."""
+
+
 class Precision(Section):
     compute: Literal["fp32", "bf16", "fp64"] = Field(
         "fp32",

@@ -14,7 +14,16 @@ from typing import Any, cast
 
 from model import contract, storage
 from model.config import AnyPhase, Data, SslPhase, TextPhase
-from orchestrator import attempts, data_places, handoff, image_checks, kubernetes_checks, layouts, slurm_checks
+from orchestrator import (
+    attempts,
+    data_places,
+    fp8_checks,
+    handoff,
+    image_checks,
+    kubernetes_checks,
+    layouts,
+    slurm_checks,
+)
 from orchestrator.cluster import ClusterProfile
 from orchestrator.draft import Draft
 from orchestrator.handoff import SSL_KINDS, TAKES, HandoffError, Reference
@@ -26,6 +35,7 @@ from orchestrator.store import LogError
 def all_problems(draft: Draft, *, check_data: bool) -> list[Problem]:
     problems = [*references(draft), *layouts.all_problems(draft), *sizes(draft), *ranges(draft), *towers(draft)]
     problems += [*held_out(draft), *schedules(draft), *evaluated(draft), *image_checks.all_problems(draft)]
+    problems += fp8_checks.all_problems(draft)
     problems += [*slurm_checks.all_problems(draft), *kubernetes_checks.all_problems(draft)]
     return [*problems, *data(draft), *captions(draft)] if check_data else problems
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.engine_section import FP8_MULTIPLE
+
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
 LEAST_CAPABILITY = (9, 0)
-MULTIPLE = 16
-"""Both widths of a weight must be one, or the product is not to be had in fp8."""
 
 
 def missing() -> str:
@@ -38,10 +38,10 @@ def convert(module: nn.Module) -> None:
     for name, layer in module.named_modules():
         if not isinstance(layer, nn.Linear):
             continue
-        if layer.in_features % MULTIPLE or layer.out_features % MULTIPLE:
+        if layer.in_features % FP8_MULTIPLE or layer.out_features % FP8_MULTIPLE:
             raise ValueError(
                 f"precision.fp8: {name} is {layer.in_features} x {layer.out_features} wide, and fp8 needs multiples "
-                f"of {MULTIPLE}; set it to none"
+                f"of {FP8_MULTIPLE}; set it to none"
             )
         layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
 

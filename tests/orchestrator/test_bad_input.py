@@ -261,6 +261,20 @@ class TestLayout:
     def test_fp8_without_bf16(self) -> None:
         assert any("goes with compute: bf16" in str(problem) for problem in problems(TINY, "precision={fp8: blocks}"))
 
+    def test_fp8_of_widths_that_are_no_multiples_of_16(self) -> None:
+        fp8 = "precision={compute: bf16, fp8: blocks}"
+        narrow = only(TINY, fp8, "model.backbone.dim=40", "phases.text.precision.fp8=none")
+        assert (narrow.path, narrow.found, narrow.allowed) == ("model.backbone.dim", "40", "multiples of 16")
+        assert narrow.hint == "nearest: 32 or 48; or precision.fp8: none"
+        assert "phases pretrain, gram, highres" in narrow.message
+        assert only(TINY, fp8, "model.backbone.ffn_ratio=2.4").hint == "nearest: 2 or 2.5; or precision.fp8: none"
+        swiglu = only(TINY, fp8, "model.backbone.ffn=swiglu", "model.backbone.ffn_ratio=3.1")
+        assert (swiglu.path, swiglu.found) == ("model.backbone.ffn_ratio", "3.1, which is a hidden width of 72")
+        assert swiglu.hint == "model.backbone.ffn_align: 16; or precision.fp8: none"
+        text = only(TINY, f"phases.text.{fp8}", "phases.text.text.ffn_ratio=2.1")
+        assert (text.path, text.found) == ("phases.text.text.ffn_ratio", "2.1, which is a hidden width of 67")
+        assert text.hint == "nearest: 2 or 2.5; or precision.fp8: none"
+
     def test_a_node_holds_no_more_processes_than_gpus(self) -> None:
         problem = only(TINY, "cluster=h100_slurm", "optim.batch_size=64", "phases.gram.resources.processes_per_node=16")
         assert (problem.path, problem.allowed) == ("phases.gram.resources.processes_per_node", "at most 8")
