@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -26,7 +26,8 @@ def validate(kind: type[S], values: Any, at: Path) -> tuple[S | None, list[Probl
         return kind.model_validate_json(json.dumps(values)), []
     except ValidationError as error:
         details = error.errors(include_url=False)
-        problems = [_problem(kind, detail, at) for detail in details]
+        missing = {tuple(detail["loc"]) for detail in details if detail["type"] == "missing"}
+        problems = [_problem(kind, detail, at, missing) for detail in details]
         return _without(kind, values, [tuple(detail["loc"]) for detail in details]), problems
 
 
@@ -44,11 +45,11 @@ def _without(kind: type[S], values: Any, wrong: list[Path]) -> S | None:
         return None
 
 
-def _problem(kind: type[Section], detail: Any, at: Path) -> Problem:
+def _problem(kind: type[Section], detail: Any, at: Path, missing: Set[Path]) -> Problem:
     loc: Path = tuple(detail["loc"])
     match detail["type"]:
         case "extra_forbidden":
-            return _unknown_key(kind, loc, at)
+            return _unknown_key(kind, loc, at, missing)
         case "missing":
             return Problem("missing", (*at, *loc), allowed=_description(kind, loc))
         case "value_error":
@@ -82,13 +83,17 @@ def _unquoted(text: Any) -> str:
         return ""
 
 
-def _unknown_key(kind: type[Section], loc: Path, at: Path) -> Problem:
+def _unknown_key(kind: type[Section], loc: Path, at: Path, missing: Set[Path]) -> Problem:
+    """The hint is what has a name like it beside it; then the same name below; then what alone is missing beside it;
+    then the same name anywhere."""
     section, key = section_at(kind, loc[:-1]), str(loc[-1])
     fields = list(section.model_fields) if section else []
-    hint = did_you_mean(key, fields)
-    if not hint:
-        elsewhere = [path for path in field_paths(kind) if path[-1] == key]
-        hint = f"did you mean {dotted((*at, *elsewhere[0]))}?" if elsewhere else ""
+    here = tuple(part for part in loc[:-1] if isinstance(part, str))
+    elsewhere = [path for path in field_paths(kind) if path[-1] == key]
+    below = [dotted((*at, *path)) for path in elsewhere if path[: len(here)] == here]
+    beside = [str(path[-1]) for path in missing if path[:-1] == loc[:-1]]
+    likely = below or (beside if len(beside) == 1 else [dotted((*at, *path)) for path in elsewhere])
+    hint = did_you_mean(key, fields) or (f"did you mean {likely[0]}?" if likely else "")
     return Problem("unknown key", (*at, *loc), found=key, allowed=listed(fields), hint=hint)
 
 
