@@ -72,12 +72,12 @@ def test_entries_are_those_they_were_made_of() -> None:
 def test_the_file_of_an_index_is_read_as_ever(tmp_path: Path) -> None:
     plain = [*odd(), *map(entry, range(10))]
     data, file = stored(tmp_path, plain)
-    found = index.build_or_read(data, str(tmp_path))
+    found = index.build_or_read(data, str(tmp_path), untold)
     assert found.entries == contract.decode(file.read_bytes(), Index, "").entries == plain
     assert list(index.training_entries(found, data)) == [one for one in plain if one.split != "test"]
     file.write_bytes(file.read_bytes().replace(b'"group":9', b'"group":"9"'))
     with pytest.raises(ContractError, match=r"index-.*\.json: not an Index .* entry 15: Expected `int`"):
-        index.build_or_read(data, str(tmp_path))
+        index.build_or_read(data, str(tmp_path), untold)
 
 
 def test_an_image_costs_few_bytes(tmp_path: Path) -> None:
