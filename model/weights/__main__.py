@@ -12,8 +12,10 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import msgspec
 
 from model import config
 from model.architectures import ARCHITECTURES
@@ -70,6 +72,8 @@ def info(options: argparse.Namespace) -> int:
         shape = " x ".join(str(side) for side in tensor["shape"]) or "scalar"
         print(f"{tensor['name']:<44} {shape:<18} {tensor['dtype']}{'  (buffer)' if tensor['buffer'] else ''}")
     print(f"{told['what']}: {told['is']}; {len(told['tensors'])} tensors, {told['parameters']:,} parameters")
+    if told["images"]:
+        print(_images(told["images"]))
     for name in told["left"]:
         print(f"not looked at: {name}")
     return 0
@@ -80,7 +84,12 @@ def _of_architecture(arch: str) -> dict[str, Any]:
         raise WeightsError("custom is no architecture by itself; name a released one or a file")
     backbone = networks.named(arch)
     tensors = [(name, shape, "float32") for name, shape in networks.expected(backbone).items()]
-    return _told(arch, "an architecture", backbone, tensors, ())
+    return _told(arch, "an architecture", backbone, tensors)
+
+
+def _images(images: Mapping[str, Any]) -> str:
+    numbers = (f"{name} [{', '.join(f'{value:g}' for value in images[name])}]" for name in ("mean", "std"))
+    return f"images: {len(images['mean'])} channels of {images['bits']} bits, normalised by {', '.join(numbers)}"
 
 
 def _of_file(options: argparse.Namespace) -> dict[str, Any]:
@@ -88,7 +97,8 @@ def _of_file(options: argparse.Namespace) -> dict[str, Any]:
     tensors = [(name, value.shape, str(value.dtype).removeprefix("torch.")) for name, value in source.own.items()]
     heads = sum(networks.is_head(name) for name, *_ in tensors)
     kind = f"{source.format}, {source.backbone.arch} {'with' if heads else 'without'} heads, under our names"
-    return _told(source.where, kind, source.backbone, tensors, source.left)
+    images = msgspec.to_builtins(source.images) if source.images else None
+    return _told(source.where, kind, source.backbone, tensors, source.left, images)
 
 
 def _told(
@@ -96,13 +106,15 @@ def _told(
     kind: str,
     backbone: Backbone,
     tensors: Sequence[tuple[str, tuple[int, ...], str]],
-    left: Iterable[str],
+    left: Iterable[str] = (),
+    images: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     buffers = {name for name, _ in networks.meta(backbone).named_buffers()}
     return {
         "what": what,
         "is": kind,
         "backbone": backbone.model_dump(),
+        "images": images,
         "tensors": [{"name": n, "shape": list(s), "dtype": d, "buffer": n in buffers} for n, s, d in tensors],
         "parameters": sum(math.prod(shape) for name, shape, _ in tensors if name not in buffers),
         "left": list(left),

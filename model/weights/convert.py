@@ -16,14 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from model.config import RGB
 from model.contract import new_nonce
-from model.weights import names, networks, outside, stream
+from model.weights import names, networks, outside, sources, stream
 from model.weights.entries import Entries, WeightsError
 from model.weights.outside import Prepared
-from model.weights.sources import IMAGES_KEY, OURS_KEY, Source, open_part
+from model.weights.sources import Source, open_part
 
 
 @dataclass(frozen=True)
@@ -64,12 +62,14 @@ def convert(source: Source, target: str, to: str) -> Converted:
 def export(where: str, target: str, part: str) -> int:
     """Write one part of a checkpoint of ours to one safetensors file, under its own names, whole or not at all.
 
-    Returns its bytes. Raises WeightsError, also if `target` is there already, CheckpointError.
+    Of a backbone the header says the settings and how its images are normalised. Returns the file's bytes. Raises
+    WeightsError, also if `target` is there already, CheckpointError.
     """
     path = Path(target).expanduser()
     if path.exists():
         raise WeightsError(f"{target} is there already; name another, or remove it")
-    return _write_file(path, _Out(open_part(where, part), _TORCH, {}))
+    tensors, header = open_part(where, part)
+    return _write_file(path, _Out(tensors, {**_TORCH, **header}, {}))
 
 
 def _write_file(path: Path, out: _Out) -> int:
@@ -115,8 +115,7 @@ def _official(source: Source) -> _Out:
 
 def _header(source: Source, *, stated: bool) -> dict[str, str]:
     """`stated`: the backbone's settings too."""
-    images = {IMAGES_KEY: msgspec.json.encode(source.images).decode()} if source.images else {}
-    return {**_TORCH, **images, **({OURS_KEY: source.backbone.model_dump_json()} if stated else {})}
+    return {**_TORCH, **sources.header(source.backbone if stated else None, source.images)}
 
 
 def _huggingface(source: Source) -> _Out:

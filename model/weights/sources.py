@@ -35,7 +35,7 @@ OURS_KEY = "dinoctl.backbone"
 """In the header of a safetensors file of ours: the backbone's settings, JSON."""
 
 IMAGES_KEY = "dinoctl.images"
-"""In the header of a safetensors file that `convert` wrote: what its images are and how they are normalised, JSON."""
+"""In the header of a safetensors file of ours: what its images are and how they are normalised, JSON."""
 
 
 @dataclass(frozen=True)
@@ -121,23 +121,41 @@ def _checkpoint(where: str, network: str) -> Source:
     tensors: dict[str, Entry] = {}
     for part in parts:
         tensors |= _part(where, run, manifest, part)
-    data = config.read(config.Data, manifest.model["phase"]["data"])
+    backbone, images = _told(manifest)
     return Source(
         where=where,
         format="ours",
-        backbone=config.read(config.Model, manifest.model["networks"]).backbone,
+        backbone=backbone,
         own={name.removeprefix("backbone."): value for name, value in tensors.items()},
         stated=True,
         left=tuple(f"part {part}" for part in sorted(manifest.parts.keys() - set(parts))),
-        images=Prepared(data.bits, data.mean, data.std),
+        images=images,
     )
 
 
-def open_part(where: str, part: str) -> Entries:
-    """The tensors of one part of a checkpoint of ours, its files verified. Raises WeightsError, CheckpointError."""
+def _told(manifest: Manifest) -> tuple[Backbone, Prepared]:
+    """The backbone's settings, and how the images were prepared that it saw."""
+    data = config.read(config.Data, manifest.model["phase"]["data"])
+    backbone = config.read(config.Model, manifest.model["networks"]).backbone
+    return backbone, Prepared(data.bits, data.mean, data.std)
+
+
+def open_part(where: str, part: str) -> tuple[Entries, dict[str, str]]:
+    """The tensors of one part of a checkpoint of ours, its files verified, and what a header is to say of them.
+
+    Raises WeightsError, CheckpointError.
+    """
     absolute = where if storage.is_uri(where) else str(Path(where).absolute())
     manifest, run = _manifest(absolute)
-    return _part(where, run, manifest, part)
+    tensors = _part(where, run, manifest, part)
+    has_backbone = any(name.split(".")[-1] == "cls_token" for name in tensors)
+    return tensors, header(*_told(manifest)) if has_backbone else {}
+
+
+def header(backbone: Backbone | None, images: Prepared | None) -> dict[str, str]:
+    """What `_tell` reads again: the settings and the images, as far as they are to be said."""
+    settings = {} if backbone is None else {OURS_KEY: backbone.model_dump_json()}
+    return settings if images is None else {**settings, IMAGES_KEY: msgspec.json.encode(images).decode()}
 
 
 def _manifest(where: str) -> tuple[Manifest, str]:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save
 
-from model.weights import __main__ as command
-from model.weights.convert import export
+from model.weights import __main__ as command, stream
+from model.weights.convert import convert, export
 from model.weights.entries import WeightsError
 from model.weights.sources import open_source
 from tests.model.weights.test_sources import sealed
@@ -63,6 +63,39 @@ def test_a_part_is_exported_whole_or_not_at_all(tmp_path: Path) -> None:
     target.touch()
     with pytest.raises(WeightsError, match="is there already"):
         export(str(folder), str(target), "teacher_backbone")
+
+
+@pytest.mark.parametrize("form", ["ours", "official", "huggingface", "timm"])
+def test_an_exported_backbone_is_converted_as_the_checkpoint_is(tmp_path: Path, form: str) -> None:
+    folder, file = sealed(tmp_path / "run"), tmp_path / "e.safetensors"
+    export(str(folder), str(file), "teacher_backbone")
+    of_file, of_run = open_source(str(file)), open_source(str(folder))
+    assert (of_file.stated, of_file.backbone, of_file.images) == (True, of_run.backbone, of_run.images)
+    ending = "" if form in ("huggingface", "timm") else ".safetensors"
+    made = [tmp_path / f"{name}{ending}" for name in ("of_file", "of_run")]
+    notes = [convert(source, str(path), form).notes for source, path in zip((of_file, of_run), made, strict=True)]
+    assert notes[0] == notes[1]
+    for name in ("preprocessor_config.json", "config.json"):
+        told = [path / name for path in made]
+        assert told[0].exists() == told[1].exists()
+        assert not told[0].exists() or told[0].read_text() == told[1].read_text()
+    assert [open_source(str(path)).images for path in made] == [of_run.images] * 2
+
+
+def test_only_a_backbone_has_images(tmp_path: Path) -> None:
+    folder = sealed(tmp_path / "run")
+    export(str(folder), str(tmp_path / "heads.safetensors"), "teacher_heads")
+    assert stream.open_file(tmp_path / "heads.safetensors")[1] == {"format": "pt"}
+
+
+def test_info_shows_how_images_are_normalised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export(str(sealed(tmp_path / "run")), str(tmp_path / "e.safetensors"), "teacher_backbone")
+    assert command.main(["info", str(tmp_path / "e.safetensors")]) == 0
+    said = "images: 3 channels of 8 bits, normalised by mean [0.1, 0.2, 0.3], std [1, 1, 1]"
+    assert said in capsys.readouterr().out.splitlines()
+    assert command.main(["info", str(tmp_path / "e.safetensors"), "--json"]) == 0
+    images = {"bits": 8, "mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0]}
+    assert json.loads(capsys.readouterr().out)["images"] == images
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
