@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from model.contract import new_nonce
-from model.store_errors import NO_SPACE, DiskFullError, StoreError
+from model.store_errors import NO_SPACE, DiskFullError, StoreError, UnknownStoreError
 
 
 def is_uri(path: str) -> bool:
@@ -27,15 +27,35 @@ def foreign(uri: str, doing: str) -> Iterator[None]:
         yield
     except StoreError:
         raise
-    except FileNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, f"no such file: {uri}") from error
-    except PermissionError as error:
-        raise StoreError(errno.EACCES, f"{doing} {uri}: {error.strerror or error}") from error
-    except OSError as error:
-        raise StoreError(error.errno or errno.EIO, f"{doing} {uri}: {error.strerror or error}") from error
     except Exception as error:  # every backend has exceptions of its own
-        number = errno.EACCES if "Credentials" in type(error).__name__ else errno.EIO
-        raise StoreError(number, f"{doing} {uri}: {type(error).__name__}: {error}") from error
+        raise _ours(_meant(error), uri, doing) from error
+
+
+def _meant(error: Exception) -> BaseException:
+    """The error itself. But fsspec calls a file on a web server not there whatever befell the request: then that."""
+    cause = error.__cause__
+    if cause is None or not isinstance(error, FileNotFoundError):
+        return error
+    from aiohttp import ClientConnectionError, ClientPayloadError, ClientResponseError  # slow to import
+
+    if isinstance(cause, ClientResponseError):
+        return error if cause.status in NOT_THERE else cause
+    return cause if isinstance(cause, (ClientConnectionError, ClientPayloadError, TimeoutError)) else error
+
+
+NOT_THERE, FORBIDDEN = (404, 410), (401, 403)
+"""What a web server answers."""
+
+
+def _ours(error: BaseException, uri: str, doing: str) -> OSError:
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(errno.ENOENT, f"no such file: {uri}")
+    if isinstance(error, PermissionError):
+        return StoreError(errno.EACCES, f"{doing} {uri}: {error.strerror or error}")
+    if isinstance(error, OSError):
+        return StoreError(error.errno or errno.EIO, f"{doing} {uri}: {error.strerror or error or type(error).__name__}")
+    refused = "Credentials" in type(error).__name__ or getattr(error, "status", None) in FORBIDDEN
+    return StoreError(errno.EACCES if refused else errno.EIO, f"{doing} {uri}: {type(error).__name__}: {error}")
 
 
 S3_OPTIONS: dict[str, dict[str, Any]] = {
@@ -49,12 +69,21 @@ S3_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def _system(uri: str) -> tuple[Any, str]:
-    """The file system of a path or URI (one object for all that ask), and the path in it."""
+    """The file system of a path or URI (one object for all that ask), and the path in it. Raises UnknownStoreError."""
     from fsspec.core import url_to_fs  # slow to import, and `dinoctl status` comes this way
 
     options = S3_OPTIONS if uri.startswith(("s3://", "s3a://")) else {}
-    found: tuple[Any, str] = url_to_fs(uri, **options)
+    try:
+        found: tuple[Any, str] = url_to_fs(uri, **options)
+    except (ValueError, ImportError) as error:  # no such scheme, or one whose package is not installed
+        raise UnknownStoreError(errno.EPROTONOSUPPORT, f"{uri}: {error}. {KNOWN}") from error
     return found
+
+
+KNOWN = (
+    "What can be read is a path, s3://, https:// and http://, and any other URI of fsspec whose package is installed "
+    "where dinoctl and its attempts run: gs:// with gcsfs, az:// with adlfs"
+)
 
 
 def read_range(uri: str, start: int, length: int | None) -> bytes:
@@ -115,7 +144,9 @@ def fetch(uri: str, target: Path) -> None:
             shutil.copyfileobj(source, copy, 1 << 23)
         temporary.replace(target)
     except FileNotFoundError as error:
-        raise StoreError(errno.ENOENT, f"fetching {uri}: there is no such file") from error
+        meant = _meant(error)
+        why = "there is no such file" if meant is error else meant
+        raise StoreError(errno.ENOENT, f"fetching {uri}: {why}") from error
     except OSError as error:
         kind = DiskFullError if error.errno in NO_SPACE else StoreError
         raise kind(error.errno, f"fetching {uri}: {error.strerror or error}") from error

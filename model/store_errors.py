@@ -21,5 +21,9 @@ class NoAccessError(StoreError):
     """Credentials, permissions or the bucket itself are missing: asking again does not help."""
 
 
+class UnknownStoreError(StoreError):
+    """A URI of a kind that nothing installed here can read: asking again does not help."""
+
+
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """A full disk, a full quota, a file larger than the process may write (`ulimit -f`)."""

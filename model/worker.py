@@ -40,6 +40,7 @@ CAUSES: tuple[tuple[type[Exception], Cause], ...] = (
     (TooLateError, Cause.UNSEALED),
     (storage.DiskFullError, Cause.DISK_FULL),
     (storage.AlreadyPublished, Cause.SUPERSEDED),  # somebody else writes this attempt's files
+    (storage.UnknownStoreError, Cause.USER_ERROR),
     (StalledDataError, Cause.DATA_STALLED),
     (storage.StoreError, Cause.STORE_LOST),
 )

@@ -9,6 +9,7 @@
     IllegalEvent       2   a log whose events contradict each other
     CodeError          2   the run's copy of the code is not what it was
     NoAccessError      2   a bucket that is not there, or not for these credentials
+    UnknownStoreError  2   a URI of a kind that nothing installed can read
     DiskFullError      3   no space left
     StoreError         1   a file system that does not do what it is asked
     LaunchError        1   the launcher refused
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.contract import ContractError
-from model.storage import DiskFullError, NoAccessError, StoreError
+from model.storage import DiskFullError, NoAccessError, StoreError, UnknownStoreError
 from orchestrator.code import CodeError
 from orchestrator.handoff import HandoffError
 from orchestrator.launchers.base import LaunchError
@@ -42,11 +43,12 @@ EXIT_CODES: dict[type[Exception], int] = {
     IllegalEvent: 2,
     CodeError: 2,
     NoAccessError: 2,
+    UnknownStoreError: 2,
     DiskFullError: 3,
     StoreError: 1,
     LaunchError: 1,
 }
-"""The first that fits counts: no access and a full disk are StoreErrors too."""
+"""The first that fits counts: no access, an unknown store and a full disk are StoreErrors too."""
 
 
 @dataclass(frozen=True)

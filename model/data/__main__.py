@@ -36,6 +36,8 @@ def main(arguments: Sequence[str]) -> int:
         return int(COMMANDS[options.command](options))
     except DataError as error:
         return _said(str(error).removeprefix("data.path: "), WRONG_INPUT)
+    except storage.UnknownStoreError as error:
+        return _said(error.strerror or str(error), WRONG_INPUT)
     except OSError as error:
         text = str(error) if error.filename else error.strerror or str(error)
         return _said(text, DISK_FULL if error.errno in storage.NO_SPACE else UNREADABLE)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from model.data.errors import StalledDataError
-from model.storage import StoreError
+from model.storage import StoreError, UnknownStoreError
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +30,14 @@ T = TypeVar("T")
 def patiently(ask: Callable[[], T], over: threading.Event | None = None) -> T:
     """What `ask` returns, tried again while it raises StoreError or FileNotFoundError (a network file system that is
     not mounted looks like that). Raises StalledDataError with the last try's reason, also once `over` is set: nobody
-    needs it any more."""
+    needs it any more; UnknownStoreError at once, as no store has failed."""
     over = over or threading.Event()
     began = time.monotonic()
     for tries, wait in enumerate([*WAITS, None], 1):
         try:
             return ask()
+        except UnknownStoreError:
+            raise
         except (StoreError, FileNotFoundError) as error:
             hopeless = error.errno in HOPELESS or time.monotonic() - began > LONGEST
             if wait is None or hopeless or over.is_set():
