@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -31,7 +32,12 @@ from model.weights.sources import NETWORKS, open_source
 def main(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
     try:
-        return int(COMMANDS[options.command](options))
+        code = int(COMMANDS[options.command](options))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever reads our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (WeightsError, CheckpointError, StoreError) as error:
         print(f"dinoctl: {error}", file=sys.stderr)
         return 2

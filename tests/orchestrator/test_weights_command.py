@@ -112,3 +112,13 @@ def test_the_command_says_what_it_says() -> None:
     assert "188 tensors, 21,601,152 parameters" in done.stdout
     wrong = dinoctl("weights", "convert", "nothing.pth", "x", "--to", "timm")
     assert (wrong.returncode, wrong.stderr) == (2, "dinoctl: no such file or folder: nothing.pth\n")
+
+
+@pytest.mark.jobs
+def test_who_reads_no_further_is_told_nothing() -> None:
+    command = [sys.executable, "-P", "-m", "orchestrator.cli", "weights", "info", "vit7b16"]
+    begun = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert begun.stdout is not None
+    begun.stdout.close()
+    assert begun.communicate()[1] == ""
+    assert begun.returncode == 0
