@@ -34,3 +34,25 @@ def test_reports_all_that_is_asked_for(monkeypatch, more):
 def test_refuses_another_number_of_global_crops():
     with pytest.raises(SystemExit, match="a step has 2 global crops"):
         step.prepare(step.parse(["--global", "3x32"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--arch", "nope"], "--arch: invalid choice: 'nope' (choose from "),
+        (["--local", "4x50"], "--local: crops of 50 pixels are not whole patches; sizes are multiples of 16"),
+        (["--arch", "dinov2_vitg14", "--local", "4x48"], "--global: crops of 96 pixels are not whole patches"),
+        (["--gram", "1.3"], "--gram 1.3: crops of 125 pixels are not whole patches; sizes are multiples of 16"),
+        (["--gram", "nan"], "--gram: nan is not a number above 0"),
+        (["--local", "4"], "--local: 4 is not COUNTxSIZE, such as 4x48"),
+        (["--device", "gpu"], "--device: gpu is none of cpu, cuda, cuda:0"),
+        (["--device", "cuda:99"], "--device: cuda:99: torch sees "),
+        (["--rounds", "0"], "--rounds: 0 is not a whole number from 1 on"),
+        (["--batch", "1"], "--batch 1: KoLeo needs 2 images or more"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(capsys, words, says):
+    with pytest.raises(SystemExit) as caught:
+        step.parse(words)
+    assert caught.value.code == 2
+    assert says in capsys.readouterr().err.splitlines()[-1]

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import platform
 import resource
@@ -34,6 +35,7 @@ import torch
 from torch import nn
 
 from model import accounting, config, optim, parallel, sharding
+from model.architectures import ARCHITECTURES
 from model.data.augment import Recipe, ssl_views
 from model.data.batch import SslBatch
 from model.data.masks import group_masks
@@ -51,6 +53,7 @@ STEPS = 10_000
 WARM_UP = 3
 PARTS = ("data", "teacher", "student", "heads", "losses", "backward", "clip", "optimizer", "ema")
 SIDE = 256  # of an image
+PATCH_SIZE = config.Backbone.model_fields["patch_size"].default
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -284,25 +287,69 @@ def _cpu() -> str:
 
 def _crops(text: str) -> tuple[int, int]:
     count, _, size = text.partition("x")
+    if not count.isdecimal() or not size.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not COUNTxSIZE, such as 4x48")
     return int(count), int(size)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+    return int(text)
+
+
+def _times(text: str) -> float:
+    try:
+        times = float(text)
+    except ValueError:
+        times = math.nan
+    if not 0 < times < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0, such as 2")
+    return times
+
+
+def _device(text: str) -> str:
+    kind, _, number = text.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or text.endswith(":"):
+        raise argparse.ArgumentTypeError(f"{text} is none of cpu, cuda, cuda:0, cuda:1 ...")
+    if kind == "cuda" and int(number or 0) >= (there := torch.cuda.device_count()):
+        raise argparse.ArgumentTypeError(f"{text}: torch sees {there} GPUs here; cpu always goes")
+    return text
+
+
+def _mistake(options: argparse.Namespace) -> str | None:
+    """What is wrong with options that are well by themselves."""
+    patch = ARCHITECTURES[options.arch].get("patch_size", PATCH_SIZE)
+    (_, global_size), (_, local_size) = options.global_crops, options.local_crops
+    sides = {"--global": global_size, "--local": local_size}
+    if options.gram:
+        sides[f"--gram {options.gram:g}"] = round(options.gram * global_size)
+    for option, side in sides.items():
+        if side < patch or side % patch:
+            return f"{option}: crops of {side} pixels are not whole patches; sizes are multiples of {patch}"
+    return "--batch 1: KoLeo needs 2 images or more" if options.batch < 2 else None
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--arch", default="vits16", help="a released architecture")
+    archs = [name for name in ARCHITECTURES if name != "custom"]
+    parser.add_argument("--arch", default="vits16", choices=archs, metavar="ARCH", help="a released architecture")
     parser.add_argument("--global", dest="global_crops", type=_crops, default="2x96", metavar="2xSIZE")
     parser.add_argument("--local", dest="local_crops", type=_crops, default="4x48", metavar="COUNTxSIZE")
-    parser.add_argument("--batch", type=int, default=16, help="images a step")
-    parser.add_argument("--prototypes", type=int, default=4096, help="of each head")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--gram", type=float, metavar="TIMES", help="with a Gram teacher, on crops so much larger")
+    parser.add_argument("--batch", type=_positive, default=16, help="images a step")
+    parser.add_argument("--prototypes", type=_positive, default=4096, help="of each head")
+    parser.add_argument("--threads", type=_positive, default=2)
+    parser.add_argument("--gram", type=_times, metavar="TIMES", help="with a Gram teacher, on crops so much larger")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the products")
     parser.add_argument("--compile", action="store_true", help="torch.compile, block by block")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=_positive, default=7)
     parser.add_argument("--cpu-time", action="store_true", help="for a busy machine: CPU seconds, with --threads 1")
     parser.add_argument("--json", action="store_true")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if wrong := _mistake(options):
+        parser.error(wrong)
+    return options
 
 
 def main() -> None:
