@@ -14,8 +14,9 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from pydantic import ValidationError
 from rich.console import Console
@@ -154,14 +155,22 @@ def _data(paths: list[str], channels: int, bits: int) -> config.Data:
     try:
         return config.read(config.Data, {"path": paths[0] if len(paths) == 1 else paths, **kind})
     except ValidationError as error:
-        reasons = [str(one.get("ctx", {}).get("error", one["msg"])) for one in error.errors()]
-        raise DataError("; ".join(reason.removeprefix("path: ") for reason in reasons)) from error
+        raise DataError("; ".join(_reason(one) for one in error.errors())) from error
+
+
+def _reason(one: Mapping[str, Any]) -> str:
+    """One of pydantic's errors, with the option where it is an option's."""
+    said = str(one.get("ctx", {}).get("error", one["msg"])).removeprefix("path: ")
+    option = one["loc"][0] if one["loc"] else "path"
+    return f"--{option} {one['input']}: {said}" if option in ("channels", "bits") else said
 
 
 @contextmanager
 def _whole(options: argparse.Namespace) -> Iterator[Whole]:
     """Every image that the options name. Without --index the index is made for now and thrown away."""
     data = _data(options.paths, options.channels, options.bits)
+    if options.index and not data.shards:
+        raise DataError(f"--index: an index is of tar shards, and {data.shown} is no .tar: leave it out")
     with tempfile.TemporaryDirectory(prefix="dinoctl-index-") as scratch:
         with _progress("shards indexed") as tell:
             whole = open_whole(data, os.path.abspath(options.index) if options.index else scratch, tell)

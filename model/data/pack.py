@@ -21,7 +21,7 @@ from model.data import files
 from model.data.errors import DataError, UnreadableImageError
 from model.data.index import folder, list_images
 from model.data.patience import patiently
-from model.data.patterns import absolute
+from model.data.patterns import absolute, refuse_one_slash
 from model.data.threads import Tell
 from model.draws import generator
 
@@ -50,8 +50,9 @@ def pack(
 
     `target` is a folder or a URI. A label is the place of its first-level folder in classes.txt, from 0. Raises
     DataError for a folder that is not there, holds no image or one that cannot be read, and for a target that holds
-    shards of that name, OSError.
+    shards of that name or is no place for them, OSError.
     """
+    refuse_one_slash(target)
     root, out = folder(source), absolute(target).rstrip("/")
     paths = list_images(root, suffixes)
     if not paths:

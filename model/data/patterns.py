@@ -18,6 +18,18 @@ def absolute(pattern: str) -> str:
     return pattern if storage.is_uri(pattern) else os.path.abspath(os.path.expanduser(pattern))
 
 
+_ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/([^/].*)?")
+
+
+def refuse_one_slash(target: str) -> None:
+    """Raises DataError for what would be written to a folder named `s3:`, and was hardly meant so."""
+    if found := _ONE_SLASH.fullmatch(target):
+        scheme, rest = found.groups(default="")
+        raise DataError(
+            f"{target}: one slash makes a folder of it; write {scheme}://{rest}, or ./{target} for the folder"
+        )
+
+
 def expand(pattern: str) -> list[str]:
     """The names that the braces of a pattern stand for, in order. Raises DataError for braces that say nothing."""
     found = _BRACES.search(pattern)

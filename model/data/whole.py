@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from model import config, storage
 from model.data import files, index as folders, shards
@@ -39,12 +40,21 @@ def open_whole(data: config.Data, index: str, tell: Tell) -> Whole:
     root = folders.folder(data.shown)
     paths = folders.list_images(root, data.suffixes)
     if not paths:
-        raise DataError(f"no images under {root}")
+        raise DataError(f"no images under {root}{_shards_in(root, data.shown)}")
 
     def image(number: int) -> Picture:
         return decode(files.read(root / paths[number], root), data)
 
     return Whole(len(paths), str(root), image, paths.__getitem__, None)
+
+
+def _shards_in(root: Path, shown: str) -> str:
+    """What to say of a folder of tar shards that was named itself."""
+    first = next(iter(sorted(root.glob("*.tar"))), None)
+    if first is None:
+        return ""
+    there = shown.rstrip("/")
+    return f", but tar shards ({first.name}): name those, as {there}/*.tar or {there}/x-{{000000..000123}}.tar"
 
 
 def patterns_of(data: config.Data) -> list[str]:

@@ -176,9 +176,14 @@ def test_indexing_a_damaged_shard_says_so(tmp_path: Path, packed: str, capsys: p
         (["index", "a.tar", "b", "--to", "i"], "b in a list: only tar shards can be listed"),
         (["check", "nowhere"], "no such folder: "),
         (["check", "s3://b/images"], "of what is on a bucket only tar shards can be read"),
+        (["check", "images", "--index", "idx"], "--index: an index is of tar shards, and images is no .tar: leave it"),
+        (["stats", "images", "--index", "idx"], "--index: an index is of tar shards, and images is no .tar: leave it"),
+        (["stats", "images", "--channels", "2000"], "--channels 2000: Input should be less than or equal to 1024"),
+        (["check", "full/"], "/full, but tar shards (images-000000.tar): name those, as full/*.tar or full/x-{0000"),
         (["stats", "empty"], "no images under "),
         (["pack", "nowhere", "out"], "no such folder: "),
         (["pack", "empty", "out"], "no images under "),
+        (["pack", "images", "s3:/b/x"], "s3:/b/x: one slash makes a folder of it; write s3://b/x, or ./s3:/b/x"),
         (["pack", "images", "full"], "images-000000.tar is there already"),
     ],
 )
@@ -199,6 +204,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert said.startswith("dinoctl: ")
     assert said.count("\n") == 1
     assert says in said
+    assert not list(tmp_path.glob("*:"))
 
 
 def test_it_runs_as_a_process(images: Path) -> None:

@@ -15,6 +15,7 @@ from model.data.entries import Entries, Entry
 from model.data.index import Index
 from model.data.sources import build_or_read, open_sources
 from model.data.splits import SPLITS
+from model.data.threads import untold
 
 MANY = 20_000
 MOST_BYTES = 100
@@ -85,7 +86,7 @@ def test_an_image_costs_few_bytes(tmp_path: Path) -> None:
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
-        (source,) = open_sources(build_or_read(data, str(tmp_path), lambda done, total: None), data, captioned=False)
+        (source,) = open_sources(build_or_read(data, str(tmp_path), lambda what, done, total: None), data, captioned=False)
         held = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
