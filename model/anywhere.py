@@ -58,6 +58,8 @@ def _ours(error: BaseException, uri: str, doing: str) -> OSError:
     return StoreError(errno.EACCES if refused else errno.EIO, f"{doing} {uri}: {type(error).__name__}: {error}")
 
 
+S3 = ("s3://", "s3a://")
+
 S3_OPTIONS: dict[str, dict[str, Any]] = {
     "config_kwargs": {
         "connect_timeout": 10,
@@ -72,18 +74,34 @@ def _system(uri: str) -> tuple[Any, str]:
     """The file system of a path or URI (one object for all that ask), and the path in it. Raises UnknownStoreError."""
     from fsspec.core import url_to_fs  # slow to import, and `dinoctl status` comes this way
 
-    options = S3_OPTIONS if uri.startswith(("s3://", "s3a://")) else {}
+    options = S3_OPTIONS if uri.startswith(S3) else {}
     try:
         found: tuple[Any, str] = url_to_fs(uri, **options)
-    except (ValueError, ImportError) as error:  # no such scheme, or one whose package is not installed
-        raise UnknownStoreError(errno.EPROTONOSUPPORT, f"{uri}: {error}. {KNOWN}") from error
+    except NO_BACKEND as error:
+        raise UnknownStoreError(errno.EPROTONOSUPPORT, f"{uri}: {error}. What can be read is {KNOWN}") from error
     return found
 
 
+NO_BACKEND = (ValueError, ImportError)
+"""What fsspec raises for no such scheme, and for one whose package is not installed."""
+
 KNOWN = (
-    "What can be read is a path, s3://, https:// and http://, and any other URI of fsspec whose package is installed "
-    "where dinoctl and its attempts run: gs:// with gcsfs, az:// with adlfs"
+    "a path, s3://, https:// and http://, and any other URI of fsspec whose package is installed where dinoctl and "
+    "its attempts run: gs:// with gcsfs, az:// with adlfs"
 )
+
+
+def unknown(uri: str) -> str:
+    """Why nothing installed can read such a URI; "" if something can. Asks no store."""
+    if uri.startswith(S3):
+        return ""  # s3fs is always there, and slow to import
+    from fsspec import get_filesystem_class  # slow to import, as above
+
+    try:
+        get_filesystem_class(uri.partition("://")[0].rpartition("::")[2])
+    except NO_BACKEND as error:
+        return str(error)
+    return ""
 
 
 def read_range(uri: str, start: int, length: int | None) -> bytes:

@@ -16,16 +16,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from model import anywhere, bucket, s3
-from model.anywhere import S3_OPTIONS, fetch, foreign, is_uri, matching, put, reading, size
+from model.anywhere import KNOWN, S3_OPTIONS, fetch, foreign, is_uri, matching, put, reading, size, unknown
 from model.contract import new_nonce, scratch_dir
 from model.store_errors import NO_SPACE, AlreadyPublished, DiskFullError, NoAccessError, StoreError, UnknownStoreError
 
 __all__ = [
-    "NO_SPACE", "S3_OPTIONS", "AlreadyPublished", "DiskFullError", "NoAccessError", "StoreError",
+    "KNOWN", "NO_SPACE", "S3_OPTIONS", "AlreadyPublished", "DiskFullError", "NoAccessError", "StoreError",
     "UnknownStoreError", "be_patient", "contents", "digest", "exists", "fetch", "foreign", "is_uri", "local",
     "local_file", "matching", "modified", "names", "own_scratch", "publish", "publish_many", "publish_pieces", "put",
     "read", "read_many", "read_range", "read_there", "reading", "remove", "remove_behind", "remove_folder_of",
-    "remove_tree", "replace", "size", "sync_dir",
+    "remove_tree", "replace", "size", "sync_dir", "unknown",
 ]  # fmt: skip
 
 

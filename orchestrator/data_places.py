@@ -15,8 +15,11 @@ _FIRST = re.compile(r"\{([^{}]*?)(?:\.\.|,)[^{}]*\}")
 
 
 def shards(patterns: Sequence[str]) -> Problem | None:
-    """Of each pattern of local files the first that it names, or any that a glob matches, is looked for."""
+    """Of each pattern of local files the first that it names, or any that a glob matches, is looked for; of a URI only
+    whether something installed here can read it."""
     for pattern in patterns:
+        if storage.is_uri(pattern) and (why := storage.unknown(pattern)):
+            return Problem(f"a URI that nothing here can read ({why})", found=pattern, allowed=storage.KNOWN)
         name = os.path.expanduser(_FIRST.sub(r"\1", pattern))
         if not storage.is_uri(pattern) and next(glob.iglob(name), None) is None:
             return Problem("no such tar shard", found=pattern if name == pattern else f"{pattern} ({name})",

@@ -210,6 +210,8 @@ def test_tar_shards_are_looked_for_where_this_machine_sees_them(tmp_path: Path) 
     assert set(found(f"{tmp_path}/y-{{00..10}}.tar")) == {"no such tar shard"}
     assert set(found(f"{tmp_path}/y*.tar")) == {"no such tar shard"}
     assert found(f"{tmp_path}/x-{{00..10}}.tar") == found(f"{tmp_path}/*.tar") == found("s3://b/x.tar") == []
+    assert found("https://a.b/x-{00..10}.tar") == []
+    assert set(found("nosuch://b/x.tar")) == {"a URI that nothing here can read (Protocol not known: nosuch)"}
 
 
 def test_an_evaluation_needs_a_folder() -> None:
