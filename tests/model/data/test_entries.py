@@ -86,7 +86,9 @@ def test_an_image_costs_few_bytes(tmp_path: Path) -> None:
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
-        (source,) = open_sources(build_or_read(data, str(tmp_path), lambda what, done, total: None), data, captioned=False)
+        (source,) = open_sources(
+            build_or_read(data, str(tmp_path), lambda what, done, total: None), data, captioned=False
+        )
         held = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
