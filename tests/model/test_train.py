@@ -93,7 +93,13 @@ class Ran:
         return (Path(self.attempt.run_dir) / contract.rank_log(self.attempt.attempt, 0)).read_text()
 
 
-def train(attempt: Attempt, world: int = 2, meanwhile: Callable[[], None] = lambda: None, seconds: float = 300) -> Ran:
+def train(
+    attempt: Attempt,
+    world: int = 2,
+    meanwhile: Callable[[], None] = lambda: None,
+    seconds: float = 300,
+    trainer: str = "model.train",
+) -> Ran:
     """Run the attempt as the agent does, `meanwhile` doing something to it."""
     path = f"{attempt.run_dir}/{contract.attempt_yaml(attempt.attempt)}"
     storage.publish(path, msgspec.yaml.encode(attempt))
@@ -102,7 +108,7 @@ def train(attempt: Attempt, world: int = 2, meanwhile: Callable[[], None] = lamb
     process = subprocess.Popen(
         [
             sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world),
-            "--local-addr", "127.0.0.1", "-m", "model.rank", "model.train", path,
+            "--local-addr", "127.0.0.1", "-m", "model.rank", trainer, path,
         ],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         stdout=subprocess.DEVNULL,

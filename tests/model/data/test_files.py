@@ -79,12 +79,14 @@ def test_a_folder_that_is_gone_is_the_stores(images: Path, tmp_path: Path, how: 
 def test_a_folder_that_comes_back_is_waited_for(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(patience, "WAITS", (0.1,) * 100)
+    monkeypatch.setattr(patience, "WAITS", (0.1,) * 1000)
     made = loading.loader({"path": str(images), "workers": 2}, tmp_path / "run")
     images.rename(tmp_path / "elsewhere")
 
     def bring_back() -> None:
-        time.sleep(0.5)
+        deadline = time.monotonic() + 60
+        while "again in 0.1 s" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.02)
         (tmp_path / "elsewhere").rename(images)
 
     thread = threading.Thread(target=bring_back)
