@@ -22,6 +22,7 @@ from model import config, contract, sealed, storage
 from model.contract import Attempt, Cause, CheckpointRef, RankEnd
 from model.data import index
 from model.data.order import Order
+from model.data.threads import untold
 from model.job import Loop
 from orchestrator import progress
 from tests.model.test_checkpoint import make_attempt
@@ -298,7 +299,8 @@ def test_every_ranks_unreadable_images_are_counted(tmp_path: Path, images: Path)
     folder = Path(shutil.copytree(images, tmp_path / "images"))
     settings = phase_settings(folder, steps=2, data={"path": str(folder), "workers": 1, "max_skip_rate": 0.5})
     attempt = describe(tmp_path, folder, settings=settings)
-    entries = index.build_or_read(config.read(config.Data, settings["data"]), attempt.run_dir).entries
+    data = config.read(config.Data, settings["data"])
+    entries = index.build_or_read(data, attempt.run_dir, untold).entries
     order = Order(attempt.seed, attempt.phase, np.array([len(entries)]), 1, len(entries))
     bad = [entries[order.number(position)].path for position in (8, 16 + 15)]  # of batches of 16, rank 1 has 8 to 15
     for name in bad:
