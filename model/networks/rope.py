@@ -56,14 +56,18 @@ class Rotation:
         return (wide * self.cos + wide.roll(half, dims=-1) * torch.cat((-first, second), dim=-1)).to(x.dtype)
 
     def copy_turned(self, x: Tensor, into: Tensor) -> None:
-        """`turn` into another tensor, where no gradient is asked for; either may lie in memory in any order."""
-        if not x.dtype == into.dtype == self.cos.dtype:
+        """`turn` into another tensor, where no gradient is asked for; either may lie in memory in any order. Rounds to
+        the other's dtype once, at the end."""
+        if x.dtype != self.cos.dtype:
             into.copy_(self.turn(x))
             return
-        torch.mul(x, self.cos, out=into)
-        (x1, x2), (into1, into2), (sin1, sin2) = (t.chunk(2, dim=-1) for t in (x, into, self.sin))
-        into1.addcmul_(x2, sin1, value=-1)
-        into2.addcmul_(x1, sin2)
+        out = into if into.dtype == x.dtype else torch.empty_like(x)
+        torch.mul(x, self.cos, out=out)
+        (x1, x2), (out1, out2), (sin1, sin2) = (t.chunk(2, dim=-1) for t in (x, out, self.sin))
+        out1.addcmul_(x2, sin1, value=-1)
+        out2.addcmul_(x1, sin2)
+        if out is not into:
+            into.copy_(out)
 
 
 def periods(head_dim: int, base: float, dtype: torch.dtype = torch.float32) -> Tensor:
