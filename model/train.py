@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from model import contract, health, optim, parallel, recording, retention, shard
 from model.checkpoint import GivenUpError
 from model.contract import Attempt, Cause, CheckpointRef, Manifest, RankEnd
 from model.data.batch import Batch
+from model.data.skips import MOST_NAMES, are_too_many, too_many
 from model.job import Begun, Job, begin
 from model.objectives.base import Moment
 from model.objectives.pure import Slices
@@ -110,7 +112,8 @@ def _backward(job: Job, batch: Batch, targets: Slices, moment: Moment) -> dict[s
 
 
 def _settle(job: Job) -> None:
-    """Read what the last step came to, and tell of it. Raises DivergedError after too many that changed nothing."""
+    """Read what the last step came to, and tell of it. Raises DivergedError after too many that changed nothing,
+    BadDataError when too many images had to be replaced."""
     begun, job.begun = job.begun, None
     if begun is None:
         return
@@ -122,6 +125,7 @@ def _settle(job: Job) -> None:
     if step == job.settings.steps and (collapsed := health.collapse(metrics)):
         job.progress.note(f"collapsed: {collapsed}")
     job.progress.step(step, begun.images_per_second, metrics)
+    _judge_replaced(job, int(metrics.get(REPLACED, 0)))
     if names:
         _changed_nothing(job, begun, step, names)
 
@@ -145,6 +149,18 @@ def _tell_replaced(job: Job, metrics: dict[str, float]) -> None:
         job.skips_told = unreadable
         own = f"; last of rank 0: {job.loader.skipped.named}" if job.loader.skipped.last else ""
         job.progress.note(f"{unreadable} unreadable images replaced so far, over all ranks{own}")
+
+
+def _judge_replaced(job: Job, replaced: int) -> None:
+    """Raises BadDataError, on all ranks at once, when more images were replaced than `data.max_skip_rate` allows. Over
+    all ranks: one that reads a damaged shard alone stops nobody."""
+    skipped, most = job.loader.skipped, job.settings.data.max_skip_rate
+    due = job.loader.due * parallel.world()
+    if are_too_many(replaced, due, job.loader.total, most):
+        of_each = [text.splitlines() for text in parallel.gather_text("\n".join(map(str, reversed(skipped.last))))]
+        in_turn = (line for lines in zip_longest(*of_each) for line in lines if line)
+        last = list(dict.fromkeys(in_turn))[:MOST_NAMES]
+        raise too_many(replaced, f"of the {due:,} images that were due", most, last)
 
 
 def _name_skipped(job: Job) -> None:

@@ -14,6 +14,7 @@ import argparse
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,9 @@ from model.data.threads import Tell
 from model.data.whole import Whole, open_whole, patterns_of
 
 DONE, UNREADABLE, WRONG_INPUT, DISK_FULL, INTERRUPTED = 0, 1, 2, 3, 130
+
+SAY_SECONDS = 10.0
+"""Between two lines of progress."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -179,11 +183,26 @@ def _whole(options: argparse.Namespace) -> Iterator[Whole]:
 
 @contextmanager
 def _progress(what: str) -> Iterator[Tell]:
-    """A bar on stderr, where that is a terminal; shown once there is something to tell."""
+    """A bar on stderr, shown once there is something to tell; lines where that is no terminal, as of a batch job."""
+    if not sys.stderr.isatty():
+        yield _lines(what)
+        return
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=None, visible=False)
         yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+
+
+def _lines(what: str) -> Tell:
+    said = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal said
+        if time.monotonic() - said >= SAY_SECONDS:
+            said = time.monotonic()
+            print(f"{done:,} of {total:,} {what}", file=sys.stderr, flush=True)
+
+    return tell
 
 
 if __name__ == "__main__":

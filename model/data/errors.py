@@ -32,3 +32,6 @@ class Skipped(contract.Record, frozen=True):
 
     path: str
     reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"

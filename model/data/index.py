@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from model import config, contract, storage
 from model.data import duplicates, files
 from model.data.entries import Entries as Entries, Entry as Entry
-from model.data.errors import BadDataError, DataError, Skipped, UnreadableImageError
+from model.data.errors import DataError, Skipped, UnreadableImageError
 from model.data.images import decode_with_alpha
 from model.data.patience import patiently
-from model.data.skips import MOST_NAMES
+from model.data.skips import MOST_NAMES, too_many
 from model.data.splits import HIDDEN, Split, split_of
 from model.data.threads import Tell, cores, in_threads, untold
 
@@ -82,7 +82,7 @@ def build_or_read(data: config.Data, run_dir: str, tell: Tell) -> Index:
     except FileNotFoundError:
         pass
     index = build(folder(data.path), data, tell)
-    check_skip_rate(index, 0, [], data.max_skip_rate)  # before it is published: a repaired folder is looked at anew
+    check_skip_rate(index, data.max_skip_rate)  # before it is published: a repaired folder is looked at anew
     try:
         storage.publish(path, contract.encode(index))
     except storage.AlreadyPublished:
@@ -124,7 +124,7 @@ def _decoded(entries: list[msgspec.Raw], path: str) -> Iterator[Entry]:
 def training_entries(index: Index, data: config.Data) -> Entries:
     """What training sees under `data.hold_out`. Raises DataError if nothing is left, BadDataError if too many images
     of the folder are unreadable."""
-    check_skip_rate(index, 0, [], data.max_skip_rate)
+    check_skip_rate(index, data.max_skip_rate)
     entries = Entries.of(index.entries).outside(HIDDEN[data.hold_out])
     if not entries:
         raise DataError(
@@ -139,17 +139,11 @@ def entries_of(index: Index, split: Split) -> list[Entry]:
     return [entry for entry in index.entries if entry.split == split]
 
 
-def check_skip_rate(index: Index, found_later: int, last: list[Skipped], most: float) -> None:
-    """Raises BadDataError if the index's unreadable images and those `found_later`, `last` among them, are more than
-    the share `most`."""
-    count = len(index.skipped) + found_later
-    total = len(index.entries) + len(index.skipped)
+def check_skip_rate(index: Index, most: float) -> None:
+    """Raises BadDataError if more than the share `most` of the folder's images are unreadable."""
+    count, total = len(index.skipped), len(index.entries) + len(index.skipped)
     if count > most * total:
-        named = "\n".join(f"  {one.path}: {one.reason}" for one in [*index.skipped[-MOST_NAMES:], *last][-MOST_NAMES:])
-        raise BadDataError(
-            f"{count} of {total} images under {index.root} are unreadable, more than data.max_skip_rate "
-            f"({most:g}) allows; repair or remove them, or raise it\nThe last of them:\n{named}"
-        )
+        raise too_many(count, f"of {total:,} images under {index.root}", most, index.skipped[-MOST_NAMES:])
 
 
 def folder(path: str) -> Path:

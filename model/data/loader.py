@@ -28,7 +28,7 @@ from model.data.masks import group_masks
 from model.data.read_ahead import Piece, ReadAhead, read_now
 from model.data.shards import ShardSource
 from model.data.skips import Skips
-from model.data.sources import Found, Source, check_skips, draw, open_sources
+from model.data.sources import Found, Source, draw, open_sources
 from model.data.threads import deaf
 from model.data.views import PairViews, SslViews, Views
 from model.draws import generator
@@ -55,9 +55,9 @@ class Stream:
 class Loader:
     """Iterates over the batches of a stream.
 
-    Iterating raises BadDataError when more images are unreadable than `data.max_skip_rate` allows, and whatever else
-    went wrong in a thread, at the batch it belongs to. `tokenizer` is the JSON of a text phase's tokenizer, else None.
-    Making a Loader raises DataError or BadDataError.
+    Iterating raises whatever went wrong in a thread, at the batch it belongs to: BadDataError where no replacement of
+    an image can be read either. Whether too many had to be replaced only all ranks together can tell (`model.train`).
+    `tokenizer` is the JSON of a text phase's tokenizer, else None. Making a Loader raises DataError or BadDataError.
     """
 
     def __init__(
@@ -75,23 +75,24 @@ class Loader:
             self.tokenizer = text.build_or_read(self._sources[0].captions(), settings.text.vocabulary, run_dir)
         self._make = _Maker(settings, stream, self._sources, self.tokenizer, views)
         self._clocks = stream.clocks
-        self._workers, self._most = settings.data.workers, settings.data.max_skip_rate
+        self._workers = settings.data.workers
         self._pool: ThreadPoolExecutor | None = None
         self._budget = settings.data.read_ahead_mib * 2**20
         self.skipped = Skips()
         """Unreadable images in the batches handed out so far; those that the index knows of are not among them."""
+        self.due = 0
+        """Images in those batches."""
+        self.total = self._make.ends[-1]
+        """Images to draw from."""
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
         if any(isinstance(source, ShardSource) for source in self._sources):
             self._reading = ReadAhead(self._clocks, self._make.pieces, self._budget, least=self._workers + 1)
-        seen = 0
         try:
             for batch, skipped in self._ahead() if self._workers else map(self._batch, self._clocks):
-                seen += len(batch.positions)
-                if skipped:
-                    self.skipped.add(skipped)
-                    check_skips(self._sources, self.skipped, seen, self._most)
+                self.due += len(batch.positions)
+                self.skipped.add(skipped)
                 yield batch
         finally:
             self.close()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from model import config, contract, storage
 from model.data import tar_shard
 from model.data.captions import MOST_CAPTIONS, Captions
-from model.data.errors import BadDataError, DataError, Skipped, UnreadableImageError
+from model.data.errors import DataError, Skipped, UnreadableImageError
 from model.data.images import Picture, decode
 from model.data.patience import patiently
 from model.data.patterns import absolute, locate
 from model.data.read_ahead import Piece, read_now
-from model.data.skips import MOST_NAMES, Skips
+from model.data.skips import MOST_NAMES, too_many
 from model.data.splits import HIDDEN, SPLITS
 from model.data.tar_shard import Samples, Shard
 from model.data.threads import Tell, in_threads
@@ -36,9 +36,6 @@ VERSION = 1
 THREADS = 16
 OPEN_SHARDS = 4
 """Indices kept in memory, for each lane: a lane's shard, the next one, and what replacements open in between."""
-
-FEWEST = 1000
-"""Images after which the share of unreadable ones is looked at."""
 
 LONGEST_CAPTION = 10_000
 """Bytes that are looked at."""
@@ -222,12 +219,6 @@ class ShardSource:
         path, samples, sample = self._sample(number)
         return f"{path}: {samples.key(sample)}"
 
-    def check(self, skips: Skips, seen: int) -> None:
-        """Raises BadDataError if more than the allowed share of the images `seen` so far had to be replaced."""
-        most, among = self._data.max_skip_rate, max(seen, min(int(self._ends[-1]), FEWEST))
-        if skips.replaced > most * among:
-            raise too_many(skips.replaced, skips.last, f"images among {among:,} of {self._set.where}", most)
-
     def _image_piece(self, number: int) -> Piece:
         path, samples, sample = self._sample(number)
         record = samples.records[sample]
@@ -278,12 +269,4 @@ def first_line(caption: bytes) -> str:
 def check_shards(found: ShardSet, most: float) -> None:
     """Raises BadDataError if more than the share `most` of the shards are damaged."""
     if len(found.skipped) > most * len(found.paths):
-        raise too_many(len(found.skipped), found.skipped[-MOST_NAMES:], f"of {found.where}", most)
-
-
-def too_many(count: int, last: Iterable[Skipped], of: str, most: float) -> BadDataError:
-    named = "\n".join(f"  {one.path}: {one.reason}" for one in last)
-    return BadDataError(
-        f"{count:,} {of} are unreadable, more than data.max_skip_rate ({most:g}) allows; repair or remove them, "
-        f"or raise it\nThe last of them:\n{named}"
-    )
+        raise too_many(len(found.skipped), f"of {found.where}", most, found.skipped[-MOST_NAMES:])

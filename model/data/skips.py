@@ -6,11 +6,14 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from model.data.errors import Skipped
+from model.data.errors import BadDataError, Skipped
 
 MOST_NAMES = 5
 MOST_REMEMBERED = 100_000
 """Different images by name: some 20 MB. Where more are unreadable, the rest are counted each time."""
+
+FEWEST = 10_000
+"""Images that must have been due, or all that there are, before a share of them is judged: fewer say too little."""
 
 
 @dataclass
@@ -36,3 +39,18 @@ class Skips:
             self.last.append(one)
             if len(self._known) < MOST_REMEMBERED:
                 self._known.add(one.path)
+
+
+def are_too_many(replaced: int, due: int, total: int, most: float) -> bool:
+    """Whether more than the share `most` (`data.max_skip_rate`) of the images that were `due` had to be `replaced`;
+    both are all ranks'. total: the images there are."""
+    return replaced > most * max(due, min(total, FEWEST))
+
+
+def too_many(count: int, of: str, most: float, last: Iterable[Skipped | str]) -> BadDataError:
+    """`last`: some of them by name."""
+    named = "\n".join(f"  {one}" for one in last)
+    return BadDataError(
+        f"{count:,} {of} are unreadable, more than data.max_skip_rate ({most:g}) allows; repair or remove them, "
+        f"or raise it\nThe last of them:\n{named}"
+    )

@@ -29,7 +29,6 @@ from model.data.mixture import MixedOrder, Share
 from model.data.order import Order
 from model.data.read_ahead import Piece, read_now
 from model.data.shards import ShardSet, ShardSource
-from model.data.skips import Skips
 from model.data_section import PER_THOUSAND
 
 MEMORY_BUDGET = 512 * 2**20
@@ -75,9 +74,6 @@ class Source(Protocol):
     def name(self, number: int) -> str:
         """For people."""
 
-    def check(self, skips: Skips, seen: int) -> None:
-        """Raises BadDataError if these, of `seen` images so far, are more than `data.max_skip_rate` allows."""
-
 
 def build_or_read(data: config.Data, run_dir: str, looking: Looking) -> list[Found]:
     """The run's index of `data.path`, and of each of `data.also`. Raises DataError if one has no image, StoreError."""
@@ -110,14 +106,6 @@ def draw(sources: list[Source], data: config.Data, seed: int, origin: str, batch
     return MixedOrder(seed, origin, orders, shares, batch)
 
 
-def check_skips(sources: list[Source], skips: Skips, seen: int, most: float) -> None:
-    """Raises BadDataError if these, of `seen` images so far, are more than the share `most` (`data.max_skip_rate`)."""
-    if len(sources) == 1:
-        sources[0].check(skips, seen)
-    elif skips.replaced > most * (among := max(seen, shards.FEWEST)):
-        raise shards.too_many(skips.replaced, skips.last, f"images among {among:,} of all sources", most)
-
-
 def _open(found: Found, data: config.Data, captioned: bool, read: Read) -> Source:
     if isinstance(found, Index):
         return FolderSource(found, data, captioned)
@@ -132,7 +120,6 @@ class FolderSource:
         self.entries = _with_captions(entries, found) if captioned else entries
         self.counts: NDArray[np.int64] = np.array([len(self.entries)])
         self.lanes, self.window = 1, len(self.entries)
-        self._index, self._most = found, data.max_skip_rate
         self._images = _Images(Path(found.root), self.entries, data)
 
     def image(self, number: int) -> Picture:
@@ -151,10 +138,6 @@ class FolderSource:
 
     def name(self, number: int) -> str:
         return self.entries[number].path
-
-    def check(self, skips: Skips, seen: int) -> None:
-        """Of a folder each image counts once, however often it is due."""
-        folders.check_skip_rate(self._index, skips.count, list(skips.last), self._most)
 
 
 def _with_captions(entries: Entries, index: Index) -> Entries:

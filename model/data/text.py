@@ -7,6 +7,7 @@ text tower finds it as the argmax of the ids. Captions are lower-cased, as there
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 from model import storage
 from model.data.captions import Captions
 from model.data.errors import DataError
+
+log = logging.getLogger(__name__)
 
 PAD, START, END = "<|pad|>", "<|start|>", "<|end|>"
 SPECIAL = [PAD, START, END]  # added in this order after training: END's id is the highest
@@ -33,7 +36,9 @@ def build_or_read(captions: Captions, vocabulary: int, run_dir: str) -> str:
         return storage.read(path).decode()
     except FileNotFoundError:
         pass
-    learnt = train(captions.read(), vocabulary)
+    read = captions.read()
+    log.info("learning the tokenizer from %s captions", f"{len(read):,}")
+    learnt = train(read, vocabulary)
     try:
         storage.publish(path, learnt.encode())
     except storage.AlreadyPublished:

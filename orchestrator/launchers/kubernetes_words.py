@@ -100,7 +100,8 @@ def observation(job: Job, pods: Sequence[Pod], events: Sequence[Event], known: K
         detail = f"job {job.name}{on(nodes)} {doing}: {_left(living)}"
         return Observation(LaunchState.RUNNING, known.handle, detail, nodes=nodes)
     end = kubernetes_ends.end(job, pods, events)
-    return Observation(LaunchState.ENDED, known.handle, end.detail, end.cause, end.bad_nodes, nodes)
+    detail = f"{end.detail}; {_suspended(job)} while it ran" if job.suspended else end.detail
+    return Observation(LaunchState.ENDED, known.handle, detail, end.cause, end.bad_nodes, nodes)
 
 
 def _silent(job: Job, pods: Sequence[Pod], known: Known, nodes: tuple[str, ...], now: float) -> Observation | None:
@@ -124,6 +125,10 @@ def _silent(job: Job, pods: Sequence[Pod], known: Known, nodes: tuple[str, ...],
 
 def _order(pod: Pod) -> tuple[int, str]:
     return (int(pod.index) if pod.index.isdecimal() else 0, pod.name)
+
+
+def _suspended(job: Job) -> str:
+    return f"{f'queue {job.queue} (Kueue)' if job.queue else 'somebody'} suspended it"
 
 
 def _left(living: Sequence[Pod]) -> str:
@@ -167,8 +172,8 @@ def _unplaced(job: Job, pods: Sequence[Pod], events: Sequence[Event], known: Kno
     """No pod has a node: that may take as long as it takes, and holds nothing that others wait for."""
     handle, where = known.handle, f" in queue {job.queue}" if job.queue else ""
     if job.suspended:
-        why = ": it is suspended until the queue admits it (Kueue)" if job.queue else ": somebody suspended it"
-        return Observation(LaunchState.PENDING, handle, f"job {job.name} waits{where}{why}")
+        why = "it is suspended until the queue admits it (Kueue)" if job.queue else _suspended(job)
+        return Observation(LaunchState.PENDING, handle, f"job {job.name} waits{where}: {why}")
     why = _why_not_all(job, pods, events)
     refused = _refused(job, events)
     if not pods and refused and "exceeded quota" not in refused and now - job.created > known.gang_seconds:

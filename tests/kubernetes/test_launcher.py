@@ -256,15 +256,38 @@ def test_a_job_that_waits_says_the_schedulers_reason(kubernetes: Place, tmp_path
     mine.clear([ask(one, handle)])
 
 
+def suspend(place: Place, handle: dict[str, Any], yes: bool = True) -> None:
+    connect().patch(f"/apis/batch/v1/namespaces/{place.namespace}/jobs/{handle['job']}", {"spec": {"suspend": yes}})
+
+
 def test_a_suspended_job_waits(kubernetes: Place, tmp_path: Path) -> None:
     mine, one = launcher(kubernetes), case(tmp_path / "run")
     handle = run(mine, one)
-    path = f"/apis/batch/v1/namespaces/{kubernetes.namespace}/jobs/{handle['job']}"
-    connect().patch(path, {"spec": {"suspend": True}})
+    for pod in pods(kubernetes, one).values():
+        play(kubernetes, pod, drain="20s")
+    suspend(kubernetes, handle)
+    wait_for(lambda: all("deletionTimestamp" in pod["metadata"] for pod in pods(kubernetes, one).values()))
+    kubernetes.kubectl("delete", "pods", "--all", "--force", "--grace-period=0")  # so that none tells how it ended
     assert "somebody suspended it" in wait_until(mine, one, handle, LaunchState.PENDING, words="suspended").detail
-    connect().patch(path, {"spec": {"suspend": False}})
+    suspend(kubernetes, handle, False)
     wait_until(mine, one, handle, LaunchState.RUNNING)
     mine.cancel(ask(one, handle), hard=True)
+
+
+def test_a_job_of_which_a_pod_tells_that_it_was_suspended_is_over(kubernetes: Place, tmp_path: Path) -> None:
+    mine, one = launcher(kubernetes), case(tmp_path / "run")
+    handle = run(mine, one)
+    made = [pod["metadata"] for pod in pods(kubernetes, one).values()]
+    paths = [f"/api/v1/namespaces/{kubernetes.namespace}/pods/{pod['name']}" for pod in made]
+    for path, pod in zip(paths, made, strict=True):  # a kubelet keeps it a while after it told: fake nodes don't
+        connect().patch(path, {"metadata": {"finalizers": [*pod["finalizers"], "test/held"]}})
+    suspend(kubernetes, handle)
+    seen = wait_until(mine, one, handle, LaunchState.ENDED)
+    assert seen.cause is Cause.VANISHED
+    assert "ended with exit code 143 (SIGTERM); somebody suspended it while it ran" in seen.detail
+    for path in paths:
+        connect().patch(path, {"metadata": {"finalizers": None}})
+    mine.clear([ask(one, handle)])
 
 
 def test_deleted_by_hand(kubernetes: Place, tmp_path: Path) -> None:

@@ -293,18 +293,23 @@ def test_a_loss_that_stays_non_finite_ends_the_attempt(tmp_path: Path, images: P
     assert diverged.end().step == 3
 
 
+def go_bad(folder: Path, attempt: Attempt, settings: dict[str, Any], positions: list[int]) -> list[str]:
+    """The images that are due there can't be read any more, once the run knows them. Returns their names."""
+    entries = index.build_or_read(config.read(config.Data, settings["data"]), attempt.run_dir, untold).entries
+    order = Order(attempt.seed, attempt.phase, np.array([len(entries)]), 1, len(entries))
+    bad = [entries[order.number(position)].path for position in positions]
+    for name in bad:
+        (folder / name).write_bytes(b"not an image")
+    return bad
+
+
 @pytest.mark.jobs
 def test_every_ranks_unreadable_images_are_counted(tmp_path: Path, images: Path) -> None:
     """Two images that rank 1 meets, and rank 0 does not, go bad once the run knows them."""
     folder = Path(shutil.copytree(images, tmp_path / "images"))
     settings = phase_settings(folder, steps=2, data={"path": str(folder), "workers": 1, "max_skip_rate": 0.5})
     attempt = describe(tmp_path, folder, settings=settings)
-    data = config.read(config.Data, settings["data"])
-    entries = index.build_or_read(data, attempt.run_dir, untold).entries
-    order = Order(attempt.seed, attempt.phase, np.array([len(entries)]), 1, len(entries))
-    bad = [entries[order.number(position)].path for position in (8, 16 + 15)]  # of batches of 16, rank 1 has 8 to 15
-    for name in bad:
-        (folder / name).write_bytes(b"not an image")
+    bad = go_bad(folder, attempt, settings, [8, 16 + 15])  # of batches of 16, rank 1 has 8 to 15
     ran = train(attempt)
     assert ran.end().cause is Cause.DONE, ran.log()
     first, second = progress.steps(attempt.run_dir, 1)
@@ -314,6 +319,22 @@ def test_every_ranks_unreadable_images_are_counted(tmp_path: Path, images: Path)
     assert "2 unreadable images replaced so far, over all ranks" in second.note
     logs = [(Path(attempt.run_dir) / contract.rank_log(1, rank)).read_text() for rank in range(2)]
     assert [[name in text for name in bad] for text in logs] == [[False, False], [True, True]]
+
+
+@pytest.mark.jobs
+def test_too_many_unreadable_images_over_all_ranks_stop_every_rank(tmp_path: Path, images: Path) -> None:
+    """Each rank meets two in the first step: for none of them alone that is more than the rate allows."""
+    folder = Path(shutil.copytree(images, tmp_path / "images"))
+    settings = phase_settings(folder, steps=9, data={"path": str(folder), "workers": 1, "max_skip_rate": 0.06})
+    attempt = describe(tmp_path, folder, settings=settings)
+    bad = go_bad(folder, attempt, settings, [3, 4, 11, 12])
+    ran = train(attempt)
+    for end in ran.ends:
+        assert end is not None, ran.log()
+        assert (end.cause, end.step) == (Cause.BAD_DATA, 1)
+        assert "4 of the 32 images that were due are unreadable, more than data.max_skip_rate (0.06)" in end.message
+        assert [f"  {name}: not an image" in end.detail for name in bad] == [True] * 4, end.detail
+    assert ran.sealed() == []
 
 
 # --- saves that take long ---------------------------------------------------------------------------------------------

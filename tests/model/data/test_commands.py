@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from model import config
-from model.data import pack, shards
+from model.data import __main__ as command, pack, shards
 from model.data.__main__ import main
 from model.data.images import decode
 from model.data.index import list_images
@@ -46,6 +46,19 @@ def test_packed_images_are_the_folders_with_captions_and_labels(images: Path, tm
         assert source.image(number).tobytes() == decode(file, PHOTOGRAPHS).tobytes()
         assert source.caption(number) == file.with_suffix(".txt").read_text().split("\n")[0]
         assert source.label(number) == classes.index(key.split("/")[0])
+
+
+def test_progress_is_told_in_lines_where_stderr_is_no_terminal(
+    packed: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "SAY_SECONDS", 0.0)
+    assert main(["check", packed]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said[:3] == [f"{number} of 3 shards indexed" for number in (1, 2, 3)]
+    assert said[-1] == "40 of 40 images checked"
+    monkeypatch.setattr(command, "SAY_SECONDS", 3600.0)
+    assert main(["check", packed]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_the_same_folder_packs_to_the_same_bytes(images: Path, tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from model import config
-from model.data import sources
+from model.data import skips, sources
 from model.data.batch import PairBatch, SslBatch
-from model.data.errors import BadDataError, DataError
+from model.data.errors import DataError
 from model.data.loader import Loader, Stream
 from model.data.threads import ASYNCHRONOUS
 from model.data.views import PairViews, SslViews, Views
@@ -135,14 +135,33 @@ def test_an_image_that_goes_bad_is_replaced_and_shifts_nothing(images: Path, tmp
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_too_many_unreadable_images_stop_the_run(images: Path, tmp_path: Path, workers: int) -> None:
-    settings = phase(images, workers=workers, max_skip_rate=0.05)
-    made = make(settings, tmp_path, (0, 50))
+def test_what_was_due_and_what_was_replaced_is_counted_batch_by_batch(
+    images: Path, tmp_path: Path, workers: int
+) -> None:
+    made = make(phase(images, workers=workers), tmp_path, (0, 5))
+    assert (made.due, made.total) == (0, 40)
     for number in (2, 4, 6, 8):
         (images / f"a/{number:02d}.png").unlink()
-    with pytest.raises(BadDataError, match=r"3 of 40 images .* more than data\.max_skip_rate \(0\.05\)"):
-        list(made)
-    made.close()
+    counted = [(made.due, made.skipped.replaced) for _ in made]
+    assert [due for due, _ in counted] == [8, 16, 24, 32, 40]
+    replaced = [count for _, count in counted]
+    assert replaced == sorted(replaced)
+    assert replaced[-1] >= 4  # an epoch: each of the four was due once, and may have been drawn for another
+
+
+@pytest.mark.parametrize(
+    ("replaced", "due", "total", "too_many"),
+    [
+        (3, 8, 40, True),  # of 40 images there are, 5 % are 2, however few were due
+        (2, 8, 40, False),
+        (500, 4096, 1_700_000_000, False),  # too few were due to tell
+        (501, 4096, 1_700_000_000, True),
+        (50_000, 1_000_000, 1_700_000_000, False),
+        (50_001, 1_000_000, 1_700_000_000, True),
+    ],
+)
+def test_a_share_is_judged_of_what_was_due(replaced: int, due: int, total: int, too_many: bool) -> None:
+    assert skips.are_too_many(replaced, due, total, 0.05) == too_many
 
 
 @pytest.mark.parametrize("workers", [0, 2])
