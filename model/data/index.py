@@ -15,6 +15,7 @@ import hashlib
 import io
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -41,6 +42,7 @@ LOOKED_AT = "looked at %s of %s images"
 COMPARE_AT_MOST = 20_000
 """Images past which only equal files are grouped: comparing each with each grows with the square."""
 
+CAPTION = ".txt"
 LONGEST_CAPTION = 10_000
 """Letters that are looked at."""
 
@@ -205,7 +207,8 @@ def _entries(paths: list[str], looks: list[_Look]) -> list[Entry]:
 def list_images(root: Path, suffixes: frozenset[str] = contract.IMAGE_SUFFIXES, tell: Tell = untold) -> list[str]:
     """Relative paths of the files under `root` whose names end like an image's, sorted; hidden ones left out. `tell` is
     told after each folder that none of those found so far was looked at. Raises StoreError: what cannot be listed would
-    be missing without a word. A folder that is not ours to list is left out, and the log says so."""
+    be missing without a word. A folder that is not ours to list is left out, and the log says so; it counts the files
+    with other endings, too (`.heic`, say)."""
     return patiently(lambda: _list(root, suffixes, tell))
 
 
@@ -217,15 +220,17 @@ def _list(root: Path, suffixes: frozenset[str], tell: Tell) -> list[str]:
             raise files.failed(error, "listing", error.filename) from error
 
     found: list[str] = []
+    others: Counter[str] = Counter()
     for place, folders, names in os.walk(root, onerror=cannot):
         folders[:] = [name for name in folders if not name.startswith(".")]
         within = Path(place).relative_to(root)
-        found += [
-            (within / name).as_posix()
-            for name in names
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes
-        ]
+        endings = {name: os.path.splitext(name)[1].lower() for name in names if not name.startswith(".")}
+        found += [(within / name).as_posix() for name, ending in endings.items() if ending in suffixes]
+        others.update(ending for ending in endings.values() if ending not in suffixes | {"", CAPTION})
         tell(0, len(found))
+    if others:
+        named = ", ".join(f"{count:,} {ending}" for ending, count in others.most_common(5))
+        log.warning("passed over in %s, as their names do not end like an image's: %s", root, named)
     return sorted(found)
 
 
@@ -243,7 +248,7 @@ def _look(path: Path, root: Path, data: config.Data, compare: bool) -> _Look | s
     try:
         content = files.read(path, root)
         picture, opacity = decode_with_alpha(content, data)
-        caption = _caption(path.with_suffix(".txt"))
+        caption = _caption(path.with_suffix(CAPTION))
     except UnreadableImageError as error:
         return str(error)
     return _Look(

@@ -123,6 +123,16 @@ def test_unreadable_images_are_named_and_too_many_of_them_stop_the_run(images: P
         index.training_entries(built, settings(images))
 
 
+def test_files_that_are_passed_over_for_their_endings_are_counted(
+    images: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a/1.heic", "b/2.HEIC", "notes.pdf", "LICENCE", ".hidden.heic"):
+        (images / name).touch()
+    assert len(index.list_images(images)) == 40
+    (said,) = caplog.messages
+    assert said.endswith(": 2 .heic, 1 .pdf")
+
+
 def test_a_folder_that_was_repaired_is_looked_at_anew(images: Path, tmp_path: Path) -> None:
     torn = images / "a/torn.png"
     torn.write_bytes((images / "a/02.png").read_bytes()[:80])
