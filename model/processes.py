@@ -31,8 +31,8 @@ MEMORY = {
 
 A step frees and takes the same gigabytes again: what it freed is not given back to the kernel, which would clear every
 page anew. Small objects may not settle for good in the gaps between tensors, where the next tensor of that size would
-then not fit; and MKL keeps no buffers of its own between products. On a CPU a step is 3 % faster for it and the process
-6 % smaller (ViT-S at the benchmark's sizes); results are the same bits.
+then not fit; and MKL keeps no buffers of its own between products. On a CPU the process is 6 % smaller for it
+and a step no slower (ViT-S at the benchmark's sizes); results are the same bits.
 """
 
 
