@@ -143,9 +143,10 @@ def absolute(path: str) -> str:
 
 
 def load(run_dir: str, pauses: Sequence[float] | None = None) -> State:
-    """The state of a run that is there."""
+    """The state of a run that is there. Raises RunNotFoundError if somebody has removed it since it was found."""
     run = state.fold(store.read(run_dir, pauses))
-    assert run is not None, f"{run_dir} was found by its events"
+    if run is None:
+        raise RunNotFoundError(f"{run_dir} holds no run any more: its events were removed")
     return run
 
 

@@ -185,3 +185,11 @@ def test_an_unknown_run_is_answered_with_those_that_exist(tmp_path: Path) -> Non
         status.find("three", str(tmp_path))
     with pytest.raises(status.RunNotFoundError, match="there are no runs in"):
         status.find("three", str(tmp_path / "nowhere"))
+
+
+def test_a_run_that_is_removed_under_a_command_is_told_in_a_line(tmp_path: Path) -> None:
+    run = Run(tmp_path / "one")
+    for file in (tmp_path / "one" / "events").iterdir():
+        file.unlink()
+    with pytest.raises(status.RunNotFoundError, match=r"one holds no run any more: its events were removed"):
+        status.load(run.path)
