@@ -154,13 +154,14 @@ def _tell_replaced(job: Job, metrics: dict[str, float]) -> None:
 def _judge_replaced(job: Job, replaced: int) -> None:
     """Raises BadDataError, on all ranks at once, when more images were replaced than `data.max_skip_rate` allows. Over
     all ranks: one that reads a damaged shard alone stops nobody."""
-    skipped, most = job.loader.skipped, job.settings.data.max_skip_rate
+    skipped, left_out, most = job.loader.skipped, job.loader.left_out, job.settings.data.max_skip_rate
     due = job.loader.due * parallel.world()
-    if are_too_many(replaced, due, job.loader.total, most):
+    if are_too_many(replaced, due, job.loader.total, left_out, most):
         of_each = [text.splitlines() for text in parallel.gather_text("\n".join(map(str, reversed(skipped.last))))]
         in_turn = (line for lines in zip_longest(*of_each) for line in lines if line)
         last = list(dict.fromkeys(in_turn))[:MOST_NAMES]
-        raise too_many(replaced, f"of the {due:,} images that were due", most, last)
+        beside = f", beside {left_out:,} that the index left out," if left_out else ""
+        raise too_many(replaced, f"of the {due:,} images that were due{beside}", most, last)
 
 
 def _name_skipped(job: Job) -> None:

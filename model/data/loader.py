@@ -24,6 +24,7 @@ from model.data.augment import Recipe, as_released, ssl_views, whole_views
 from model.data.batch import Batch, PairBatch, SslBatch
 from model.data.errors import BadDataError, DataError, Skipped, UnreadableImageError
 from model.data.images import Picture
+from model.data.index import Index
 from model.data.masks import group_masks
 from model.data.read_ahead import Piece, ReadAhead, read_now
 from model.data.shards import ShardSource
@@ -84,6 +85,8 @@ class Loader:
         """Images in those batches."""
         self.total = self._make.ends[-1]
         """Images to draw from."""
+        self.left_out = sum(len(one.skipped) for one in found if isinstance(one, Index))
+        """Images of folders that cannot be drawn, as the index found them unreadable."""
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()

@@ -41,10 +41,11 @@ class Skips:
                 self._known.add(one.path)
 
 
-def are_too_many(replaced: int, due: int, total: int, most: float) -> bool:
-    """Whether more than the share `most` (`data.max_skip_rate`) of the images that were `due` had to be `replaced`;
-    both are all ranks'. total: the images there are."""
-    return replaced > most * max(due, min(total, FEWEST))
+def are_too_many(replaced: int, due: int, total: int, left_out: int, most: float) -> bool:
+    """Whether the images that were `due` and had to be `replaced` (both are all ranks') are, with those that an index
+    `left_out`, more than the share `most` (`data.max_skip_rate`). total: the images there are beside those."""
+    share = left_out / (total + left_out)
+    return replaced > 0 and replaced > (most - share) * max(due, min(total, FEWEST))
 
 
 def too_many(count: int, of: str, most: float, last: Iterable[Skipped | str]) -> BadDataError:

@@ -337,6 +337,20 @@ def test_too_many_unreadable_images_over_all_ranks_stop_every_rank(tmp_path: Pat
     assert ran.sealed() == []
 
 
+@pytest.mark.jobs
+def test_what_the_index_left_out_counts_with_what_goes_bad_later(tmp_path: Path, images: Path) -> None:
+    folder = Path(shutil.copytree(images, tmp_path / "images"))
+    for name in ("bad-1.png", "bad-2.png"):
+        (folder / name).write_bytes(b"not an image")
+    settings = phase_settings(folder, steps=9, data={"path": str(folder), "workers": 1, "max_skip_rate": 0.05})
+    attempt = describe(tmp_path, folder, settings=settings)
+    (bad,) = go_bad(folder, attempt, settings, [3])
+    ran = train(attempt)
+    assert (ran.end().cause, ran.end().step) == (Cause.BAD_DATA, 1), ran.log()
+    assert "1 of the 32 images that were due, beside 2 that the index left out, are unreadable" in ran.end().message
+    assert f"  {bad}: not an image" in ran.end().detail
+
+
 # --- saves that take long ---------------------------------------------------------------------------------------------
 
 

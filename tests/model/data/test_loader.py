@@ -150,18 +150,22 @@ def test_what_was_due_and_what_was_replaced_is_counted_batch_by_batch(
 
 
 @pytest.mark.parametrize(
-    ("replaced", "due", "total", "too_many"),
+    ("replaced", "due", "total", "left_out", "too_many"),
     [
-        (3, 8, 40, True),  # of 40 images there are, 5 % are 2, however few were due
-        (2, 8, 40, False),
-        (500, 4096, 1_700_000_000, False),  # too few were due to tell
-        (501, 4096, 1_700_000_000, True),
-        (50_000, 1_000_000, 1_700_000_000, False),
-        (50_001, 1_000_000, 1_700_000_000, True),
+        (3, 8, 40, 0, True),  # of 40 images there are, 5 % are 2, however few were due
+        (2, 8, 40, 0, False),
+        (500, 4096, 1_700_000_000, 0, False),  # too few were due to tell
+        (501, 4096, 1_700_000_000, 0, True),
+        (50_000, 1_000_000, 1_700_000_000, 0, False),
+        (50_001, 1_000_000, 1_700_000_000, 0, True),
+        (1, 8, 38, 2, True),  # two of forty are 5 % already
+        (0, 8, 38, 2, False),
+        (2, 99, 99, 1, False),
+        (4, 99, 99, 1, True),
     ],
 )
-def test_a_share_is_judged_of_what_was_due(replaced: int, due: int, total: int, too_many: bool) -> None:
-    assert skips.are_too_many(replaced, due, total, 0.05) == too_many
+def test_a_share_is_judged_of_what_was_due(replaced: int, due: int, total: int, left_out: int, too_many: bool) -> None:
+    assert skips.are_too_many(replaced, due, total, left_out, 0.05) == too_many
 
 
 @pytest.mark.parametrize("workers", [0, 2])
