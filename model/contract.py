@@ -42,6 +42,7 @@ from model.run_files import (
     dropped_file as dropped_file,
     event_file as event_file,
     log_dir as log_dir,
+    looked_file as looked_file,
     manifest_file as manifest_file,
     node_file as node_file,
     outcome_file as outcome_file,

@@ -211,14 +211,13 @@ def check_layout(settings: config.AnyPhase, world: int) -> None:
 
 def _index(attempt: Attempt, settings: config.AnyPhase) -> list[Found]:
     """The run's index; rank 0 makes it, if this attempt is the first to need it, and the others wait."""
-    file = contract.looking_file(attempt.launch_name, parallel.rank())
     if parallel.rank() == 0:
-        looking = LookingForAll(file)
+        looking = LookingForAll(attempt)
         learn_tokenizer(settings, build_or_read(settings.data, attempt.run_dir, looking), attempt.run_dir)
         looking.ready()
     else:
-        wait_for_rank_0(file)
-    return build_or_read(settings.data, attempt.run_dir, Looking(file))
+        wait_for_rank_0(contract.looking_file(attempt.launch_name, parallel.rank()))
+    return build_or_read(settings.data, attempt.run_dir, Looking(attempt, parallel.rank()))
 
 
 def _jumps(loop: Loop) -> str:

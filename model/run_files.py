@@ -12,6 +12,7 @@ A run's directory, every path relative to it:
     attempts/<n>/ranks/<rank>.json      how one rank ended, in its own words
     attempts/<n>/nodes/<node>.json      how one node ended, in its agent's words; node 0 judges them all
     attempts/<n>/progress/<chunk>.jsonl what happened at each step (rank 0)
+    attempts/<n>/looked.txt             how far its first look at the images was, in words (rank 0)
     attempts/<n>/recorded/              steps written down whole, for `dinoctl replay`
     attempts/<n>/log/                   agent.log, agent-<node>.log, rank-<rank>.log; in a bucket folders of chunks
     checkpoints/<phase>/<n>/<step>/     shards, then manifest.json: no manifest, no checkpoint;
@@ -74,6 +75,10 @@ def progress_dir(attempt: int) -> str:
 
 def progress_chunk(attempt: int, chunk: int) -> str:
     return f"attempts/{attempt}/progress/{chunk:06d}.jsonl"
+
+
+def looked_file(attempt: int) -> str:
+    return f"attempts/{attempt}/looked.txt"
 
 
 def recorded_file(attempt: int, step: int, rank: int) -> str:

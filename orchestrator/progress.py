@@ -1,4 +1,4 @@
-"""Reads what the attempts recorded: chunks of one line a step, `attempts/<n>/progress/<chunk>.jsonl`.
+"""Reads what the attempts recorded, above all chunks of one line a step, `attempts/<n>/progress/<chunk>.jsonl`.
 
 A chunk is published whole and never changes, so a reader remembers only how many it has read. Two attempts of a phase
 may both have trained a step (the second resumed from a checkpoint before it); the step belongs to the later one.
@@ -78,6 +78,14 @@ def latest(run_dir: str, attempt: int) -> Step | None:
         if steps:
             return steps[-1]
     return None
+
+
+def looked(run_dir: str, attempt: int) -> str:
+    """How far an attempt was with its first look at the images, in words; "" where it had none to take, or not yet."""
+    try:
+        return storage.read(f"{run_dir}/{contract.looked_file(attempt)}").decode()
+    except FileNotFoundError:
+        return ""
 
 
 def first(run_dir: str, attempts: Iterable[int]) -> Step | None:

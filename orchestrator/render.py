@@ -114,11 +114,14 @@ def _end(attempt: AttemptView) -> Text:
 def _placed(view: Detail, now: float) -> list[Text]:
     """Where the live attempt is, or why it is nowhere yet, and which nodes this run does without."""
     lines = []
+    attempt = f"attempt {view.attempts[-1].attempt}" if view.attempts else ""
     if launch := view.launch:
         queue = queued(launch.state, launch.detail, launch.starts_at, now)
         text = queue or (f"on {listed(launch.nodes)}" if launch.nodes else launch.detail or launch.state)
         style = "cyan" if launch.state == "running" else "yellow"
-        lines.append(Text.assemble(f"attempt {view.attempts[-1].attempt}: ", (text, style)))
+        lines.append(Text.assemble(f"{attempt}: ", (text, style)))
+    if view.looked:
+        lines.append(Text.assemble(f"{attempt}, before its first step: ", (view.looked, "cyan")))
     if view.excluded:
         nodes = [f"{node} (for {duration(until - now)} yet)" for node, until in view.excluded.items()]
         lines.append(Text(f"left out, as they failed this run: {listed(nodes)}", style="yellow"))

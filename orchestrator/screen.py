@@ -33,8 +33,8 @@ SAME_LINE_SECONDS = 30.0  # nothing new is said again this often: it is alive
 
 @dataclass(frozen=True)
 class View:
-    """Where a run is now. `eta`: seconds to the end of the phase at the present pace. `queue`: what a cluster says of
-    an attempt that does not run yet, or that it does not answer."""
+    """Where a run is now. `eta`: seconds to the end of the phase at the present pace. `before`: what the attempt does
+    before its first step: wait in a cluster's queue (or for the cluster's answer), or look at the images."""
 
     stage: str
     number: int
@@ -45,7 +45,7 @@ class View:
     loss: float | None = None
     images_per_second: float | None = None
     eta: float | None = None
-    queue: str = ""
+    before: str = ""
 
 
 @dataclass
@@ -75,8 +75,10 @@ class Follower:
         for attempt in run.attempts:
             if attempt.number not in self.ended:
                 notes += self._attempt(attempt)
-        queue = queued(launch.state, launch.detail, launch.starts_at, now()) if run.live and launch != NOT_SEEN else ""
-        self.view = replace(self.view, queue=queue)
+        before = queued(launch.state, launch.detail, launch.starts_at, now()) if run.live and launch != NOT_SEEN else ""
+        if run.live and not before and not self.recent:
+            before = progress.looked(self.run_dir, run.live.number)
+        self.view = replace(self.view, before=before)
         if run.live and launch.nodes and run.live.number not in self.placed:
             self.placed.add(run.live.number)
             notes.append(f"attempt {run.live.number} runs on {listed(launch.nodes)}")
@@ -134,8 +136,8 @@ def line(view: View) -> str:
     """The view in one plain line."""
     of = f"/{view.steps}" if view.steps else ""
     parts = [f"phase {view.stage} ({view.number} of {view.stages})", f"step {view.step}{of}"]
-    if view.queue:
-        parts.append(view.queue)
+    if view.before:
+        parts.append(view.before)
     if view.loss is not None:
         parts.append(f"loss {view.loss:.4f}")
     if view.images_per_second:
@@ -237,9 +239,9 @@ class Bars:
 def _figures(view: View, room: int) -> str:
     """The figures that fit in `room` characters: the step always, then by what a person asks first."""
     parts = [f"{view.step}/{view.steps}" if view.steps else "starting"]
-    if view.queue:  # what a person wants to know before all else, cut where there is no room
+    if view.before:  # what a person wants to know before all else, cut where there is no room
         left = room - len(parts[0]) - 2
-        return f"{parts[0]}  {view.queue if len(view.queue) <= left else view.queue[: max(left - 3, 0)] + '...'}"
+        return f"{parts[0]}  {view.before if len(view.before) <= left else view.before[: max(left - 3, 0)] + '...'}"
     if view.loss is not None:
         parts.append(f"loss {view.loss:.3f}")
     if view.images_per_second:

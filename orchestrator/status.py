@@ -99,7 +99,8 @@ class LaunchView(msgspec.Struct, frozen=True, kw_only=True):
 
 class Detail(msgspec.Struct, frozen=True, kw_only=True):
     """A run in full. `tail`: of the log of the attempt that failed last, if the run did not go on from there. `launch`:
-    only of a live attempt, where it was asked for. `excluded`: nodes that are left out, and until when."""
+    only of a live attempt, where it was asked for. `looked`: how far that is with its look at the images, before its
+    first step. `excluded`: nodes that are left out, and until when."""
 
     summary: Summary
     run_id: str
@@ -112,6 +113,7 @@ class Detail(msgspec.Struct, frozen=True, kw_only=True):
     runbook: str | None
     report: Report | None
     launch: LaunchView | None
+    looked: str
     excluded: dict[str, float]
 
 
@@ -273,8 +275,13 @@ def detail(run_dir: str, now: float, ask: Callable[[str, State], LaunchView | No
         runbook=failures.runbook(failed.end.cause) if failed and failed.end else None,
         report=report.read(run_dir),
         launch=ask(run_dir, run) if ask and run.live else None,
+        looked=_looked(run_dir, run.live) if run.live else "",
         excluded=run.excluded(now) if run.status != "done" else {},
     )
+
+
+def _looked(run_dir: str, live: AttemptState) -> str:
+    return "" if progress.latest(run_dir, live.number) else progress.looked(run_dir, live.number)
 
 
 def _stage(run_dir: str, run: State, stage: Stage) -> StageView:

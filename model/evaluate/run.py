@@ -59,7 +59,7 @@ def evaluate(work: Work) -> None:
     attempt = work.attempt
     settings = config.read(config.Evaluate, attempt.settings)
     model = config.read(config.Model, attempt.model)
-    looking = Looking(contract.looking_file(attempt.launch_name, 0))
+    looking = Looking(attempt, rank=0)
     index = images.build_or_read(settings.data, attempt.run_dir, partial(looking, images.LOOKED_AT))
     train, held_out = sides(index, settings, partial(looking, pixels.OPENED))
     work.finished()

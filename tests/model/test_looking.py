@@ -30,17 +30,21 @@ def test_the_log_and_the_agent_are_told(
     said = [line for line in caplog.messages if "images" in line]
     assert "looked at 7 of 40 images" in said
     assert said[-1] == "looked at 40 of 40 images"
+    assert (tmp_path / "run" / contract.looked_file(attempt.attempt)).read_text() == said[-1]
     assert contract.looking_file(attempt.launch_name, 0).exists()
     assert not contract.pulse_file(attempt.launch_name, 0).exists()  # no step was made: a stop has nothing to seal
     shutil.rmtree(contract.scratch_dir(attempt.launch_name))
 
 
-def test_a_line_now_and_then_and_the_last_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tell = looking.Looking(tmp_path / "scratch/looking-0")
+def test_a_line_now_and_then_and_the_last_one(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    attempt = describe(tmp_path / "run", images)
+    tell = looking.Looking(attempt, rank=1)
     with caplog.at_level(logging.INFO):
         for done in range(3001):
             tell(index.LOOKED_AT, done, 3000)
     assert caplog.messages == ["looked at 3,000 of 3,000 images"]
+    assert not (tmp_path / "run" / contract.looked_file(attempt.attempt)).exists()  # rank 0 tells it
+    shutil.rmtree(contract.scratch_dir(attempt.launch_name))
 
 
 def _rank(rank: int, folder: Path, pictures: Path) -> None:

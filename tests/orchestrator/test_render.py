@@ -52,6 +52,16 @@ def test_one_run_that_failed(tmp_path: Path) -> None:
     assert shown.rstrip().endswith(f"to go on: dinoctl resume {run.path}")
 
 
+def test_the_first_look_at_the_images_until_there_is_a_step(tmp_path: Path) -> None:
+    run = Run(tmp_path / "looking")
+    run.launch(1, "pretrain")
+    run.looked(1, "looked at 4,000 of 9,000 images")
+    words = "attempt 1, before its first step: looked at 4,000 of 9,000 images"
+    assert words in text(render.detail(status.detail(run.path, NOW), NOW))
+    run.record(1, 0, {1: 6.0})
+    assert "looked at" not in text(render.detail(status.detail(run.path, NOW), NOW))
+
+
 def test_brackets_in_a_message_are_text_and_no_markup(tmp_path: Path) -> None:
     run = Run(tmp_path / "tiny")
     run.launch(1, "pretrain")

@@ -109,6 +109,29 @@ def test_figures_give_way_to_the_bar(width: int, figures: str) -> None:
     assert len(last.partition("pretrain (1 of 5) ")[2].partition(figures)[0]) >= LEAST_BAR
 
 
+def test_the_first_look_at_the_images_until_there_is_a_step(tmp_path: Path) -> None:
+    run = Run(tmp_path / "tiny")
+    follower = Follower(run.path)
+    run.launch(1, "pretrain")
+    seen = []
+    for words in ("looked at 4,000 of 9,000 images", "looked at 9,000 of 9,000 images"):
+        run.looked(1, words)
+        look(follower, run)
+        assert follower.view is not None
+        seen.append(line(follower.view))
+    assert seen == [
+        "phase pretrain (1 of 3), step 0/6, looked at 4,000 of 9,000 images, attempt 1",
+        "phase pretrain (1 of 3), step 0/6, looked at 9,000 of 9,000 images, attempt 1",
+    ]
+    run.record(1, 0, {1: 6.0})
+    look(follower, run)
+    assert follower.view.before == ""
+    run.end(1, Cause.KILLED, [], "rank 1 was killed")
+    run.launch(2, "pretrain")  # it reads the index that is there
+    look(follower, run)
+    assert follower.view.before == ""
+
+
 # --- on a cluster -----------------------------------------------------------------------------------------------------
 
 
@@ -127,7 +150,7 @@ def test_the_queue_and_then_the_nodes(tmp_path: Path, monkeypatch: pytest.Monkey
     runs = Observation(LaunchState.RUNNING, nodes=("node1", "node2"))
     assert follower.look(state, runs) == ["attempt 1 runs on node1, node2"]
     assert follower.look(state, runs) == []
-    assert follower.view.queue == ""
+    assert follower.view.before == ""
 
 
 @pytest.mark.parametrize("width", [60, 120])
@@ -135,7 +158,7 @@ def test_a_queue_that_is_too_long_for_the_terminal_is_cut(width: int) -> None:
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=True, legacy_windows=False)
     with Bars(console) as bars:
-        bars.show(View("pretrain", 1, 3, steps=6, queue="in the queue: " + "ReqNodeNotAvail, " * 9), 0.0)
+        bars.show(View("pretrain", 1, 3, steps=6, before="in the queue: " + "ReqNodeNotAvail, " * 9), 0.0)
     text = out.getvalue()
     assert "0/6" in text
     assert "in the" in text

@@ -101,6 +101,9 @@ class Run:
         data = b"".join(contract.encode(record) + b"\n" for record in records)
         storage.publish(f"{self.path}/{contract.progress_chunk(attempt, chunk)}", data)
 
+    def looked(self, attempt: int, words: str) -> None:
+        storage.replace(f"{self.path}/{contract.looked_file(attempt)}", words.encode())
+
     def log(self, attempt: int, text: str) -> None:
         storage.publish(f"{self.path}/{contract.agent_log(attempt)}", text.encode())
 
