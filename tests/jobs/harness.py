@@ -78,6 +78,7 @@ class Job:
     name: str = "tiny"
     environment: Mapping[str, str] = field(default_factory=dict)
     bucket: str = ""
+    started: list[subprocess.Popen[str]] = field(default_factory=list, compare=False)
 
     @property
     def runs(self) -> Path:
@@ -104,10 +105,12 @@ class Job:
     def start(self, words: list[str], **popen: Any) -> subprocess.Popen[str]:
         """dinoctl in a session of its own, so that a signal for it reaches it alone. Its output goes to `output`."""
         with (self.folder / f"{self.name}.out").open("a") as log:
-            return subprocess.Popen(
+            dinoctl = subprocess.Popen(
                 self._command(words), cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log,
                 stderr=subprocess.STDOUT, text=True, start_new_session=True, env=self._environment(), **popen,
             )  # fmt: skip
+        self.started.append(dinoctl)
+        return dinoctl
 
     def dinoctl(self, words: list[str], **popen: Any) -> subprocess.CompletedProcess[str]:
         """dinoctl to its end; stdout and stderr in one."""
@@ -303,13 +306,28 @@ def kill_everything(job: Job, dinoctl: subprocess.Popen[str]) -> None:
 
 @contextmanager
 def cleaned_up(job: Job) -> Iterator[Job]:
-    """Whatever a test that failed has left running is ended."""
+    """A failure says how far the run came, and whatever a test that failed has left running is ended."""
     try:
         yield job
+    except BaseException as error:
+        error.add_note(_how_far(job))
+        raise
     finally:
         for process in job.processes():
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+        for dinoctl in job.started:
+            dinoctl.kill()
+            dinoctl.wait()
+
+
+def _how_far(job: Job) -> str:
+    """What its dinoctl said, when what happened, and the end of the log that its newest attempt has."""
+    parts = [job.output()] if job.started else ["dinoctl was not started"]
+    with suppress(Exception):  # the failure itself is what counts
+        parts += [f"{e.get('at', 0):.1f} {e['event']} {e.get('phase', '')} {e.get('cause', '')}" for e in job.events()]
+        parts += job.log(job.events("AttemptIntended")[-1]["attempt"]).splitlines()[-40:]
+    return "\n".join(parts)
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------

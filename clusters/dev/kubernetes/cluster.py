@@ -312,9 +312,8 @@ class Cluster:
         return bool(processes.find(self.folder, part))
 
     def _start(self, part: str, command: list[str]) -> None:
-        """A daemon of the control plane, in preference to all else: a real one has a machine of its own. On one that
-        others keep busy the fake nodes' leases would run out."""
-        own, first = f"{self.folder}/{part}.kubeconfig", ["setsid", "--fork", "nice", "-n", "-10"]
+        """A daemon of the control plane. On a machine that others keep busy the fake nodes' leases would run out."""
+        own, first = f"{self.folder}/{part}.kubeconfig", ("setsid", "--fork", *processes.PREFERRED)
         self._try(part, lambda: processes.start(self.folder, part, [*first, *command], KUBECONFIG=own))
 
     def _try(self, part: str, start: Callable[[], None]) -> None:

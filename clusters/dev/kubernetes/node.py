@@ -90,11 +90,13 @@ class Node:
         return True
 
     def start_kubelet(self) -> None:
-        """Beside containerd, in its mount namespace."""
+        """Beside containerd, in its mount namespace. On a machine that others keep busy its node would be lost; what
+        runs in pods is containerd's, and takes its turn."""
         containerd = next(pid for pid in processes.find(self.folder, self.name) if _command(pid) == "containerd")
         kubeconfig = self.authority.kubeconfig(f"kubelet-{self.number}", f"/O=system:nodes/CN=system:node:{self.name}")
+        beside = ["nsenter", f"--mount=/proc/{containerd}/ns/mnt", str(build.built() / "bin" / "kubelet")]
         processes.start(self.folder, self.name, [
-            "setsid", "--fork", "nsenter", f"--mount=/proc/{containerd}/ns/mnt", str(build.built() / "bin" / "kubelet"),
+            "setsid", "--fork", *processes.PREFERRED, *beside,
             f"--config={self.own}/kubelet.json", f"--kubeconfig={kubeconfig}", f"--root-dir={self.own}/kubelet",
             f"--cert-dir={self.own}/certs", f"--hostname-override={self.name}",
             f"--node-ip={self.settings.address(self.number)}", f"--node-labels={REAL}=true",
