@@ -30,7 +30,7 @@ demo: data      ## the main job, on real images: 7 minutes on 2 cores
 demo_seeds: data  ## the main job with three seeds, and their tables in one
 	$(BIN)/python -P -m tests.benchmarks.demo_seeds
 
-demo_long: data_long  ## the same job with eight times the steps, and drawings beside the stamps: an hour
+demo_long: data_long  ## the same job with five times the steps and a wider network, and drawings beside the stamps: 40 minutes
 	$(BIN)/dinoctl submit jobs/demo_long.yaml
 
 ablations: data ## v1's, v2's and v3's ablations on small images, and their curves in runs/ablations.png
