@@ -281,7 +281,9 @@ def detail(run_dir: str, now: float, ask: Callable[[str, State], LaunchView | No
 
 
 def _looked(run_dir: str, live: AttemptState) -> str:
-    return "" if progress.latest(run_dir, live.number) else progress.looked(run_dir, live.number)
+    """Its words are asked for first: one request to a bucket, and most attempts have none."""
+    words = progress.looked(run_dir, live.number)
+    return "" if words and progress.latest(run_dir, live.number) else words
 
 
 def _stage(run_dir: str, run: State, stage: Stage) -> StageView:
