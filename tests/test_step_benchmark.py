@@ -18,7 +18,8 @@ def test_reports_all_that_is_asked_for(monkeypatch, more):
     told = json.loads(json.dumps(step.measure(step.parse([*SMALL, *more]))))
     figures = (
         "images_per_s", "images_per_s_with_data", "flops_per_s", "matmul_peak_flops_per_s", "fraction_of_matmul_peak",
-        "shape_ceiling_fraction_of_peak", "fraction_of_shape_ceiling", "peak_memory_mib", "step_ms",
+        "shape_ceiling_fraction_of_peak", "fraction_of_shape_ceiling",
+        "ceiling_fraction_of_products", "products_ms", "peak_memory_mib", "step_ms",
     )  # fmt: skip
     assert all(math.isfinite(told[name]) and told[name] > 0 for name in figures)
     assert set(told["breakdown_ms"]) == set(step.PARTS)

@@ -6,7 +6,6 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,25 +90,31 @@ def cube_flops_per_second(dtype: torch.dtype, timer: Timer) -> float:
     return 2 * CUBE**3 / Product(aten.mm.default, (side, side)).seconds(timer, REPEATS)
 
 
-class _Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
+class Recorder(TorchDispatchMode):
+    """Counts every product of matrices in its block, forward and backward, and how long they take where they stand."""
+
+    def __init__(self, timer: Timer) -> None:
         super().__init__()
+        self.timer = timer
         self.products: Counter[Product] = Counter()
+        self.seconds = 0.0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in PLAIN:
-            plain, first = PLAIN[function]
-            self.products[Product(plain, tuple(map(_layout, args[first : first + 2])))] += 1
-        elif any(name in function.name() for name in WHOLE):
-            self.products[Product(function, tuple(map(_layout, args)))] += 1
-        return function(*args, **(kwargs or {}))
+        product = _product(function, args)
+        if product is None:
+            return function(*args, **(kwargs or {}))
+        self.products[product] += 1
+        began = self.timer.now()
+        result = function(*args, **(kwargs or {}))
+        self.seconds += self.timer.now() - began
+        return result
 
 
-@contextmanager
-def recorded() -> Any:
-    """In this block every product of matrices is counted, forward and backward."""
-    with _Recorder() as recorder:
-        yield recorder.products
+def _product(function: Any, args: Any) -> Product | None:
+    if function in PLAIN:
+        plain, first = PLAIN[function]
+        return Product(plain, tuple(map(_layout, args[first : first + 2])))
+    return Product(function, tuple(map(_layout, args))) if any(name in function.name() for name in WHOLE) else None
 
 
 def _layout(value: Any) -> Any:

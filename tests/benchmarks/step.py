@@ -1,11 +1,14 @@
 """How fast a training step is, beside what the machine's matrix products can do: `python -P -m tests.benchmarks.step`.
 
 The step is the trainer's own, on random images: targets, losses, backward, clipping, update, moving average. Each round
-times one, then a product of two 4096 x 4096 matrices in the same dtype on the same threads, then each of the step's own
-products alone; what is printed are medians of the rounds (of the large product the best: it is the peak).
+times one, then a product of two 4096 x 4096 matrices in the same dtype on the same threads, then the products of
+another step where they stand, then each of them alone; what is printed are medians of the rounds (of the large product
+the best: it is the peak).
 
 - FLOPs are those of the recipe (`model.accounting`): nothing for what is computed twice or padded; drop path is 0.
 - `fraction_of_shape_ceiling`: how much of the step's time its products alone would take. Their shapes allow no more.
+- `ceiling_fraction_of_products`: how much of the time of the products where they stand (on data that other operations
+  have just written, with what is added to them) they take alone. A step whose other parts took no time would reach it.
 - `data` is what one loader thread takes to make a batch of decoded images. It is made beside the step, and not part of
   it; `images_per_s_with_data` is for cores that do both.
 - Memory is the process's peak after the first steps, interpreter and libraries included; on a GPU what torch allocated.
@@ -23,7 +26,6 @@ import platform
 import resource
 import statistics
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -46,7 +48,7 @@ from model.objectives.base import Moment
 from model.objectives.build import build
 from model.objectives.ssl import SslObjective
 from model.processes import MEMORY
-from tests.benchmarks.products import Product, Timer, cube_flops_per_second, recorded
+from tests.benchmarks.products import Recorder, Timer, cube_flops_per_second
 
 HEAD = {"hidden": 2048, "bottleneck": 256}
 STEPS = 10_000
@@ -204,41 +206,44 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     watch = Stopwatch(Timer(training.device, options.cpu_time))
     for part, module in _parts(training.objective):
         watch.watch(part, module)
-    for _ in range(WARM_UP - 1):
-        step(training, watch)
-    memory = peak_memory_mib(training.device)
-    with recorded() as products:
+    for _ in range(WARM_UP):
         step(training, watch)
     watch.marks.clear()
+    memory = peak_memory_mib(training.device)
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
-    rounds = [_round(training, watch, products, dtype) for _ in range(options.rounds)]
-    return {**_report(training, products, rounds), "peak_memory_mib": memory, **_machine(options, training.device)}
+    rounds = [_round(training, watch, dtype) for _ in range(options.rounds)]
+    return {**_report(training, rounds), "peak_memory_mib": memory, **_machine(options, training.device)}
 
 
 @dataclass(frozen=True)
 class Round:
     parts: dict[str, float]  # milliseconds
     peak: float  # FLOP/s
-    products: dict[Product, float]  # seconds of one
+    in_place: float  # seconds of all products of a step, where they stand
+    alone: float  # seconds of all of them, each alone
 
 
-def _round(training: Training, watch: Stopwatch, products: Counter[Product], dtype: torch.dtype) -> Round:
+def _round(training: Training, watch: Stopwatch, dtype: torch.dtype) -> Round:
     timer, began = watch.timer, watch.timer.now()
     training.maker.batch(training.step)
     data = 1e3 * (timer.now() - began)
     step(training, watch)
     parts = {**watch.milliseconds(), "data": data}
     peak = cube_flops_per_second(dtype, timer)
-    return Round(parts, peak, {product: product.seconds(timer) for product in products})
+    with Recorder(timer) as recorder:
+        step(training, watch)
+    watch.marks.clear()
+    alone = sum(count * product.seconds(timer) for product, count in recorder.products.items())
+    return Round(parts, peak, recorder.seconds, alone)
 
 
-def _report(training: Training, products: Counter[Product], rounds: list[Round]) -> dict[str, Any]:
+def _report(training: Training, rounds: list[Round]) -> dict[str, Any]:
     batch = training.settings.optim.batch_size
     parts = {part: statistics.median(one.parts[part] for one in rounds) for part in PARTS}
     taken = statistics.median(sum(one.parts.values()) - one.parts["data"] for one in rounds) / 1e3
     flops = accounting.step_flops(training.model, training.settings) * batch
     peak = max(one.peak for one in rounds)
-    alone = sum(count * statistics.median(one.products[p] for one in rounds) for p, count in products.items())
+    alone, in_place = (statistics.median(getattr(one, name) for one in rounds) for name in ("alone", "in_place"))
     return {
         "images_per_s": batch / taken,
         "images_per_s_with_data": batch / (taken + parts["data"] / 1e3),
@@ -248,7 +253,9 @@ def _report(training: Training, products: Counter[Product], rounds: list[Round])
         "fraction_of_matmul_peak": flops / taken / peak,
         "shape_ceiling_fraction_of_peak": flops / alone / peak,
         "fraction_of_shape_ceiling": alone / taken,
+        "ceiling_fraction_of_products": alone / in_place,
         "step_ms": 1e3 * taken,
+        "products_ms": 1e3 * in_place,
         "breakdown_ms": parts,
     }
 
