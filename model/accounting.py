@@ -175,7 +175,8 @@ def step_flops(model: Model, phase: AnyPhase) -> float:
 def _ssl_step(model: Model, phase: SslPhase, resolution: Resolution) -> float:
     backbone, local = model.backbone, phase.crops.local_count
     seen = forward_flops(backbone, resolution.global_size), forward_flops(backbone, resolution.local_size)
-    kept = 1 - backbone.drop_path
+    linear = backbone.drop_path_depth == "linear"  # from 0 in the first block up
+    kept = 1 - backbone.drop_path / (2 if linear else 1)
     blocks = kept * (GLOBAL_CROPS * seen[0].blocks + local * seen[1].blocks)
     ibot = _ibot_head(model, phase, patches(backbone, resolution.global_size))
     dino = head_flops(model.dino_head, backbone.dim)

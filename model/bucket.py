@@ -130,10 +130,11 @@ def _parts(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:
     for piece in pieces:
         view = memoryview(piece).cast("B")
         while view:
-            room = (PART_BYTES << number // PARTS_OF_A_SIZE) - len(held)
+            size = PART_BYTES << number // PARTS_OF_A_SIZE
+            room = size - len(held)
             held += view[:room]
             view = view[room:]
-            if room <= len(held) and len(held) == PART_BYTES << number // PARTS_OF_A_SIZE:
+            if len(held) == size:
                 yield bytes(held)
                 held.clear()
                 number += 1

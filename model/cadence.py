@@ -18,14 +18,15 @@ SURE = 1.25
 """A save is taken to fit into what is left of the notice if so many times its expected duration does."""
 
 
-def is_due(settings: Checkpoints, step: int, chosen: int | None, named: bool) -> bool:
-    """Whether a save falls due at `step`. chosen: what `auto` has settled on; named: another phase refers to it."""
+def is_due(settings: Checkpoints, step: int, chosen: int | None, wanted: bool) -> bool:
+    """Whether a save falls due at `step`. chosen: what `auto` has settled on; wanted: this very step is, by another
+    phase or `keep_every`."""
     if settings.every != "auto":
         return step % settings.every == 0
     if chosen is None:
         doublings, rest = divmod(step, FIRST)
-        return named or (rest == 0 and doublings.bit_count() == 1)
-    return named or step % chosen == 0
+        return wanted or (rest == 0 and doublings.bit_count() == 1)
+    return wanted or step % chosen == 0
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def _reach(folder: str, node: int, ask: node_report.Ask) -> dict[str, Any]:
     with socket.socket() as mine:
         mine.bind(("", 0))
         mine.listen(ask.nodes)
-        storage.publish(f"{folder}/reach-{node}", f"{_own_address()} {mine.getsockname()[1]}".encode())
+        storage.publish(f"{folder}/reach-{node}", f"{nodes.address()} {mine.getsockname()[1]}".encode())
         reached = []
         for other in range(ask.nodes):
             if other != node:
@@ -161,7 +161,7 @@ def _reduce(folder: str, node: int, ask: node_report.Ask) -> dict[str, Any]:
     """One process a GPU that every node has, else one a node."""
     gpus = [int(_wait_for(f"{folder}/gpus-{n}", ask, f"torch does not work on node {n}")) for n in range(ask.nodes)]
     if node == 0:
-        storage.publish(f"{folder}/address", f"{_own_address()} {_free_port()}".encode())
+        storage.publish(f"{folder}/address", f"{nodes.address()} {nodes.free_port()}".encode())
     address, port = _wait_for(f"{folder}/address", ask, "node 0 says no address").decode().split()
     command = [
         sys.executable, "-P", "-m", "torch.distributed.run", "--nnodes", str(ask.nodes), "--node-rank", str(node),
@@ -225,17 +225,6 @@ def _until(look: Callable[[], bytes | None], seconds: float, otherwise: str) -> 
             raise RuntimeError(f"{otherwise}, within {seconds:g} s")
         time.sleep(LOOK_SECONDS)
     return seen
-
-
-def _own_address() -> str:
-    """The name under which the other nodes find this one."""
-    return os.environ.get("SLURMD_NODENAME") or nodes.address()
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("", 0))
-        return int(sock.getsockname()[1])
 
 
 def _tail(text: str, most: int = 600) -> str:

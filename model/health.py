@@ -116,13 +116,16 @@ def _mean(values: Tensor) -> float:
 def effective_rank(features: Tensor) -> float:
     """exp of the entropy of the covariance's normalised eigenvalues (Roy & Vetterli 2007), between 1 and min(n-1, D).
 
-    `features`: this rank's [n, D]. 1.0 if all rows of all ranks are alike.
+    `features`: this rank's [n, D]. 1.0 if all rows of all ranks are alike, nan if one is not finite.
     """
     own = features.double()
     count = parallel.all_reduce_sum(torch.tensor(float(len(own)), dtype=own.dtype, device=own.device))
     mean = parallel.all_reduce_sum(own.sum(0)) / count
     centred = own - mean
-    values = torch.linalg.eigvalsh(parallel.all_reduce_sum(centred.T @ centred)).clamp(min=0)
+    covariance = parallel.all_reduce_sum(centred.T @ centred)
+    if not covariance.isfinite().all():  # the step is about to change nothing; eigvalsh would raise
+        return math.nan
+    values = torch.linalg.eigvalsh(covariance).clamp(min=0)
     total = values.sum()
     # A share of the features' own size is rounding, not spread.
     if total <= 1e-12 * count * mean.square().sum():

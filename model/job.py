@@ -44,7 +44,7 @@ class Loop:
     step: int  # updates of this phase
     origin: str  # the phase in which the chain of `init` hand-offs began; it names the streams of draws
     clock: int  # updates since the origin
-    position: int  # images consumed since the origin
+    position: int  # in the data's order: images seen or jumped over since the origin
     non_finite: int = 0  # steps in a row, up to now, that changed nothing
     jumps: tuple[tuple[int, int], ...] = ()  # (clock, steps) of data that was, or will be, jumped over since the origin
     every: int | None = None  # steps between saves that `checkpoints.every: auto` has settled on in this phase
@@ -62,8 +62,14 @@ class Loop:
         return replace(self, jumps=(*past, *following))
 
     def after_step(self, images: int) -> Loop:
-        """One step further; whether it changed anything is known later (`settled`)."""
-        return replace(self, step=self.step + 1, clock=self.clock + 1, position=self.position + images)
+        """One step further, of so many images; whether it changed anything is known later (`settled`)."""
+        batches = 1 + sum(steps for at, steps in self.jumps if at == self.clock)
+        return replace(self, step=self.step + 1, clock=self.clock + 1, position=self.position + batches * images)
+
+    def in_batches_of(self, images: int) -> Loop:
+        """The next whole batch of so many images comes next: a phase joined by `init` may have another `batch_size`,
+        and a mixture deals out whole batches."""
+        return replace(self, position=-(-self.position // images) * images)
 
     def settled(self, finite: bool) -> Loop:
         return replace(self, non_finite=0 if finite else self.non_finite + 1)
@@ -248,9 +254,10 @@ def _make(
         make = cast(Make, partial(create, prepare=prepare, device=device, dtype=dtype_of(settings)))
         objective = build(settings, model, attempt.seed, loop.origin, make)
     optimizer = optim.build(objective.networks().trained, settings.optim)
-    loop = loop.with_jumps(settings.data.skip)
-    clocks = range(loop.clock, loop.clock + settings.steps - loop.step)
-    stream = Stream(attempt.seed, loop.origin, clocks, parallel.rank(), parallel.world(), loop.jumps)
+    batch = settings.optim.batch_size
+    loop = loop.with_jumps(settings.data.skip).in_batches_of(batch)
+    clocks, ahead = range(loop.clock, loop.clock + settings.steps - loop.step), loop.position // batch - loop.clock
+    stream = Stream(attempt.seed, loop.origin, clocks, parallel.rank(), parallel.world(), loop.jumps, ahead)
     loader = Loader(settings, stream, index, attempt.run_dir, objective.views)
     saver = Saver(attempt, settings.checkpoints, stop.store, progress, loop.every)
     return Job(attempt, settings, device, stop, progress, objective, optimizer, loader, saver, loop)

@@ -82,11 +82,10 @@ class Saver:
     def due(self, step: int) -> bool:
         """Whether to save, `step` updates being done. Every rank asks after every step, and gets the same answer."""
         self._count_step()
-        named = step in self._attempt.keep_steps
-        if not cadence.is_due(self._settings, step, self.chosen, named):
-            return False
         multiple = self._settings.keep_every
-        wanted = named or (multiple is not None and step % multiple == 0)
+        wanted = step in self._attempt.keep_steps or (multiple is not None and step % multiple == 0)
+        if not cadence.is_due(self._settings, step, self.chosen, wanted):
+            return False
         decision = json.loads(agreement.agreed(self._store, f"due/{step}", lambda: self._decide(wanted)))
         self.chosen = decision["chosen"]
         if not decision["save"]:
@@ -148,9 +147,8 @@ class Saver:
         The save before must have been taken in (`ended`). then: what rank 0's thread does when it is sealed.
         """
         assert self._save is None, "two saves at once would share one buffer"
-        began, buffer = time.monotonic(), self._buffer
-        self._buffer = None
-        staged = stage(checkpoint.own_files(parts), buffer)
+        began = time.monotonic()
+        staged = stage(checkpoint.own_files(parts), self._take_buffer())
         self._buffer, self._started = staged.buffer, self._started + 1
         limit = self._settings.upload_limit_mb_s
         self._save = Save(
@@ -159,6 +157,11 @@ class Saver:
         )  # fmt: skip
         self._thread = threading.Thread(target=self._work, args=(self._save, then), name="saver", daemon=True)
         self._thread.start()
+
+    def _take_buffer(self) -> Tensor | None:
+        """Nobody else may hold it: `stage` lets it go before it takes a larger one."""
+        buffer, self._buffer = self._buffer, None
+        return buffer
 
     def _work(self, save: Save, then: Callable[[Manifest], None]) -> None:
         """In the thread."""

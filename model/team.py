@@ -255,6 +255,7 @@ class Entrance:
     team: Team
     nonce: str
     listener: socket.socket = field(default_factory=lambda: _listener())
+    greeting: threading.Lock = field(default_factory=threading.Lock)  # two lines' threads may have a first word at once
 
     @property
     def port(self) -> int:
@@ -284,17 +285,21 @@ class Entrance:
 
     def _greet(self, line: Line, word: Word) -> None:
         """The first word says who it is; from the second on deaths are put in the order of all."""
-        if (
-            line.node < 0
-            and word.node in self.missing()
-            and hmac.compare_digest(word.nonce.encode(), self.nonce.encode())
-        ):
-            line.node, line.host = word.node, word.host
-            self.team.lines[word.node] = line
-            line.say(Word(asked=self.team.asked))
-        elif line.node < 0:
+        if line.node < 0 and not self._admits(line, word):
             line.lost = "it is none of this attempt's agents"
+            return
         self.team.deaths += word.dead
+
+    def _admits(self, line: Line, word: Word) -> bool:
+        if not hmac.compare_digest(word.nonce.encode(), self.nonce.encode()):
+            return False
+        with self.greeting:
+            if word.node not in self.missing():
+                return False
+            line.node, line.host = word.node, word.host
+            self.team.lines = {**self.team.lines, word.node: line}  # anew: other threads go through it meanwhile
+        line.say(Word(asked=self.team.asked))
+        return True
 
 
 def _listener() -> socket.socket:

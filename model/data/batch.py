@@ -14,7 +14,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SslBatch:
-    """Views of b images for self-distillation; normalised RGB, float32, crop-major (crop 0 of every image first)."""
+    """Views of b images for self-distillation; normalised, float32 (float64 under `compute: fp64`), crop-major (crop 0
+    of every image first)."""
 
     positions: Tensor
     """int64 [b]: where each image stands in the data order, counted from its origin."""
@@ -54,7 +55,7 @@ class SslBatch:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """b images with their captions; images normalised RGB, float32."""
+    """b images with their captions; images normalised, in the dtypes of SslBatch."""
 
     positions: Tensor
     """int64 [b], as in SslBatch."""

@@ -47,10 +47,11 @@ class Stream:
     rank: int = 0
     world: int = 1
     jumps: tuple[tuple[int, int], ...] = ()  # (clock, steps): from there on the data of so many steps is jumped over
+    ahead: int = 0  # how many batches further than the first clock the data's order is there
 
     def data_clock(self, clock: int) -> int:
-        """The clock at which the data of the batch would stand if nothing were jumped over."""
-        return clock + sum(steps for at, steps in self.jumps if at <= clock)
+        """Which batch of the data's order is that of the clock."""
+        return clock + self.ahead + sum(steps for at, steps in self.jumps if self.clocks.start <= at <= clock)
 
 
 class Loader:

@@ -15,6 +15,7 @@ import numpy as np
 from model import config, contract, sealed, storage, worker
 from model.contract import REPORT_DIR, REPORT_FILE, Attempt, Cause, RankEnd
 from model.data import index as images, splits
+from model.data.errors import DataError
 from model.data.index import Entry, Index
 from model.data.threads import Tell, untold
 from model.evaluate import features, pixels, report, tasks
@@ -78,10 +79,16 @@ def evaluate(work: Work) -> None:
 
 
 def sides(index: Index, settings: config.Evaluate, tell: Tell = untold) -> tuple[Side, Side]:
-    """What training saw, and the split that it did not."""
+    """What training saw, and the split that it did not. Raises DataError if there is nothing of either."""
     hidden: tuple[str, ...] = splits.HIDDEN["test" if settings.split == "test" else "validation"]
     seen = [entry for entry in index.entries if entry.split not in hidden]
     held_out = images.entries_of(index, settings.split)
+    for which, entries in (("left to train on", seen), (f"in the split {settings.split}", held_out)):
+        if not entries:
+            raise DataError(
+                f"evaluate.data: none of the {len(index.entries)} images under {index.root} are {which}; give more "
+                "images, or evaluate: null"
+            )
     return _side(seen, index, settings, tell), _side(held_out, index, settings, tell)
 
 
@@ -93,10 +100,10 @@ def all_scores(bench: Bench, index: Index, work: Work) -> tuple[list[Scored], li
     """Every score that the images allow, and those that they do not."""
     scored: list[Scored] = []
     left_out: list[LeftOut] = []
-    if len({entry.label for entry in index.entries} - {None}) >= 2:
+    if tasks.can_be_classified(bench):
         scored += tasks.classification(bench)
     else:
-        why = "it needs at least two folders of images inside data.path, as classes"
+        why = "it needs training images in at least two folders inside data.path, as classes, and three unlike ones"
         left_out += [LeftOut(score="k-NN accuracy", why=why), LeftOut(score="linear probe accuracy", why=why)]
     work.finished()
     if all(any(alpha is not None for alpha in side.squares.opacity) for side in (bench.train, bench.held_out)):

@@ -32,6 +32,9 @@ TEMPERATURE = 0.07
 REGULARISATIONS = (0.001, 0.01, 0.1, 1.0)
 """Candidates for logistic regression's C, chosen on training images alone."""
 
+LEAST_GROUPS = 3
+"""Near-duplicate groups of training images: of two, one in each half, a half may never hold two classes."""
+
 
 def mean_score(sums: Counts) -> float:
     """For counts [right, asked]: percent right. `sums` is [2]."""
@@ -79,9 +82,12 @@ def linear_probe(
     a third less (measured by cross-validation on the demo's training images). Features are standardised; C is what does
     best on the other halves of the training images. The halves depend on `seed` alone, so that networks are compared on
     the same ones.
+    Raises ValueError unless the training images are of two classes and LEAST_GROUPS groups at least.
     """
+    if len(np.unique(train_labels)) < 2 or len(np.unique(train_groups)) < LEAST_GROUPS:
+        raise ValueError(f"no half of these images holds two classes: {len(np.unique(train_groups))} groups of them")
     inputs, held_out = _standardised(train, test)
-    halves = [_half(train_groups, seed, number) for number in range(probes)]
+    halves = [_half(train_groups, train_labels, seed, number) for number in range(probes)]
 
     def fitted(c: float) -> list[LogisticRegression]:
         return [_logistic(c, inputs[half], train_labels[half]) for half in halves]
@@ -97,11 +103,13 @@ def linear_probe(
     return np.stack([right, np.ones(len(right))], axis=1)
 
 
-def _half(groups: Ints, seed: int, number: int) -> NDArray[np.bool_]:
-    """Which images are of a random half of the groups."""
-    names = np.unique(groups)
-    drawn = draws.generator(seed, "evaluate/probe", number).permutation(names)[: (len(names) + 1) // 2]
-    return np.isin(groups, drawn)
+def _half(groups: Ints, labels: Ints, seed: int, number: int) -> NDArray[np.bool_]:
+    """Which images are of a random half of the groups: the first that is drawn with two classes at least."""
+    names, rng = np.unique(groups), draws.generator(seed, "evaluate/probe", number)
+    while True:
+        half = np.isin(groups, rng.permutation(names)[: (len(names) + 1) // 2])
+        if len(np.unique(labels[half])) >= 2:
+            return half
 
 
 def _standardised(train: Floats, test: Floats) -> tuple[Floats, Floats]:

@@ -60,6 +60,12 @@ def pixel_features(images: baselines.Images) -> dict[str, Floats]:
     return {"raw pixels": baselines.raw_pixels(images), **colours}
 
 
+def can_be_classified(bench: Bench) -> bool:
+    """Whether there are classes to learn, and enough images to learn them from."""
+    classes = {entry.label for entry in bench.train.entries} - {None}
+    return len(classes) >= 2 and len(np.unique(bench.train.groups)) >= scores.LEAST_GROUPS
+
+
 def classification(bench: Bench) -> list[Scored]:
     """k-NN on the CLS token and a linear probe on CLS joined with the mean patch, over the folders as classes."""
     names = sorted({entry.label or "" for entry in [*bench.train.entries, *bench.held_out.entries]})
@@ -149,7 +155,10 @@ def caption_recall(bench: Bench, trained: Aligned, untrained: Aligned, tokens: T
 
 
 def drawn(bench: Bench) -> dict[str, bytes]:
-    """PNG by name: patch features by principal components (untrained, then trained), and the attention heads."""
+    """PNG by name: patch features by principal components (untrained, then trained), and the attention heads. None of
+    no images."""
+    if not bench.settings.pictures:
+        return {}
     patch = bench.trained.network.settings.patch_size
     some = np.linspace(0, len(bench.held_out.entries) - 1, bench.settings.pictures).astype(int)
     images = bench.held_out.squares.images[some]

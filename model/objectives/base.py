@@ -2,7 +2,7 @@
 
 The loop asks no objective what kind it is. One step is
 
-    targets = objective.targets(batch, moment)                          no grad, whole local batch, all collectives
+    targets = objective.targets(batch, moment)                          no grad, whole local batch
     for micro-batch [a, b):
         terms = objective.loss(batch.slice(a, b), targets.slice(a, b), moment)
         terms["total"].backward()
@@ -74,7 +74,8 @@ class Objective(Protocol[B_contra, T]):
         ...
 
     def targets(self, batch: B_contra, moment: Moment) -> T:
-        """What the losses need of the whole local batch, without gradients. The one place for collectives."""
+        """What the losses need of the whole local batch, without gradients. Collectives belong here; `loss` has
+        KoLeo's alone, of groups larger than a micro-batch (`step._koleo`)."""
         ...
 
     def loss(self, batch: B_contra, targets: T, moment: Moment) -> dict[str, Tensor]:

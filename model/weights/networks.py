@@ -20,6 +20,7 @@ from model.weights.entries import Entries, WeightsError, shapes
 Shapes = Mapping[str, tuple[int, ...]]
 
 HEADS = ("dino_head", "ibot_head")
+CENTERS = ("dino_center", "ibot_center")
 
 
 def named(arch: str, **changes: Any) -> Backbone:
@@ -54,11 +55,16 @@ def is_head(name: str) -> bool:
     return name.split(".", 1)[0] in HEADS
 
 
+def is_center(name: str) -> bool:
+    """Whether it is a running centre of the teacher's logits (`centering: centering`): a loss's, and of no network."""
+    return name.split(".", 1)[0] in CENTERS
+
+
 def recognise(entries: Entries) -> Backbone:
     """The backbone that entries under our names are of: a released architecture, or a `custom` one.
 
-    Not in any file are norm_eps, taken as the released models' 1e-5, and what only training knows (drop path, RoPE
-    augmentation, the initial LayerScale). Raises WeightsError if there is no such backbone.
+    Not in any file are norm_eps, taken as that of the released architecture, else as 1e-5, and what only training knows
+    (drop path, RoPE augmentation, the initial LayerScale). Raises WeightsError if there is no such backbone.
     """
     found = {name: shape for name, shape in shapes(entries).items() if not is_head(name)}
     known = released(found)

@@ -116,19 +116,22 @@ _CHECKPOINT = re.compile(r"(?P<run>.+)/checkpoints/(?P<phase>[^/]+)/(?P<attempt>
 
 
 def _checkpoint(where: str, network: str) -> Source:
-    parts = {"teacher": ("teacher_backbone", "teacher_heads")}.get(network, (network,))
     manifest, run = _manifest(where)
+    parts = {"teacher_backbone" if network == "teacher" else network}
+    if network == "teacher":  # what is kept of a checkpoint may be its backbone alone
+        parts |= {"teacher_heads"} & manifest.parts.keys()
     tensors: dict[str, Entry] = {}
-    for part in parts:
+    for part in sorted(parts):
         tensors |= _part(where, run, manifest, part)
+    centres = sorted(name for name in tensors if networks.is_center(name))
     backbone, images = _told(manifest)
     return Source(
         where=where,
         format="ours",
         backbone=backbone,
-        own={name.removeprefix("backbone."): value for name, value in tensors.items()},
+        own={name.removeprefix("backbone."): value for name, value in tensors.items() if name not in centres},
         stated=True,
-        left=tuple(f"part {part}" for part in sorted(manifest.parts.keys() - set(parts))),
+        left=(*(f"part {part}" for part in sorted(manifest.parts.keys() - parts)), *centres),
         images=images,
     )
 

@@ -57,20 +57,27 @@ def open_fitting(where: str, model: config.Model) -> Source:
 
 
 def read(source: Source, model: config.Model) -> dict[str, Tensor]:
-    """The tensors of a source that fits, for the channels of `model`."""
-    return stem.fit({name: entry.read() for name, entry in source.own.items()}, model.backbone.channels)
+    """The tensors of a source that fits, for the channels of `model`; heads that it has not are left out."""
+    left = _heads_of(source) - model.heads.keys()
+    taken = {name: entry.read() for name, entry in source.own.items() if name.split(".", 1)[0] not in left}
+    return stem.fit(taken, model.backbone.channels)
 
 
 def told(source: Source, model: config.Model, data: config.Data) -> str:
-    """What a person should know of how training begins with it: heads that begin fresh, an adapted embedding, images
-    that are normalised otherwise; "" for nothing."""
-    without = fresh_heads(source)
+    """What a person should know of how training begins with it: heads that begin fresh or are not taken, an adapted
+    embedding, images that are normalised otherwise; "" for nothing."""
+    without, left = fresh_heads(source, model), sorted(_heads_of(source) - model.heads.keys())
     heads = f"; it has no {' and no '.join(without)}: fresh ones" if without else ""
+    heads += f"; its {' and '.join(left)} is not taken: the model has none" if left else ""
     before, now = source.backbone.channels, model.backbone.channels
     other = before == now and source.images not in (None, Prepared(data.bits, data.mean, data.std))
     return heads + stem.told(before, now) + ("; it was trained on images normalised otherwise" if other else "")
 
 
-def fresh_heads(source: Source) -> list[str]:
-    """The heads that the source has not."""
-    return [head for head in networks.HEADS if not any(name.startswith(f"{head}.") for name in source.own)]
+def fresh_heads(source: Source, model: config.Model) -> list[str]:
+    """The heads of the model that the source has not."""
+    return [head for head in model.heads if head not in _heads_of(source)]
+
+
+def _heads_of(source: Source) -> set[str]:
+    return {name.split(".", 1)[0] for name in source.own if networks.is_head(name)}

@@ -192,6 +192,8 @@ def test_recomputation_costs_one_more_forward_of_the_students_blocks_and_drop_pa
     blocks = 2 * accounting.forward_flops(small(), 64).blocks + 4 * accounting.forward_flops(small(), 32).blocks
     assert again - plain == pytest.approx(blocks)
     assert plain - dropped == pytest.approx(1.5 * blocks)
+    ramp = accounting.step_flops(model(drop_path=0.5, drop_path_depth="linear"), phase("pretrain"))
+    assert plain - ramp == pytest.approx(0.75 * blocks)  # from 0 in the first block to 0.5 in the last
 
 
 def test_resolutions_count_by_their_ratio() -> None:

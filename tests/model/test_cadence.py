@@ -12,13 +12,13 @@ from model.config import Checkpoints
 
 def test_fixed_steps() -> None:
     every = Checkpoints(every=4)
-    assert [step for step in range(1, 13) if is_due(every, step, None, named=step == 6)] == [4, 8, 12]
+    assert [step for step in range(1, 13) if is_due(every, step, None, wanted=step == 6)] == [4, 8, 12]
 
 
 def test_auto_saves_ever_more_rarely_until_it_knows_and_where_somebody_asked() -> None:
     auto = Checkpoints(every="auto", node_mtbf_hours=100.0)
-    assert [step for step in range(1, 170) if is_due(auto, step, None, named=step == 33)] == [10, 20, 33, 40, 80, 160]
-    assert [step for step in range(1, 30) if is_due(auto, step, 7, named=step == 10)] == [7, 10, 14, 21, 28]
+    assert [step for step in range(1, 170) if is_due(auto, step, None, wanted=step == 33)] == [10, 20, 33, 40, 80, 160]
+    assert [step for step in range(1, 30) if is_due(auto, step, 7, wanted=step == 10)] == [7, 10, 14, 21, 28]
 
 
 def lost(interval: float, cost: float, mtbf: float) -> float:

@@ -22,6 +22,12 @@ def test_effective_rank_counts_directions() -> None:
 
 def test_effective_rank_of_a_collapsed_batch_is_one() -> None:
     assert health.effective_rank(torch.full((16, 8), 0.3)) == 1.0
+
+
+def test_effective_rank_of_features_that_are_not_finite_is_none() -> None:
+    features = torch.ones(16, 8)
+    features[3, 4] = math.inf
+    assert math.isnan(health.effective_rank(features))
     assert health.effective_rank(torch.zeros(16, 8)) == 1.0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,15 @@ def test_what_was_jumped_over_stays_and_what_is_ahead_comes_from_the_phase() -> 
     jump = config.read(config.Jump, {"at": 4, "steps": 9})
     loop = Loop(step=0, origin="pretrain", clock=10, position=80, jumps=((7, 2),)).with_jumps([jump])
     assert loop.jumps == ((7, 2), (14, 9))  # the phase began at clock 10, with another's state
+    after = accumulate(range(5), lambda at, _: at.after_step(8), initial=loop)
+    assert [at.position for at in after] == [80, 88, 96, 104, 112, 120 + 9 * 8]
     at_the_jump = Loop(step=4, origin="pretrain", clock=14, position=112, jumps=loop.jumps)
     assert at_the_jump.with_jumps([jump]).jumps == loop.jumps
     assert at_the_jump.with_jumps([]).jumps == ((7, 2),)  # not jumped yet, and nobody asks for it any more
     beyond = Loop(step=5, origin="pretrain", clock=15, position=120, jumps=loop.jumps)
     assert beyond.with_jumps([]).jumps == beyond.with_jumps([jump]).jumps == loop.jumps
+
+
+def test_a_phase_of_another_batch_size_goes_on_with_the_next_whole_batch_of_its_own() -> None:
+    loop = Loop(step=0, origin="pretrain", clock=10, position=80)
+    assert [loop.in_batches_of(images).position for images in (4, 8, 16, 32)] == [80, 80, 80, 96]

@@ -77,6 +77,11 @@ def test_a_save_that_falls_due_during_another_is_skipped_and_counted(tmp_path: P
     assert saver.due(20)
 
 
+def test_auto_saves_what_is_kept_for_good_too(tmp_path: Path) -> None:
+    saver = make_saver(tmp_path, {"keep_steps": [33]}, every="auto", node_mtbf_hours=100.0, keep_every=25)
+    assert [step for step in range(1, 60) if saver.due(step)] == [10, 20, 25, 33, 40, 50]
+
+
 def test_an_attempt_that_is_closed_during_a_save_seals_nothing(tmp_path: Path) -> None:
     saver = make_saver(tmp_path)
     start(saver, 4)

@@ -261,9 +261,13 @@ def test_going_on_with_another_phases_state(alone: Ran, tmp_path: Path, images: 
     assert Loop.of(manifest) == Loop(step=5, origin="pretrain", clock=17, position=17 * 16)
     assert manifest.parts["gram_teacher"] == sealed.read_manifest(ref(alone, 8)).parts["teacher_backbone"]
     assert sealed.load(ref(ran, EVERY + 1), "optimizer")
-    # Another run has no such file: it is stored once, and later checkpoints refer to it.
-    elsewhere = train(msgspec.structs.replace(gram, run_dir=str(tmp_path), launch_name=f"{gram.launch_name}-other"))
+    # Another run has no such file: it is stored once, and later checkpoints refer to it. Larger batches go on in the
+    # order of the data.
+    settings |= {"optim": {**settings["optim"], "batch_size": 32}}
+    other = {"run_dir": str(tmp_path), "launch_name": f"{gram.launch_name}-other", "settings": settings}
+    elsewhere = train(msgspec.structs.replace(gram, **other))
     assert elsewhere.end().cause is Cause.DONE, elsewhere.log()
+    assert Loop.of(sealed.read_manifest(ref(elsewhere, EVERY + 1))).position == 12 * 16 + 5 * 32
     for step in (EVERY, EVERY + 1):
         (file,) = sealed.read_manifest(ref(elsewhere, step)).parts["gram_teacher"]
         assert file.path == f"checkpoints/gram/7/{EVERY}/gram_teacher.safetensors"

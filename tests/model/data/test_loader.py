@@ -48,9 +48,10 @@ def make(
     rank: tuple[int, int] = (0, 1),
     views: Callable[[int], Views] = gram_views,
     jumps: tuple[tuple[int, int], ...] = (),
+    ahead: int = 0,
 ) -> Loader:
     built = sources.build_or_read(settings.data, str(run_dir), lambda *_: None)
-    return Loader(settings, Stream(0, "pretrain", range(*clocks), *rank, jumps), built, str(run_dir), views)
+    return Loader(settings, Stream(0, "pretrain", range(*clocks), *rank, jumps, ahead), built, str(run_dir), views)
 
 
 def test_shapes(images: Path, tmp_path: Path) -> None:
@@ -105,7 +106,7 @@ def test_what_is_jumped_over_is_never_seen_and_the_rest_keeps_its_order(images: 
     assert [batch.positions.tolist() for batch in seen] == [whole[at].positions.tolist() for at in positions]
     for batch, at in zip(seen, positions, strict=True):
         assert torch.equal(tensors(batch)["global_crops"], tensors(whole[at])["global_crops"])
-    assert_equal(seen[4:], list(make(phase(images), tmp_path, (4, 9), jumps=jumps)))
+    assert_equal(seen[4:], list(make(phase(images), tmp_path, (4, 9), jumps=jumps, ahead=2)))
 
 
 def test_world_sizes_that_do_not_fit_are_refused(images: Path, tmp_path: Path) -> None:

@@ -30,12 +30,23 @@ def test_knn_and_linear_probe_find_separable_classes_and_no_more():
 
 def test_each_linear_probe_sees_half_of_the_groups_and_every_network_the_same_halves():
     groups = np.repeat(np.arange(20), 3)
-    halves = [scores._half(groups, seed=0, number=number) for number in range(10)]
+    labels = np.arange(60) % 2
+    halves = [scores._half(groups, labels, seed=0, number=number) for number in range(10)]
     for half in halves:
         assert len(np.unique(groups[half])) == 10
         assert not set(groups[half]) & set(groups[~half])
     assert len({half.tobytes() for half in halves}) == 10
-    assert np.array_equal(halves[3], scores._half(groups, seed=0, number=3))
+    assert np.array_equal(halves[3], scores._half(groups, labels, seed=0, number=3))
+
+
+def test_no_linear_probe_sees_one_class_alone():
+    train, labels = clusters(40, classes=2)
+    one_group = np.where(labels == 1, -1, np.arange(40))  # all of a class are near-duplicates of each other
+    counts = scores.linear_probe(train, labels, one_group, train, labels, seed=0, probes=10)
+    assert scores.mean_score(counts.sum(axis=0)) == 100.0
+    for two_groups in (np.where(labels == 1, -1, 0), np.zeros(40, int)):
+        with pytest.raises(ValueError, match="no half of these images holds two classes"):
+            scores.linear_probe(train, labels, two_groups, train, labels, seed=0, probes=10)
 
 
 def test_the_linear_probe_loses_nothing_where_features_outnumber_images():

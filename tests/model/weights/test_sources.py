@@ -145,9 +145,10 @@ def test_an_index_cannot_name_files_elsewhere(tmp_path: Path) -> None:
         open_source(str(tmp_path / "dcp"))
 
 
-def sealed(run_dir: Path) -> Path:
+def sealed(run_dir: Path, parts: dict[str, dict[str, Tensor]] | None = None) -> Path:
     attempt = make_attempt(run_dir)
-    parts = {"teacher_backbone": state(1), "teacher_heads": heads(), "student": {"backbone.cls_token": torch.zeros(1)}}
+    student = {"backbone.cls_token": torch.zeros(1)}
+    parts = parts or {"teacher_backbone": state(1), "teacher_heads": heads(), "student": student}
     data = {"path": "images", "mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0]}
     checkpoint.seal(attempt, 5, parts, {}, {"step": 5}, {"networks": MODEL, "phase": {"data": data}})
     return run_dir / "checkpoints" / "pretrain" / "1" / "5"
@@ -162,6 +163,15 @@ def test_a_checkpoint_of_ours_is_a_source_that_tells_everything(tmp_path: Path) 
     done = convert(source, str(tmp_path / "hf"), "huggingface")
     assert json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())["image_mean"] == [0.1, 0.2, 0.3]
     assert sum("(a head)" in name for name in done.dropped) == len(heads())
+
+
+def test_a_teacher_is_read_beside_its_centres_and_where_its_backbone_alone_was_kept(tmp_path: Path) -> None:
+    own, centre = heads(), {"dino_center.center": torch.zeros(1, 8)}
+    folder = sealed(tmp_path / "centred", {"teacher_backbone": state(1), "teacher_heads": {**own, **centre}})
+    source = open_source(str(folder))
+    assert same(source.own, {**state(1), **own})
+    assert source.left == ("dino_center.center",)
+    assert same(open_source(str(sealed(tmp_path / "kept", {"teacher_backbone": state(1)}))).own, state(1))
 
 
 def test_an_altered_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -255,15 +265,26 @@ def test_heads_stay_in_ours_and_go_from_the_official_one(tmp_path: Path) -> None
 def test_what_fits_a_model_and_what_does_not(tmp_path: Path) -> None:
     training_file(tmp_path / "a.pth")
     torch.save(state(), tmp_path / "bare.pth")
-    assert start.fresh_heads(start.open_fitting(str(tmp_path / "a.pth"), model())) == []
+    assert start.fresh_heads(start.open_fitting(str(tmp_path / "a.pth"), model()), model()) == []
     source = start.open_fitting(str(tmp_path / "bare.pth"), model())
-    assert start.fresh_heads(source) == ["dino_head", "ibot_head"]
+    assert start.fresh_heads(source, model()) == ["dino_head", "ibot_head"]
     with pytest.raises(WeightsError, match=r"missing storage_tokens|storage_tokens is \[1, 2, 32\] and not"):
         start.open_fitting(str(tmp_path / "bare.pth"), model(registers=4))
     convert(source, str(tmp_path / "hf"), "huggingface")
     assert start.mistakes(open_source(str(tmp_path / "hf")), model()) == []
     with pytest.raises(WeightsError, match=r"norm_eps is 1e-05 there and 1e-06 in model\.backbone"):
         start.open_fitting(str(tmp_path / "hf"), model(norm_eps=1e-6))
+
+
+def test_a_head_that_the_model_has_not_is_left_and_told(tmp_path: Path) -> None:
+    training_file(tmp_path / "a.pth")
+    torch.save(state(), tmp_path / "bare.pth")
+    tied, data = config.read(config.Model, {**MODEL, "ibot_head": "tied"}), config.read(config.Data, {"path": "."})
+    source = start.open_fitting(str(tmp_path / "a.pth"), tied)
+    assert start.read(source, tied).keys() == {n for n in source.own if not n.startswith("ibot_head.")}
+    assert start.told(source, tied, data) == "; its ibot_head is not taken: the model has none"
+    bare = start.open_fitting(str(tmp_path / "bare.pth"), tied)
+    assert start.told(bare, tied, data) == "; it has no dino_head: fresh ones"
 
 
 # --- streaming --------------------------------------------------------------------------------------------------------
