@@ -89,15 +89,17 @@ def _positive(text: str) -> int:
 
 
 def index_(options: argparse.Namespace) -> int:
-    """Index tar shards; what is indexed already is not looked at again."""
+    """Index tar shards as they are now; those that are as they were when they were indexed are not looked into."""
     data = _data(options.paths, config.RGB, 8)
     if storage.is_uri(options.to):
         raise DataError(f"{options.to}: an index lies in a folder, not on a bucket")
     with _progress("shards indexed") as tell:
-        found = shards.index_shards(patterns_of(data), os.path.abspath(options.to), tell)
+        found = shards.index_anew(patterns_of(data), os.path.abspath(options.to), tell)
     print(f"{found.index}: {found.total:,} images in {len(found.paths):,} shards; data.index takes this folder")
     if found.without_image:
         print(f"{found.without_image:,} keys have no image and are passed over")
+    for text in found.lost:
+        print(text)
     for one in found.skipped:
         print(f"damaged: {one.path}: {one.reason}")
     return UNREADABLE if found.skipped else DONE

@@ -17,6 +17,7 @@ def problems(whole: Whole, tell: Tell) -> Iterator[Skipped]:
     """Every damaged shard, and every image that cannot be read, as they are found. Raises StoreError."""
     if whole.shards is not None:
         yield from whole.shards.skipped
+        yield from (Skipped(path=whole.where, reason=text) for text in whole.shards.lost)
         yield from _changed(whole.shards)
     look: Callable[[int], Skipped | None] = partial(_look, whole)
     for done, problem in enumerate(in_threads(look, range(whole.total), cores()), 1):

@@ -40,6 +40,8 @@ OPEN_SHARDS = 4
 LONGEST_CAPTION = 10_000
 """Bytes that are looked at."""
 
+REWRITTEN = "not an image or caption of the index any more: its shard was rewritten; `dinoctl data index` again"
+
 INDEXED = "indexed %s of %s tar shards"
 """What `tell` is told of, for the log."""
 
@@ -55,6 +57,8 @@ class ShardSet(contract.Record, frozen=True):
     skipped: list[Skipped]  # shards that are damaged, from some point on
     splits: dict[str, list[int]] = msgspec.field(default_factory=dict)  # samples of each split, shard by shard
     captioned: dict[str, list[int]] = msgspec.field(default_factory=dict)  # those of them that have a caption
+    links: int = 0  # files that are passed over
+    repeated: int = 0
 
     @property
     def total(self) -> int:
@@ -70,6 +74,13 @@ class ShardSet(contract.Record, frozen=True):
         """For messages."""
         return f"{len(self.paths):,} tar shards ({self.paths[0]} ...)"
 
+    @property
+    def lost(self) -> list[str]:
+        """What lies in the shards and cannot be read from them, for messages."""
+        of_links = f"{self.links:,} files are links, of which a tar holds no bytes: tar with -h --hard-dereference"
+        repeated = f"{self.repeated:,} files are passed over, as a later one of their sample has their name"
+        return [text for count, text in ((self.links, of_links), (self.repeated, repeated)) if count]
+
 
 # --- the set ----------------------------------------------------------------------------------------------------------
 
@@ -83,7 +94,8 @@ def set_file(index: str, patterns: list[str]) -> str:
 def build_or_read(data: config.Data, run_dir: str, tell: Tell) -> ShardSet:
     """The run's set of shards: what it began with, else what `data.index` holds, else made now.
 
-    Raises DataError for shards that are not there or hold no image, StoreError.
+    Raises DataError for shards that are not there or hold no image, BadDataError for too many damaged ones,
+    StoreError.
     """
     patterns = [absolute(pattern) for pattern in data.shards]
     index = os.path.abspath(data.index) if data.index else f"{run_dir}/data/shards"
@@ -92,6 +104,7 @@ def build_or_read(data: config.Data, run_dir: str, tell: Tell) -> ShardSet:
         return _read_set(kept, index)
     except FileNotFoundError:
         found = index_shards(patterns, index, tell)
+    check_shards(found, data.max_skip_rate)  # before it is kept: repaired shards are looked at anew
     try:
         storage.publish(kept, contract.encode(found))
     except storage.AlreadyPublished:
@@ -105,18 +118,24 @@ def _read_set(file: str, index: str) -> ShardSet:
 
 
 def index_shards(patterns: list[str], index: str, tell: Tell) -> ShardSet:
-    """The set in the folder `index`, made if it is not there; what an interrupted making left is used."""
-    file = set_file(index, patterns)
+    """The set in the folder `index`, made if it is not there, or names damaged shards, which may have been mended."""
     try:
-        return _read_set(file, index)
+        found = _read_set(set_file(index, patterns), index)
     except FileNotFoundError:
-        found = build(patterns, index, tell)
-    storage.replace(file, contract.encode(found))
+        return index_anew(patterns, index, tell)
+    return index_anew(patterns, index, tell) if found.skipped else found
+
+
+def index_anew(patterns: list[str], index: str, tell: Tell) -> ShardSet:
+    """The set as the shards are now, kept in the folder `index`. Shards that are as they were are not looked into, so
+    what an interrupted making left is used. Raises as build_or_read."""
+    found = build(patterns, index, tell)
+    storage.replace(set_file(index, patterns), contract.encode(found))
     return found
 
 
 def build(patterns: list[str], index: str, tell: Tell) -> ShardSet:
-    """Look into every shard that has no index yet. Raises as build_or_read."""
+    """The set as the shards are now; who has no index gets one in the folder. Raises as build_or_read."""
     paths = locate(patterns)
     shards: list[Shard] = []
     for shard in in_threads(partial(tar_shard.ensure, index), paths, THREADS):
@@ -129,6 +148,8 @@ def build(patterns: list[str], index: str, tell: Tell) -> ShardSet:
         samples=[shard.samples for shard in shards],
         without_image=sum(shard.without_image for shard in shards),
         skipped=[Skipped(path=shard.path, reason=shard.damage) for shard in shards if shard.damage],
+        links=sum(shard.links for shard in shards),
+        repeated=sum(shard.repeated for shard in shards),
     )
     if all(len(shard.splits) == len(SPLITS) for shard in shards):  # else it was indexed before there were any
         for place, split in enumerate(SPLITS):
@@ -187,12 +208,13 @@ class ShardSource:
 
     def image(self, number: int) -> Picture:
         """Raises UnreadableImageError; StoreError if the store stays out of reach."""
-        return decode(self._bytes(self._image_piece(number)), self._data)
+        size = int(self._record(number)["image_bytes"])
+        return decode(self._bytes(self._image_piece(number), number, size), self._data)
 
     def caption(self, number: int) -> str:
         """The first line of the caption, "" if there is none."""
-        piece = self._caption_piece(number)
-        return "" if piece is None else first_line(self._bytes(piece))
+        piece, size = self._caption_piece(number), int(self._record(number)["caption_bytes"])
+        return "" if piece is None else first_line(self._bytes(piece, number, size))
 
     def captions(self) -> Captions:
         """A bounded number of them, spread evenly over all."""
@@ -210,8 +232,7 @@ class ShardSource:
 
     def label(self, number: int) -> int | None:
         """The number in the sample's .cls, None if it has none."""
-        _, samples, sample = self._sample(number)
-        value = int(samples.records[sample]["label"])
+        value = int(self._record(number)["label"])
         return None if value < 0 else value
 
     def name(self, number: int) -> str:
@@ -219,22 +240,31 @@ class ShardSource:
         path, samples, sample = self._sample(number)
         return f"{path}: {samples.key(sample)}"
 
+    def _record(self, number: int) -> np.void:
+        _, samples, sample = self._sample(number)
+        record: np.void = samples.records[sample]
+        return record
+
     def _image_piece(self, number: int) -> Piece:
         path, samples, sample = self._sample(number)
         record = samples.records[sample]
-        return Piece(path, int(record["image"]), int(record["image_bytes"]))
+        return _with_header(path, int(record["image"]), int(record["image_bytes"]))
 
     def _caption_piece(self, number: int) -> Piece | None:
         path, samples, sample = self._sample(number)
         record = samples.records[sample]
         size = min(int(record["caption_bytes"]), LONGEST_CAPTION)
-        return Piece(path, int(record["caption"]), size) if size else None
+        return _with_header(path, int(record["caption"]), size) if size else None
 
-    def _bytes(self, piece: Piece) -> bytes:
+    def _bytes(self, piece: Piece, number: int, size: int) -> bytes:
+        """What the piece holds behind its header, which must be that of a file of the sample, of so many bytes."""
         data = self._read(piece)
         if len(data) < piece.length:
             raise UnreadableImageError("the shard ends before it: it was longer when it was indexed")
-        return data
+        _, samples, sample = self._sample(number)
+        if not samples.owns(data[: tar_shard.BLOCK], sample, size):
+            raise UnreadableImageError(REWRITTEN)
+        return data[tar_shard.BLOCK :]
 
     def _open(self, shard: int) -> tuple[Samples, NDArray[np.int64] | None]:
         """The shard's index, and which of its samples are seen (None: all)."""
@@ -242,6 +272,11 @@ class ShardSource:
         samples = patiently(partial(tar_shard.read, file))
         some = self._hidden or self._captioned
         return samples, samples.visible(self._hidden, self._captioned) if some else None
+
+
+def _with_header(path: str, start: int, length: int) -> Piece:
+    """The bytes of a tar's file, and the header before them."""
+    return Piece(path, start - tar_shard.BLOCK, tar_shard.BLOCK + length)
 
 
 def visible_counts(found: ShardSet, hold_out: str, captioned: bool) -> NDArray[np.int64]:

@@ -37,6 +37,9 @@ RECORD = np.dtype(
 
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
 LARGEST = 2**31 - 1
+LONGEST_TOLD = 80
+"""Characters of a key that a header surely holds whole, beside a suffix."""
+GZIP = b"\x1f\x8b"
 BLOCK = tarfile.BLOCKSIZE
 
 
@@ -50,6 +53,8 @@ class Shard(contract.Record, frozen=True):
     damage: str = ""  # why what comes after the last sample cannot be read
     splits: tuple[int, ...] = ()  # samples in each of SPLITS, by their keys
     captioned: tuple[int, ...] = ()  # those of them that have a caption
+    links: int = 0  # files passed over, as a tar holds no bytes of a link
+    repeated: int = 0  # files passed over, as a later one of their sample has their name
 
 
 @dataclass
@@ -59,6 +64,8 @@ class _Found:
     splits: Counter[Split] = field(default_factory=Counter)
     captioned: Counter[Split] = field(default_factory=Counter)
     without_image: int = 0
+    links: int = 0
+    repeated: int = 0
     damage: str = ""
 
 
@@ -81,6 +88,20 @@ class Samples:
     def key(self, number: int) -> str:
         """For people."""
         return self._key(number).decode("utf-8", "replace")
+
+    def owns(self, header: bytes, number: int, size: int) -> bool:
+        """Whether a tar's header is that of a file of the sample, of so many bytes. Else the shard was rewritten.
+
+        Names of over a hundred bytes, or beyond ASCII, are in a header of their own and abridged in this one, each
+        program in its way: of those the size alone is compared.
+        """
+        try:
+            found = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except tarfile.TarError:
+            return False
+        key = self._key(number).decode("utf-8", "surrogateescape")
+        told = key.isascii() and len(key) < LONGEST_TOLD
+        return found.size == size and (not told or found.name.startswith(f"{key}."))
 
     def _key(self, number: int) -> bytes:
         start = int(self.records[number]["key"])
@@ -122,13 +143,17 @@ def _head(data: bytes, file: str) -> tuple[Shard, int]:
 
 
 def ensure(index: str, path: str) -> Shard:
-    """The shard's index, made unless it is there. Raises DataError if there is no such shard, StoreError."""
+    """The shard's index, made unless it is there. A damaged shard may have been mended since, and one on this machine
+    is seen to be newer: those are looked at anew. Raises DataError if there is no such shard, StoreError."""
     size = _size(path)
     file = file_of(index, path, size)
     try:
-        return head(file)
+        shard = head(file)
+        if not shard.damage and (storage.is_uri(path) or storage.modified(path) <= storage.modified(file)):
+            return shard
     except FileNotFoundError:
-        return patiently(partial(_make, path, size, file))
+        pass
+    return patiently(partial(_make, path, size, file))
 
 
 def _size(path: str) -> int:
@@ -145,7 +170,8 @@ def _make(path: str, size: int, file: str) -> Shard:
     with storage.reading(path) as opened:
         found = scan(opened, path, size)
     splits, captioned = (tuple(count[split] for split in SPLITS) for count in (found.splits, found.captioned))
-    shard = Shard(path, size, len(found.records), found.without_image, found.damage, splits, captioned)
+    counts = len(found.records), found.without_image, found.damage, splits, captioned, found.links, found.repeated
+    shard = Shard(path, size, *counts)
     records = np.array(found.records, RECORD)
     storage.replace(file, MAGIC + msgspec.json.encode(shard) + b"\n" + records.tobytes() + b"".join(found.keys))
     return shard
@@ -162,7 +188,10 @@ def scan(opened: BinaryIO, path: str, size: int) -> _Found:
 def _scan(opened: BinaryIO, size: int, found: _Found) -> None:
     ends = 0
     for key, members in groupby(_members(opened, size, found), key=lambda one: one[0]):
-        parts = {suffix: member for _, suffix, member in members}
+        parts: dict[str, tarfile.TarInfo] = {}
+        for _, suffix, member in members:
+            found.repeated += suffix in parts
+            parts[suffix] = member
         image = _image(parts, contract.IMAGE_SUFFIXES) or _image(parts, ARRAY_SUFFIXES)
         if image is None:
             found.without_image += 1
@@ -195,11 +224,23 @@ def _members(opened: BinaryIO, size: int, found: _Found) -> Iterator[tuple[str, 
                     return
                 if named and member.isreg() and not member.issparse() and member.size <= LARGEST:
                     yield named[1], named[2].lower(), member
-            opened.seek(tar.offset)
-            if opened.read(BLOCK).strip(b"\0"):
-                found.damage = f"damaged at byte {tar.offset}"
+                found.links += bool(named) and (member.issym() or member.islnk())
+            found.damage = _behind(opened, tar.offset)
     except (tarfile.TarError, ValueError) as error:
-        found.damage = f"not a whole tar: {error}"
+        opened.seek(0)
+        gzip = opened.read(len(GZIP)) == GZIP
+        found.damage = "compressed with gzip: unpack it" if gzip else f"not a whole tar: {error}"
+
+
+def _behind(opened: BinaryIO, end: int) -> str:
+    """What is wrong with what comes after the last member: nothing but zeros should."""
+    opened.seek(end)
+    if opened.read(BLOCK).strip(b"\0"):
+        return f"damaged at byte {end}"
+    while rest := opened.read(1 << 20):
+        if rest.strip(b"\0"):
+            return f"more comes after its end at byte {end}: join tars with tar -A and not with cat"
+    return ""
 
 
 def _label(opened: BinaryIO, member: tarfile.TarInfo) -> int:

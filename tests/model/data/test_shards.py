@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import tarfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from model.data.views import SslViews
 from tests.model.data import loading
 from tests.model.data.conftest import picture
 from tests.model.data.loading import assert_equal
-from tests.model.data.tars import four_shards, sample, write_tar
+from tests.model.data.tars import four_shards, png, sample, write_tar
 
 VIEWS = SslViews(config.Resolution(global_size=16, local_size=8), patch_size=4)
 
@@ -184,6 +186,69 @@ def test_a_shard_that_went_bad_is_counted_and_named(folder: Path, tmp_path: Path
     assert sum(len(batch.positions) for batch in made) == 56
     assert made.skipped.replaced >= made.skipped.count == 10
     assert all(str(one).startswith(f"{shard}: 00") and "not an image" in one.reason for one in made.skipped.last)
+
+
+def test_a_repaired_shard_is_looked_at_anew(folder: Path, tmp_path: Path) -> None:
+    shard, index = folder / "x-02.tar", str(tmp_path / "index")
+    whole = shard.read_bytes()
+    data = settings(f"{folder}/*.tar", index=index)
+    overwrite(shard, 0, b"garbage")
+    for _ in range(2):
+        with pytest.raises(BadDataError, match=r"1 of 4 tar shards .* are unreadable"):
+            build(data, tmp_path / "run")
+    shard.write_bytes(whole)  # as long as it was when it was damaged
+    assert build(data, tmp_path / "run").samples == [10, 10, 10, 10]
+
+
+def test_a_shared_index_is_made_anew_by_its_command(folder: Path, tmp_path: Path) -> None:
+    index, patterns = str(tmp_path / "index"), [f"{folder}/*.tar"]
+    data = settings(patterns[0], index=index)
+    before = build(data, tmp_path / "run")
+    write_tar(folder / "x-04.tar", sample(40))
+    write_tar(folder / "x-00.tar", sample(7))
+    assert build(data, tmp_path / "new") == before
+    anew = shards.index_anew(patterns, index, lambda done, total: None)
+    assert anew.samples == [1, 10, 10, 10, 1]
+    assert build(data, tmp_path / "newest") == anew
+    assert build(data, tmp_path / "run") == before
+
+
+def test_a_shard_that_is_rewritten_as_long_as_it_was_is_not_misread(folder: Path, tmp_path: Path) -> None:
+    shard = write_tar(folder / "x-00.tar", [*sample(1), *sample(2)])
+    long, data = shard.stat().st_size, settings(str(shard))
+    source = ShardSource(build(data, tmp_path / "run"), data)
+    write_tar(shard, [*sample(2), *sample(1)])
+    assert shard.stat().st_size == long
+    for read in (source.image, source.caption):
+        with pytest.raises(UnreadableImageError, match="its shard was rewritten; `dinoctl data index` again"):
+            read(0)
+    anew = tar_shard.ensure(str(tmp_path / "run/data/shards"), str(shard))
+    assert tar_shard.read(tar_shard.file_of(str(tmp_path / "run/data/shards"), str(shard), anew.bytes)).key(0) == "0002"
+
+
+def test_what_a_tar_holds_and_no_sample_has_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(png(1))
+    (tmp_path / "in/b.png").symlink_to("a.png")
+    (tmp_path / "in/c.png").hardlink_to(tmp_path / "in/a.png")
+    with tarfile.open(tmp_path / "linked.tar", "w") as tar:
+        tar.add(tmp_path / "in", "in")
+    write_tar(tmp_path / "twice.tar", [("a.png", png(1)), ("a.txt", b"one"), ("a.png", png(2)), ("a.txt", b"two")])
+    found = build(settings([str(tmp_path / "linked.tar"), str(tmp_path / "twice.tar")]), tmp_path / "run")
+    assert found.samples == [1, 1]
+    links, repeated = found.lost
+    assert links.startswith("2 files are links, of which a tar holds no bytes")
+    assert repeated.startswith("2 files are passed over")
+
+
+def test_tars_that_were_joined_with_cat_or_compressed_are_damaged(folder: Path, tmp_path: Path) -> None:
+    both = (folder / "x-00.tar").read_bytes() + (folder / "x-01.tar").read_bytes()
+    (tmp_path / "both.tar").write_bytes(both)
+    joined = tar_shard.ensure(str(tmp_path), str(tmp_path / "both.tar"))
+    assert joined.samples == 10
+    assert joined.damage.endswith(": join tars with tar -A and not with cat")
+    (tmp_path / "small.tar").write_bytes(gzip.compress(both))
+    assert tar_shard.ensure(str(tmp_path), str(tmp_path / "small.tar")).damage == "compressed with gzip: unpack it"
 
 
 @pytest.mark.parametrize(
