@@ -20,15 +20,9 @@ import torch
 from torch import Tensor
 
 from model import cut, sealed
+from model.weights import entries, stream
 
 State = dict[str, Tensor]
-
-DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
-"""safetensors' names of what networks and optimizers are made of."""
 
 ALIGNED = 64
 """Bytes: a file's tensors begin in the buffer at a multiple of it, so that each is aligned for its dtype."""
@@ -117,7 +111,9 @@ class _Laid:
         own = {key: cut.local(tensor.detach()) for key, tensor in tensors.items()}
         # Wide dtypes first, as safetensors does it: then none is out of line for the tensors behind it.
         order = sorted(own, key=lambda key: (-own[key].element_size(), key))
-        header = _header({key: own[key] for key in order}, _rows(tensors))
+        rows = _rows(tensors)
+        told = {sealed.ROWS: json.dumps(rows)} if rows else {}
+        header = stream.header({key: entries.of(own[key]) for key in order}, told)
         return cls(part, name, header, tuple(own[key] for key in order), start)
 
     @property
@@ -130,18 +126,6 @@ class _Laid:
             room = buffer[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             room.copy_(tensor, non_blocking=True)
             at += tensor.nbytes
-
-
-def _header(tensors: State, rows: dict[str, list[int]]) -> bytes:
-    """A safetensors file's beginning: the length of the JSON that follows, as 8 bytes, and the JSON, padded to 8."""
-    entries: dict[str, object] = {"__metadata__": {sealed.ROWS: json.dumps(rows)}} if rows else {}
-    at = 0
-    for name, tensor in tensors.items():
-        offsets = [at, at := at + tensor.nbytes]
-        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(sealed.HEADER_BYTES, "little") + text
 
 
 def _rows(tensors: State) -> dict[str, list[int]]:

@@ -70,7 +70,7 @@ def write(path: Path, entries: Entries, metadata: Mapping[str, str]) -> int:
 
 def header(entries: Entries, metadata: Mapping[str, str]) -> bytes:
     """The length of the JSON (8 bytes, little endian), then the JSON, padded to 8 bytes so that tensors lie aligned."""
-    described: dict[str, object] = {"__metadata__": dict(metadata)}
+    described: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, entry in entries.items():
         size = _bytes(name, entry)
@@ -80,7 +80,7 @@ def header(entries: Entries, metadata: Mapping[str, str]) -> bytes:
             "data_offsets": [offset, offset + size],
         }
         offset += size
-    text = json.dumps(described, separators=(",", ":")).encode()
+    text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 

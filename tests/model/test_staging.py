@@ -11,7 +11,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from model.staging import DTYPES, StagedFile, stage
+from model.staging import StagedFile, stage
+from model.weights.stream import DTYPES
 
 
 def whole(file: StagedFile, most: int = 7) -> bytes:
