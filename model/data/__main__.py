@@ -38,6 +38,7 @@ SAY_SECONDS = 10.0
 def main(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
     try:
+        _refuse_empty(options)
         return int(COMMANDS[options.command](options))
     except DataError as error:
         return _said(str(error).removeprefix("data.path: "), WRONG_INPUT)
@@ -148,6 +149,15 @@ COMMANDS = {"index": index_, "pack": pack_, "check": check_, "stats": stats_}
 
 
 # --- what they share --------------------------------------------------------------------------------------------------
+
+
+def _refuse_empty(options: argparse.Namespace) -> None:
+    """Raises DataError for an empty path: to the system that is the folder one is in, and it was hardly meant."""
+    for name in ("paths", "folder", "target", "index", "to"):
+        given = getattr(options, name, None)
+        if given == "" or (isinstance(given, list) and "" in given):
+            option = f"--{name} " if name in ("index", "to") else ""
+            raise DataError(f"{option}'': an empty path, as of a variable that is not set; name one (. is this folder)")
 
 
 def _of_kind(options: argparse.Namespace) -> config.Data:

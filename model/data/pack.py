@@ -5,8 +5,8 @@ The images are shuffled first, so that each shard holds a bit of everything. The
 
 from __future__ import annotations
 
-import glob
 import io
+import os
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +26,8 @@ from model.data.threads import Tell
 from model.draws import generator
 
 CLASSES = "classes.txt"
+PATTERN_MARKS = "*?[]{}"
+"""What `data.path` reads as a pattern (`model.data.patterns`)."""
 
 
 @dataclass(frozen=True)
@@ -50,21 +52,18 @@ def pack(
 
     `target` is a folder or a URI. A label is the place of its first-level folder in classes.txt, from 0. Raises
     DataError for a folder that is not there, holds no image or one that cannot be read, and for a target that holds
-    shards of that name or is no place for them, OSError.
+    shards of that name or other classes, or is no place for them, OSError.
     """
-    refuse_one_slash(target)
-    root, out = folder(source), absolute(target).rstrip("/")
+    root, out = folder(source), _place(target, name)
     paths = list_images(root, suffixes)
     if not paths:
         raise DataError(f"no images under {root}")
     count = -(-len(paths) // images_per_shard)
-    if there := storage.matching(f"{out}/{glob.escape(name)}-*.tar"):
+    if there := storage.matching(f"{out}/{name}-*.tar"):
         raise DataError(f"{there[0]} is there already: remove it, or take another folder or --name")
     labels = _labels(paths)
     if labels:
-        classes = "".join(f"{label}\n" for label in labels).encode("utf-8", "surrogateescape")
-        with _whole(f"{out}/{CLASSES}") as file:
-            file.write_bytes(classes)
+        _write_classes(labels, f"{out}/{CLASSES}")
     keys = _keys(paths)
     order = generator(seed, "pack").permutation(len(paths)).tolist()
     done = 0
@@ -76,6 +75,42 @@ def pack(
         tell(done, len(paths))
     last = f"-{{000000..{count - 1:06d}}}" if count > 1 else "-000000"
     return Packed(f"{out}/{name}{last}.tar", len(paths), count, len(labels))
+
+
+def _place(target: str, name: str) -> str:
+    """The folder or URI that `target` means. Raises DataError if it cannot hold shards, or none that can be named."""
+    refuse_one_slash(target)
+    out = absolute(target).rstrip("/")
+    for what, text in (("", out), ("--name ", name)):
+        if marks := [mark for mark in PATTERN_MARKS if mark in text]:
+            raise DataError(
+                f"{what}{text}: holds {' and '.join(marks)}, which in a data.path stand for other names, so that the "
+                f"shards could not be read by theirs; take one without any of {' '.join(PATTERN_MARKS)}"
+            )
+    if not storage.is_uri(out):
+        _refuse_file(Path(out))
+    return out
+
+
+def _refuse_file(out: Path) -> None:
+    for place in (out, *out.parents):
+        if os.path.lexists(place) and not os.path.isdir(place):
+            raise DataError(f"{place} is a file, and shards go into a folder: name one, there already or new")
+
+
+def _write_classes(labels: dict[str, int], file: str) -> None:
+    """Raises DataError if other classes are there: the labels of the shards beside them would change their meaning."""
+    classes = "".join(f"{label}\n" for label in labels).encode("utf-8", "surrogateescape")
+    if storage.matching(file):
+        with storage.reading(file) as there:
+            if there.read() == classes:
+                return
+        raise DataError(
+            f"{file} holds other classes, which the labels of shards there go by: take another folder, or remove it if "
+            "there are none"
+        )
+    with _whole(file) as new:
+        new.write_bytes(classes)
 
 
 def _labels(paths: list[str]) -> dict[str, int]:

@@ -71,6 +71,20 @@ def test_the_same_folder_packs_to_the_same_bytes(images: Path, tmp_path: Path) -
     assert bytes_of("c", 1) != first
 
 
+def test_a_second_set_beside_the_first_has_its_classes_or_is_refused(
+    images: Path, tmp_path: Path, packed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tars = tmp_path / "tars"
+    assert main(["pack", str(images), str(tars), "--name", "same"]) == 0
+    there = {file.name: file.read_bytes() for file in tars.iterdir()}
+    (images / "b").rename(images / "0")  # which would now be class 0, and a class 1
+    capsys.readouterr()
+    assert main(["pack", str(images), str(tars), "--name", "val"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"dinoctl: {tars}/classes.txt holds other classes, which the labels of shards there go by: ")
+    assert {file.name: file.read_bytes() for file in tars.iterdir()} == there
+
+
 def test_names_with_dots_and_names_that_collide(tmp_path: Path) -> None:
     for number, name in enumerate(("v1.2.png", "v1_2.png", "v1_2.webp")):
         save(picture(number), tmp_path / "odd" / name)
@@ -198,6 +212,19 @@ def test_indexing_a_damaged_shard_says_so(tmp_path: Path, packed: str, capsys: p
         (["pack", "empty", "out"], "no images under "),
         (["pack", "images", "s3:/b/x"], "s3:/b/x: one slash makes a folder of it; write s3://b/x, or ./s3:/b/x"),
         (["pack", "images", "full"], "images-000000.tar is there already"),
+        (["pack", "images", "ds[v1]"], "/ds[v1]: holds [ and ], which in a data.path stand for other names"),
+        (["pack", "images", "s3://b/what?"], "s3://b/what?: holds ?, which in a data.path"),
+        (["pack", "images", "out", "--name", "w{eird,*}"], "--name w{eird,*}: holds * and { and }, which in a "),
+        (["pack", "images", "a.file"], "/a.file is a file, and shards go into a folder: name one, there already or"),
+        (["pack", "images", "a.file/sub/x"], "/a.file is a file, and shards go into a folder"),
+        (["pack", "images", ""], "'': an empty path, as of a variable that is not set; name one (. is this folder)"),
+        (["pack", "", "out"], "'': an empty path"),
+        (["check", ""], "'': an empty path"),
+        (["check", "a.tar", ""], "'': an empty path"),
+        (["stats", ""], "'': an empty path"),
+        (["stats", "images", "--to", ""], "--to '': an empty path"),
+        (["check", "x.tar", "--index", ""], "--index '': an empty path"),
+        (["index", "x.tar", "--to", ""], "--to '': an empty path"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -212,12 +239,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full/images-000000.tar").touch()
+    (tmp_path / "a.file").touch()
     assert main(words) == 2
     said = capsys.readouterr().err
     assert said.startswith("dinoctl: ")
     assert said.count("\n") == 1
     assert says in said
     assert not list(tmp_path.glob("*:"))
+    assert not {"out", "ds[v1]"} & {path.name for path in tmp_path.iterdir()}
 
 
 def test_it_runs_as_a_process(images: Path) -> None:
