@@ -49,10 +49,23 @@ def has_image(folder: FilePath, suffixes: frozenset[str]) -> bool:
 
 
 def images(folder: FilePath, suffixes: frozenset[str]) -> Iterator[FilePath]:
-    """Looks as the index of the images will, one after the other: to find the first of millions takes no longer."""
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
+    """Looks as the index of the images will, one after the other: to find the first of millions takes no longer. Links
+    to folders are followed, as `model.data.files.walk` does, but for one to a folder that the way to it leads through.
+    """
+    over: dict[str, frozenset[tuple[int, int]]] = {}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        try:
+            here = os.stat(place)
+        except OSError:  # gone meanwhile
+            folders.clear()
+            continue
+        above, this = over.pop(place, frozenset()), (here.st_dev, here.st_ino)
+        if this in above:
+            folders.clear()
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        over.update((os.path.join(place, name), above | {this}) for name in folders)
+        for name in sorted(names):
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
                 yield FilePath(place, name)
 

@@ -139,6 +139,7 @@ def stats_(options: argparse.Namespace) -> int:
     for name, values in (("mean", found.mean), ("std", found.std)):
         print(f"{name}: [{', '.join(f'{value:.{digits}f}' for value in values)}]")
     unreadable = f", {found.unreadable:,} could not be read" if found.unreadable else ""
+    unreadable += "".join(f"; left out: {one}" for one in whole.closed)
     print(f"# of {found.images:,} images of {whole.where}{unreadable}")
     if options.to:
         print(f"# data.normalise: {options.to}")

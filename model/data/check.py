@@ -14,7 +14,9 @@ from model.data.whole import Whole
 
 
 def problems(whole: Whole, tell: Tell) -> Iterator[Skipped]:
-    """Every damaged shard, and every image that cannot be read, as they are found. Raises StoreError."""
+    """Every damaged shard, every folder that may not be listed and every image that cannot be read, as they are found.
+    Raises StoreError."""
+    yield from whole.closed
     if whole.shards is not None:
         yield from whole.shards.skipped
         yield from (Skipped(path=whole.where, reason=text) for text in whole.shards.lost)

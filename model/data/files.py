@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +47,38 @@ def head(path: Path, most: int) -> bytes | None:
 def failed(error: OSError, doing: str, path: str | Path) -> StoreError:
     """The error as the store's, with what was being done."""
     return StoreError(error.errno or errno.EIO, f"{doing} {path}: {error.strerror or error}")
+
+
+def walk(root: Path, cannot: Callable[[OSError], None]) -> Iterator[tuple[str, list[str]]]:
+    """Every folder from `root` on with the names of its files, sorted; hidden ones left out. `cannot` is told why a
+    folder cannot be listed.
+
+    Links to folders are followed, but for one to a folder that the way to it leads through. `orchestrator.data_places`
+    walks in the same way.
+    """
+    left: list[tuple[str, frozenset[tuple[int, int]]]] = [(str(root), frozenset())]
+    while left:
+        place, above = left.pop()
+        try:
+            found = os.stat(place)
+            if (found.st_dev, found.st_ino) in above:
+                continue
+            with os.scandir(place) as entries:
+                listed = sorted((one.name, _is_folder(one)) for one in entries if not one.name.startswith("."))
+        except OSError as error:
+            cannot(error)
+            continue
+        yield place, [name for name, is_folder in listed if not is_folder]
+        here = above | {(found.st_dev, found.st_ino)}
+        left += [(os.path.join(place, name), here) for name, is_folder in reversed(listed) if is_folder]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """A link whose end may not be looked at is taken for what its name looks like: a file's has an ending."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        return error.errno in FORBIDDEN and not os.path.splitext(entry.name)[1]
 
 
 def _read(path: Path, root: Path) -> bytes:

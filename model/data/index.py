@@ -164,10 +164,12 @@ def folder(path: str) -> Path:
 
 def build(root: Path, data: config.Data, tell: Tell) -> Index:
     """Look at every image under `root`. Raises DataError if there is none, or none that can be read."""
-    paths = list_images(root, data.suffixes, tell)
+    paths, closed = list_all(root, data.suffixes, tell)
     if not paths:
         endings = ", ".join(sorted(data.suffixes))
-        raise DataError(f"data.path: no images under {root} (looked for {endings} in all its folders)")
+        raise DataError(
+            f"data.path: no images under {root} (looked for {endings} in all its folders){closed_too(closed)}"
+        )
     compare = len(paths) <= COMPARE_AT_MOST
     looks = []
     for look in in_threads(lambda path: _look(root / path, root, data, compare), paths, min(16, cores())):
@@ -181,7 +183,8 @@ def build(root: Path, data: config.Data, tell: Tell) -> Index:
             f"data.path: none of the {len(paths)} images under {root} can be read; {first.path}: {first.reason}"
         )
     entries = _entries([path for path, _ in read], [look for _, look in read])
-    return Index(root=str(root), grouping="likeness" if compare else "equal files", entries=entries, skipped=skipped)
+    grouping: Literal["likeness", "equal files"] = "likeness" if compare else "equal files"
+    return Index(root=str(root), grouping=grouping, entries=entries, skipped=[*skipped, *closed])
 
 
 def _entries(paths: list[str], looks: list[_Look]) -> list[Entry]:
@@ -207,31 +210,42 @@ def _entries(paths: list[str], looks: list[_Look]) -> list[Entry]:
 def list_images(root: Path, suffixes: frozenset[str] = contract.IMAGE_SUFFIXES, tell: Tell = untold) -> list[str]:
     """Relative paths of the files under `root` whose names end like an image's, sorted; hidden ones left out. `tell` is
     told after each folder that none of those found so far was looked at. Raises StoreError: what cannot be listed would
-    be missing without a word. A folder that is not ours to list is left out, and the log says so; it counts the files
-    with other endings, too (`.heic`, say)."""
+    be missing without a word. The log counts the files with other endings (`.heic`, say)."""
+    return list_all(root, suffixes, tell)[0]
+
+
+def list_all(root: Path, suffixes: frozenset[str], tell: Tell = untold) -> tuple[list[str], list[Skipped]]:
+    """As `list_images`, and the folders that are not ours to list, each of which counts as one unreadable image."""
     return patiently(lambda: _list(root, suffixes, tell))
 
 
-def _list(root: Path, suffixes: frozenset[str], tell: Tell) -> list[str]:
+def _list(root: Path, suffixes: frozenset[str], tell: Tell) -> tuple[list[str], list[Skipped]]:
+    closed: list[Skipped] = []
+
     def cannot(error: OSError) -> None:
         if error.errno in files.FORBIDDEN and Path(error.filename) != root:
-            log.warning("left out: %s: %s", error.filename, error.strerror)
+            name = Path(error.filename).relative_to(root).as_posix()
+            closed.append(Skipped(path=name, reason=f"a folder that may not be listed: {error.strerror}"))
         elif error.errno != errno.ENOENT:
             raise files.failed(error, "listing", error.filename) from error
 
     found: list[str] = []
     others: Counter[str] = Counter()
-    for place, folders, names in os.walk(root, onerror=cannot):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for place, names in files.walk(root, cannot):
         within = Path(place).relative_to(root)
-        endings = {name: os.path.splitext(name)[1].lower() for name in names if not name.startswith(".")}
+        endings = {name: os.path.splitext(name)[1].lower() for name in names}
         found += [(within / name).as_posix() for name, ending in endings.items() if ending in suffixes]
         others.update(ending for ending in endings.values() if ending not in suffixes | {"", CAPTION})
         tell(0, len(found))
     if others:
         named = ", ".join(f"{count:,} {ending}" for ending, count in others.most_common(5))
         log.warning("passed over in %s, as their names do not end like an image's: %s", root, named)
-    return sorted(found)
+    return sorted(found), closed
+
+
+def closed_too(closed: list[Skipped]) -> str:
+    """What to add where no image was found, of folders that may not be listed."""
+    return f"; {closed[0]}" if closed else ""
 
 
 class _Look(msgspec.Struct, frozen=True):

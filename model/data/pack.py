@@ -19,7 +19,7 @@ from model import storage
 from model.contract import IMAGE_SUFFIXES
 from model.data import files
 from model.data.errors import DataError, UnreadableImageError
-from model.data.index import folder, list_images
+from model.data.index import folder, list_all
 from model.data.patience import patiently
 from model.data.patterns import absolute, refuse_one_slash
 from model.data.threads import Tell
@@ -28,6 +28,8 @@ from model.draws import generator
 CLASSES = "classes.txt"
 PATTERN_MARKS = "*?[]{}"
 """What `data.path` reads as a pattern (`model.data.patterns`)."""
+
+REPAIR = "repair or remove it, as a shard has to hold it"
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ def pack(
     shards of that name or other classes, or is no place for them, OSError.
     """
     root, out = folder(source), _place(target, name)
-    paths = list_images(root, suffixes)
+    paths, closed = list_all(root, suffixes)
+    if closed:
+        raise DataError(f"{root / closed[0].path}: {closed[0].reason}; {REPAIR}")
     if not paths:
         raise DataError(f"no images under {root}")
     count = -(-len(paths) // images_per_shard)
@@ -180,4 +184,4 @@ def _content(file: Path, root: Path) -> bytes:
     try:
         return files.read(file, root)
     except UnreadableImageError as error:
-        raise DataError(f"{file}: {error}; repair or remove it, as a shard has to hold it") from error
+        raise DataError(f"{file}: {error}; {REPAIR}") from error

@@ -5,13 +5,13 @@ Unlike a phase's source nothing is held out, and nothing stops at the first that
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from model import config, storage
 from model.data import files, index as folders, shards
-from model.data.errors import DataError
+from model.data.errors import DataError, Skipped
 from model.data.images import Picture, decode
 from model.data.patterns import absolute
 from model.data.shards import ShardSet, ShardSource
@@ -20,13 +20,15 @@ from model.data.threads import Tell
 
 @dataclass(frozen=True)
 class Whole:
-    """`image` raises UnreadableImageError, StoreError. `shards`: the set that they are in; None for a folder."""
+    """`image` raises UnreadableImageError, StoreError. `shards`: the set that they are in; None for a folder. `closed`:
+    the folders in it that may not be listed."""
 
     total: int
     where: str
     image: Callable[[int], Picture]
     name: Callable[[int], str]
     shards: ShardSet | None
+    closed: Sequence[Skipped] = ()
 
 
 def open_whole(data: config.Data, index: str, tell: Tell) -> Whole:
@@ -38,14 +40,14 @@ def open_whole(data: config.Data, index: str, tell: Tell) -> Whole:
     if storage.is_uri(data.shown):
         raise DataError(f"{data.shown}: of what is on a bucket only tar shards can be read; their names end in .tar")
     root = folders.folder(data.shown)
-    paths = folders.list_images(root, data.suffixes)
+    paths, closed = folders.list_all(root, data.suffixes)
     if not paths:
-        raise DataError(f"no images under {root}{_shards_in(root, data.shown)}")
+        raise DataError(f"no images under {root}{_shards_in(root, data.shown)}{folders.closed_too(closed)}")
 
     def image(number: int) -> Picture:
         return decode(files.read(root / paths[number], root), data)
 
-    return Whole(len(paths), str(root), image, paths.__getitem__, None)
+    return Whole(len(paths), str(root), image, paths.__getitem__, None, closed)
 
 
 def _shards_in(root: Path, shown: str) -> str:

@@ -7,18 +7,21 @@ import hashlib
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from model import config
+from model import config, job
 from model.data import check, files, index, patience
-from model.data.errors import DataError, StalledDataError, UnreadableImageError
+from model.data.__main__ import main
+from model.data.errors import BadDataError, DataError, Skipped, StalledDataError, UnreadableImageError
 from model.data.images import decode
 from model.data.pack import pack
 from model.data.threads import untold
 from model.data.whole import open_whole
 from model.storage import StoreError
+from orchestrator import data_places
 from tests.model.data import loading
 from tests.model.data.conftest import PHOTOGRAPHS
 
@@ -122,6 +125,67 @@ def test_a_file_that_may_not_be_read_is_that_files(images: Path, monkeypatch: py
     monkeypatch.setattr(files, "_holds_something", lambda root: False)
     with pytest.raises(StalledDataError, match="after 1 tries"):
         index.build(images, PHOTOGRAPHS, untold)
+
+
+@pytest.fixture
+def refuses(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Has a folder refused by whoever lists it, as to another user: nothing is refused to root."""
+    ours, closed = os.scandir, set[str]()
+
+    def scandir(path: str) -> os._ScandirIterator[str]:
+        if str(path) in closed:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return ours(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    return lambda folder: closed.add(str(folder))
+
+
+def test_a_folder_that_may_not_be_listed_counts_as_one_unreadable_image(
+    images: Path, tmp_path: Path, refuses: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuses(images / "b")
+    expected = Skipped(path="b", reason="a folder that may not be listed: Permission denied")
+    found = index.build(images, PHOTOGRAPHS, untold)
+    assert (len(found.entries), found.skipped) == (20, [expected])
+    with pytest.raises(BadDataError, match=r"(?s)1 of 21 images .*\n  b: a folder that may not be listed"):
+        index.build_or_read(data_of(images), str(tmp_path), untold)
+    assert "1 of 21 images are unreadable and left out, last: b (a folder that may" in job._left_out(found)
+    assert main(["check", str(images)]) == 1
+    assert capsys.readouterr().out == f"{expected}\n20 images of {images} looked at, 1 problems\n"
+    assert main(["pack", str(images), str(tmp_path / "tars")]) == 2
+    said = "a folder that may not be listed: Permission denied; repair or remove it, as a shard has to hold it"
+    assert capsys.readouterr().err == f"dinoctl: {images}/b: {said}\n"
+    assert not (tmp_path / "tars").exists()
+    assert main(["stats", str(images)]) == 0
+    assert capsys.readouterr().out.endswith(f"# of 20 images of {images}; left out: {expected}\n")
+    refuses(images / "a")
+    with pytest.raises(DataError, match=r"no images under .*; a: a folder that may not be listed: Permission denied"):
+        index.build(images, PHOTOGRAPHS, untold)
+    refuses(images)
+    with pytest.raises(StalledDataError, match=r"listing .*/images: Permission denied"):
+        index.build(images, PHOTOGRAPHS, untold)
+
+
+def test_links_to_folders_are_folders_and_loops_end(images: Path, tmp_path: Path) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name, to in (("x", "../images/a"), ("y", "../images"), ("gone", "../nowhere"), (".hidden", "../images/a")):
+        (linked / name).symlink_to(to)
+    (images / "a/up").symlink_to("..")
+    (images / "b/a").symlink_to("../a")
+    (images / "a/b").symlink_to("../b")
+    found = index.list_images(linked)
+    of_a = {file.name for file in images.glob("a/*.png")}
+    assert {path.removeprefix("x/") for path in found if path.startswith("x/") and path.count("/") == 1} == of_a
+    assert {path.rsplit("/", 1)[0] for path in found} == {
+        *("x", "x/b", "x/up/b"),  # x/up/a is x itself, and x/b/a too
+        *("y/a", "y/a/b", "y/b", "y/b/a"),
+    }
+    walked = [file.relative_to(linked).as_posix() for file in data_places.images(linked, PHOTOGRAPHS.suffixes)]
+    assert sorted(walked) == found
+    labels = {entry.path: entry.label for entry in index.build(linked, PHOTOGRAPHS, untold).entries}
+    assert labels["x/00.png"] == "x"
 
 
 def test_too_many_open_files_are_this_machines(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
