@@ -1,4 +1,4 @@
-"""`dinoctl data check`: decode every image, and name each that cannot be read."""
+"""`dinoctl data check`: decode every image, read its caption, and name each that cannot be read."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def problems(whole: Whole, tell: Tell) -> Iterator[Skipped]:
 def _look(whole: Whole, number: int) -> Skipped | None:
     try:
         whole.image(number)
+        whole.caption(number)
     except UnreadableImageError as error:
         return Skipped(path=whole.name(number), reason=str(error))
     return None

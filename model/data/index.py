@@ -262,7 +262,7 @@ def _look(path: Path, root: Path, data: config.Data, compare: bool) -> _Look | s
     try:
         content = files.read(path, root)
         picture, opacity = decode_with_alpha(content, data)
-        caption = _caption(path.with_suffix(CAPTION))
+        caption = read_caption(path.with_suffix(CAPTION))
     except UnreadableImageError as error:
         return str(error)
     return _Look(
@@ -274,7 +274,8 @@ def _look(path: Path, root: Path, data: config.Data, compare: bool) -> _Look | s
     )
 
 
-def _caption(file: Path) -> str | None:
+def read_caption(file: Path) -> str | None:
+    """The first line, None if there is none. Raises UnreadableImageError, which is its image's, too, and StoreError."""
     try:
         head = files.head(file, 4 * LONGEST_CAPTION)  # a letter has four bytes at most
     except UnreadableImageError as error:

@@ -20,12 +20,13 @@ from model.data.threads import Tell
 
 @dataclass(frozen=True)
 class Whole:
-    """`image` raises UnreadableImageError, StoreError. `shards`: the set that they are in; None for a folder. `closed`:
-    the folders in it that may not be listed."""
+    """`image` raises UnreadableImageError, StoreError; so does `caption`, of one that makes its image unreadable.
+    `shards`: the set that they are in; None for a folder. `closed`: the folders in it that may not be listed."""
 
     total: int
     where: str
     image: Callable[[int], Picture]
+    caption: Callable[[int], str | None]
     name: Callable[[int], str]
     shards: ShardSet | None
     closed: Sequence[Skipped] = ()
@@ -36,7 +37,7 @@ def open_whole(data: config.Data, index: str, tell: Tell) -> Whole:
     if data.shards:
         found = shards.index_shards(patterns_of(data), index, tell)
         source = ShardSource(found, data.model_copy(update={"max_skip_rate": 1.0}))
-        return Whole(found.total, found.where, source.image, source.name, found)
+        return Whole(found.total, found.where, source.image, lambda number: None, source.name, found)
     if storage.is_uri(data.shown):
         raise DataError(f"{data.shown}: of what is on a bucket only tar shards can be read; their names end in .tar")
     root = folders.folder(data.shown)
@@ -47,7 +48,10 @@ def open_whole(data: config.Data, index: str, tell: Tell) -> Whole:
     def image(number: int) -> Picture:
         return decode(files.read(root / paths[number], root), data)
 
-    return Whole(len(paths), str(root), image, paths.__getitem__, None, closed)
+    def caption(number: int) -> str | None:
+        return folders.read_caption((root / paths[number]).with_suffix(folders.CAPTION))
+
+    return Whole(len(paths), str(root), image, caption, paths.__getitem__, None, closed)
 
 
 def _shards_in(root: Path, shown: str) -> str:

@@ -122,6 +122,7 @@ def test_a_file_that_may_not_be_read_is_that_files(images: Path, monkeypatch: py
         ("a/02.png", "Permission denied"),
         ("b/03.png", "its caption 03.txt: Permission denied"),
     ]
+    assert list(check.problems(open_whole(data_of(images), "", untold), untold)) == found.skipped
     monkeypatch.setattr(files, "_holds_something", lambda root: False)
     with pytest.raises(StalledDataError, match="after 1 tries"):
         index.build(images, PHOTOGRAPHS, untold)
@@ -244,6 +245,7 @@ def test_a_caption_that_is_a_pipe_or_has_no_end(images: Path) -> None:
         file.truncate(60 * 10**9)
     found = index.build(images, PHOTOGRAPHS, untold)
     assert [one.reason for one in found.skipped] == ["its caption 00.txt: not a file but a pipe, a device or the like"]
+    assert list(check.problems(open_whole(data_of(images), "", untold), untold)) == found.skipped
     captions = {entry.path: entry.caption for entry in found.entries}
     assert captions["a/02.png"] == "A picture of number 2."
 
