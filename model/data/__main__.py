@@ -129,7 +129,10 @@ def check_(options: argparse.Namespace) -> int:
 
 def stats_(options: argparse.Namespace) -> int:
     with _whole(options) as whole, _progress("images measured") as tell:
-        found = stats.measure(whole, _of_kind(options), options.images, tell)
+        try:
+            found = stats.measure(whole, _of_kind(options), options.images, tell)
+        except DataError as error:  # it names `data check`, which looks for RGB unless told
+            raise DataError(f"{error}{_given(options)}") from error
     if options.to:
         stats.write(found, options.to)
     if options.json:
@@ -164,6 +167,14 @@ def _refuse_empty(options: argparse.Namespace) -> None:
 def _of_kind(options: argparse.Namespace) -> config.Data:
     """A `data:` section of such images, wherever they lie."""
     return _data(["."], options.channels, options.bits)
+
+
+def _given(options: argparse.Namespace) -> str:
+    """What `data check` has to be given to look at the same images in the same way."""
+    defaults = (("channels", config.RGB), ("bits", 8), ("index", None))
+    values = ((name, getattr(options, name), default) for name, default in defaults)
+    words = [f"--{name} {value}" for name, value, default in values if value != default]
+    return f", given {' '.join(words)}" if words else ""
 
 
 def _data(paths: list[str], channels: int, bits: int) -> config.Data:

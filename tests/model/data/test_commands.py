@@ -206,6 +206,12 @@ def test_indexing_a_damaged_shard_says_so(tmp_path: Path, packed: str, capsys: p
         (["check", "images", "--index", "idx"], "--index: an index is of tar shards, and images is no .tar: leave it"),
         (["stats", "images", "--index", "idx"], "--index: an index is of tar shards, and images is no .tar: leave it"),
         (["stats", "images", "--channels", "2000"], "--channels 2000: Input should be less than or equal to 1024"),
+        (
+            ["stats", "images", "--channels", "5"],
+            "5 channels of 8 bits; `dinoctl data check` says why, given --channels 5",
+        ),
+        (["stats", "images", "--channels", "5", "--bits", "16"], " says why, given --channels 5 --bits 16\n"),
+        (["stats", "nothing"], " are 3 channels of 8 bits; `dinoctl data check` says why\n"),
         (["check", "full/"], "/full, but tar shards (images-000000.tar): name those, as full/*.tar or full/x-{0000"),
         (["stats", "empty"], "no images under "),
         (["pack", "nowhere", "out"], "no such folder: "),
@@ -240,6 +246,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     (tmp_path / "full").mkdir()
     (tmp_path / "full/images-000000.tar").touch()
     (tmp_path / "a.file").touch()
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "nothing/empty.png").touch()
     assert main(words) == 2
     said = capsys.readouterr().err
     assert said.startswith("dinoctl: ")
