@@ -91,8 +91,9 @@ def _place(target: str, name: str) -> str:
                 f"{what}{text}: holds {' and '.join(marks)}, which in a data.path stand for other names, so that the "
                 f"shards could not be read by theirs; take one without any of {' '.join(PATTERN_MARKS)}"
             )
-    if not storage.is_uri(out):
-        _refuse_file(Path(out))
+    here = out.removeprefix("file://")
+    if not storage.is_uri(here):
+        _refuse_file(Path(here))
     return out
 
 

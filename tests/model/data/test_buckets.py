@@ -57,6 +57,9 @@ def test_pack_index_check_and_stats(
     assert storage.read_range(f"{s3}/tars/classes.txt", 0, 100) == b"a\nb\n"
     assert main(["pack", str(images), f"{s3}/tars"]) == 2
     assert f"{s3}/tars/images-000000.tar is there already" in capsys.readouterr().err
+    assert main(["pack", str(images / "a"), f"{s3}/tars", "--name", "flat"]) == 0  # no folders, so no classes
+    assert main(["pack", str(images.parent), f"{s3}/tars", "--name", "other"]) == 2
+    assert f"{s3}/tars/classes.txt holds other classes" in capsys.readouterr().err
     assert main(["index", bucket, "--to", str(tmp_path / "index")]) == 0
     assert "40 images in 3 shards" in capsys.readouterr().out
     assert main(["check", bucket, "--index", str(tmp_path / "index")]) == 0

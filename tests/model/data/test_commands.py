@@ -85,6 +85,11 @@ def test_a_second_set_beside_the_first_has_its_classes_or_is_refused(
     assert {file.name: file.read_bytes() for file in tars.iterdir()} == there
 
 
+def test_a_uri_of_a_file_of_this_machine_is_no_folder_either(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pack", str(images), f"file://{images}/a/00.png"]) == 2
+    assert capsys.readouterr().err.startswith(f"dinoctl: {images}/a/00.png is a file, and shards go into a folder: ")
+
+
 def test_names_with_dots_and_names_that_collide(tmp_path: Path) -> None:
     for number, name in enumerate(("v1.2.png", "v1_2.png", "v1_2.webp")):
         save(picture(number), tmp_path / "odd" / name)
