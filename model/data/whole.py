@@ -37,7 +37,7 @@ def open_whole(data: config.Data, index: str, tell: Tell) -> Whole:
     if data.shards:
         found = shards.index_shards(patterns_of(data), index, tell)
         source = ShardSource(found, data.model_copy(update={"max_skip_rate": 1.0}))
-        return Whole(found.total, found.where, source.image, lambda number: None, source.name, found)
+        return Whole(found.total, found.where, source.image, source.caption, source.name, found)
     if storage.is_uri(data.shown):
         raise DataError(f"{data.shown}: of what is on a bucket only tar shards can be read; their names end in .tar")
     root = folders.folder(data.shown)
