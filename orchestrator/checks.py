@@ -261,6 +261,9 @@ def data(draft: Draft) -> Iterator[Problem]:
                                               for at, part in p.data.parts]  # fmt: skip
     if draft.evaluate is not None:
         sections.append((("evaluate", "data", "path"), draft.evaluate.data))
+        yield from _index(draft.evaluate.data, ("evaluate", "data", "index"))
+    for name, phase in draft.phases.items():
+        yield from _index(phase.data, ("phases", name, "data", "index"))
     looked_at: dict[str, Problem | None] = {}
     for at, section in sections:
         if section.shown not in looked_at:
@@ -271,6 +274,13 @@ def data(draft: Draft) -> Iterator[Problem]:
             )
         if (problem := looked_at[section.shown]) is not None:
             yield Problem(problem.message, at, found=problem.found, allowed=problem.allowed, hint=problem.hint)
+
+
+def _index(data: Data, at: Path) -> Iterator[Problem]:
+    """An index that no attempt could write."""
+    if data.index is not None and (there := contract.data_folder(data.index)).exists() and not there.is_dir():
+        yield Problem("not a folder", at, found=data.index, allowed="a folder, which may be there or not",
+                      hint="or null: the index is written into the run")  # fmt: skip
 
 
 def captions(draft: Draft) -> Iterator[Problem]:
@@ -319,11 +329,28 @@ def held_out(draft: Draft) -> Iterator[Problem]:
     """Phases that train on what the evaluation is about to hold against them."""
     if draft.evaluate is None:
         return
-    split, folder = draft.evaluate.split, draft.evaluate.data.path
+    split, scored = draft.evaluate.split, draft.evaluate.data
     for name, phase in draft.phases.items():
         for at, part in phase.data.parts:
-            if part.path == folder and split not in HIDES[part.hold_out]:
+            here, there = _real(part), _real(scored)
+            if here == there and split not in HIDES[part.hold_out]:
                 allowed = " or ".join(hold_out for hold_out, hidden in HIDES.items() if split in hidden)
                 yield Problem(f"training would see the {split} split, which the evaluation scores on",
                               ("phases", name, "data", *at[:-1], "hold_out"), found=part.hold_out,
                               allowed=allowed)  # fmt: skip
+            elif not (part.shards or scored.shards) and (_within(here, there) or _within(there, here)):
+                yield Problem("one of the folders of training and evaluation lies in the other, and splits go by the "
+                              "path in the folder: data.hold_out would hide other images than the evaluation scores on",
+                              ("phases", name, "data", *at), found=f"{part.shown}, and evaluate.data.path "
+                              f"{scored.shown}", hint="name the same folder in both")  # fmt: skip
+
+
+def _real(data: Data) -> str:
+    """Where the images lie, whichever of its names the path is."""
+    if data.shards or storage.is_uri(data.shown):
+        return data.shown.rstrip("/")
+    return os.path.realpath(contract.data_folder(data.shown))
+
+
+def _within(inner: str, outer: str) -> bool:
+    return inner != outer and inner.startswith(outer.rstrip("/") + "/")

@@ -36,12 +36,25 @@ def folder(path: str, suffixes: frozenset[str]) -> Problem | None:
     hint = "any folder of images does: data.path=FOLDER"
     if path.startswith("cache:"):
         hint = f"`make data` fetches the demo's images, `make data_long` the longer demo's; {hint}"
-    if not folder.is_dir():
-        return Problem("no such data folder" if not folder.exists() else "not a folder", found=found, hint=hint)
+    if why := _why_not(folder):
+        return Problem(why, found=found, hint=hint)
     if not has_image(folder, suffixes):
         return Problem("no images in the data folder", found=found, hint=hint,
                        allowed=f"files ending in {listed(sorted(suffixes))}")  # fmt: skip
     return None
+
+
+def _why_not(folder: FilePath) -> str:
+    """Why the folder cannot be listed; empty if it can."""
+    try:
+        os.scandir(folder).close()
+    except (FileNotFoundError, ValueError):  # ValueError: no path at all, with a null byte in it
+        return "no such data folder"
+    except NotADirectoryError:
+        return "not a folder" if os.path.exists(folder) else "no such data folder"
+    except OSError as error:
+        return f"the data folder cannot be listed: {(error.strerror or str(error)).lower()}"
+    return ""
 
 
 def has_image(folder: FilePath, suffixes: frozenset[str]) -> bool:
