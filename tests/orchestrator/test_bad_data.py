@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
 
+from model.config import Data
+from model.data import patterns
+from model.data.errors import DataError
 from orchestrator.problems import Problem, SpecError
 from orchestrator.spec import read_job
 
@@ -92,3 +97,41 @@ def test_a_folder_that_may_not_be_listed(monkeypatch: pytest.MonkeyPatch) -> Non
     problem = only()
     assert (problem.path, problem.found) == ("data.path", "images")
     assert problem.message == "the data folder cannot be listed: permission denied"
+
+
+# --- paths that name nothing ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("override", ['data.path=""', 'data.path=["x.tar", ""]', 'data.also=[{path: "", share: 0.1}]'])
+def test_an_empty_path_names_no_folder(override: str) -> None:
+    told = [problem for problem in problems(override) if "an empty path: write the folder" in problem.message]
+    assert [problem.path for problem in told] == ["data.also[0].path" if "also" in override else "data.path"]
+
+
+BRACES = (
+    ("a b{1}/x.tar", "{1} is neither a count ({000..123}) nor a list ({a,b})"),
+    ("x-{9..1}.tar", "{9..1} counts down"),
+    ("x-{0..1.tar", "a brace without its other"),
+    ("x-{0..9999}{0..9999}.tar", "stands for more than 10,000,000 names"),
+)
+
+
+@pytest.mark.parametrize(("pattern", "said"), BRACES)
+def test_braces_that_name_no_shards(pattern: str, said: str) -> None:
+    (message,) = {problem.message for problem in problems(f'data.path="{pattern}"', "evaluate=null")}
+    assert message.startswith(f"path: {pattern}")
+    assert said in message
+    with pytest.raises(DataError, match=re.escape(said)):  # what the run would end with
+        patterns.expand(pattern)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # of the folder, which it leaves alone
+@given(st.text(alphabet="{},.0123a", max_size=12))
+def test_braces_are_judged_as_the_run_would(text: str) -> None:
+    try:
+        patterns.expand(f"{text}.tar")
+    except DataError:
+        with pytest.raises(ValueError, match="path: "):
+            Data(path=f"{text}.tar")
+    else:
+        assert Data(path=f"{text}.tar")
