@@ -57,7 +57,8 @@ def validate(options: Options) -> int:
     job, cluster = _read(options, check_runs=True)
     resolved = spec.resolved(job)
     if options.json:
-        print_json({"valid": True, "problems": [], "remarks": remarks.remarks(job, cluster), "job": resolved})
+        told = [*remarks.remarks(job, cluster), *remarks.refused(job, cluster)]
+        print_json({"valid": True, "problems": [], "remarks": told, "job": resolved})
     elif options.resolved:
         print(dump(resolved), end="")
     else:
@@ -122,18 +123,18 @@ def submit(options: Options) -> int:
 def _read(options: Options, *, check_runs: bool = False) -> tuple[Job, ClusterProfile]:
     """The job and its cluster's profile. Raises SpecError with every mistake in both.
 
-    check_runs: look for checkpoints of other runs. `submit` does that itself, and of a run that is there only for what
-    it still has to take.
+    check_runs: look for checkpoints of other runs, and remark on what `submit` would refuse. `submit` does both itself,
+    and of a run that is there only looks for what it still has to take.
     """
     from orchestrator.cluster import read_cluster
-    from orchestrator.remarks import remarks
+    from orchestrator.remarks import refused, remarks
     from orchestrator.spec import leave_out_uncaptioned, read_job
 
     overrides = [*options.overrides, *([f"cluster={options.cluster}"] if options.cluster else [])]
     job = read_job(options.file, overrides, check_runs=check_runs, runs=getattr(options, "runs", None) or "")
     cluster = read_cluster(job.cluster)
     job, left_out = leave_out_uncaptioned(job, cluster)
-    for line in [*left_out, *remarks(job, cluster)]:
+    for line in [*left_out, *remarks(job, cluster), *(refused(job, cluster) if check_runs else [])]:
         print(f"dinoctl: {line}", file=sys.stderr)
     return job, cluster
 

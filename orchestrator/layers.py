@@ -112,6 +112,8 @@ def _override(values: dict[str, Any], text: str) -> list[Path]:
     for depth, part in enumerate(path[:-1], start=1):
         if isinstance(here, dict) and isinstance(part, str) and here.get(part) is None:
             _may_create(values, path, depth, text)
+            if isinstance(path[depth], int) and depth > 1:
+                raise SpecError([_no_list(values, path, depth, text)])
             here[part] = {}
             written.append(path[:depth])
         here = _child(here, part, path, depth, text)
@@ -139,6 +141,19 @@ def _may_create(values: Mapping[str, Any], path: Path, depth: int, text: str) ->
         known = [str(name) for name in values["phases"]] if isinstance(values["phases"], dict) else []
         raise SpecError([Problem("no such phase", path[:2], f"override {text}", found=str(path[1]),
                                  allowed=listed(known), hint=did_you_mean(path[1], known))])  # fmt: skip
+
+
+def _no_list(values: Mapping[str, Any], path: Path, depth: int, text: str) -> Problem:
+    """Of an item of a list that is not there; a phase, or the evaluation, may have it from the top of the job."""
+    whole, value = f"{dotted(path[:depth])}=[...]", text.partition("=")[2]
+    top = path[2:] if path[0] == "phases" else path[1:] if path[0] == "evaluate" else ()
+    here: Any = values if top and top[0] in SHARED else None
+    for part in top[: len(top) - len(path) + depth]:
+        here = here.get(part) if isinstance(here, dict) else None
+    if not isinstance(here, list):
+        return _cannot(text, path[:depth], "no list is there", f"set it whole: {whole}")
+    return _cannot(text, path[:depth], f"the list is inherited from {dotted(top[: len(top) - len(path) + depth])}",
+                   f"set it there: {dotted(top)}={value}, or here the whole list: {whole}")  # fmt: skip
 
 
 def _child(here: Any, part: str | int, path: Path, depth: int, text: str) -> Any:

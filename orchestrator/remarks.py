@@ -34,6 +34,16 @@ def remarks(job: Job, cluster: ClusterProfile) -> list[str]:
     return [f"{', '.join(paths)}: {text}" for text, paths in found.items()]
 
 
+def refused(job: Job, cluster: ClusterProfile) -> list[str]:
+    """What `submit` will refuse of a valid job, a line each: the trainer cannot do it yet."""
+    from orchestrator.spec import not_there_yet
+
+    return [
+        f"{problem.found}: `submit` refuses it: {problem.message}{f' (hint: {problem.hint})' if problem.hint else ''}"
+        for problem in not_there_yet(job, cluster)
+    ]
+
+
 def _warmups(phase: AnyPhase, at: Path) -> Iterator[tuple[Path, str]]:
     """Schedules that never get to their peak."""
     for path, schedule in _schedules(phase, at):

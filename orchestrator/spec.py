@@ -151,7 +151,7 @@ TOP_KEYS = (*Job.model_fields, *SHARED)
 
 
 def not_there_yet(job: Job, cluster: ClusterProfile) -> list[Problem]:
-    """What `validate` and `plan` accept and the trainer cannot do yet, one problem a feature: `submit` refuses it."""
+    """What the trainer cannot do yet, one problem a feature: `validate` and `plan` remark on it, `submit` refuses."""
     asked: dict[str, list[Path]] = {}
     for name, phase in job.phases.items():
         for feature, path in _features(phase, cluster):
@@ -163,11 +163,13 @@ def not_there_yet(job: Job, cluster: ClusterProfile) -> list[Problem]:
     if job.evaluate is not None and storage.is_uri(job.evaluate.data.shown):
         asked.setdefault(_ON_A_BUCKET, []).append(("evaluate", "data", "path"))
     return [
-        Problem(f"not there yet: {feature}", paths[0], found=listed([dotted(path) for path in paths]))
+        Problem(f"not there yet: {feature}", paths[0], found=listed([dotted(path) for path in paths]),
+                hint=" ".join(f"{dotted(path)}=[]" for path in paths) if feature == _MORE_CAPTIONS else "")
         for feature, paths in asked.items()
-    ]
+    ]  # fmt: skip
 
 
+_MORE_CAPTIONS = "captions from more than one folder"
 _ON_A_BUCKET = "a folder of images on a bucket (tar shards on one are: `dinoctl data pack` makes some)"
 
 
@@ -176,7 +178,7 @@ def _features(phase: PhaseBase, cluster: ClusterProfile) -> Iterator[tuple[str, 
         if storage.is_uri(part.shown) and not part.shards:
             yield _ON_A_BUCKET, ("data", *path)
     if phase.data.also and isinstance(phase, TextPhase):
-        yield "captions from more than one folder", ("data", "also")
+        yield _MORE_CAPTIONS, ("data", "also")
     if cluster.launcher == "local" and phase.resources.nodes > 1:
         yield "more than one node with the local launcher", ("resources", "nodes")
 

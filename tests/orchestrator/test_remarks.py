@@ -72,3 +72,16 @@ def test_validate_says_it_and_finds_the_job_valid(tmp_path: Path, capsys: pytest
     assert [line.partition(":")[0] for line in json.loads(capsys.readouterr().out)["remarks"]] == [
         "phases.text.optim.lr.warmup_steps"
     ]
+
+
+@pytest.mark.parametrize("command", ["validate", "plan"])
+def test_what_submit_refuses_is_said_before(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "more/1.jpg").touch()
+    words = [str(TINY), "data.also=[{path: more, share: 0.1}]"]
+    line = "phases.text.data.also: `submit` refuses it: not there yet: captions from more than one folder"
+    assert cli.main([command, *words]) == 0
+    assert f"dinoctl: {line} (hint: phases.text.data.also=[])\n" in capsys.readouterr().err
+    assert cli.main(["validate", *words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["remarks"] == [f"{line} (hint: phases.text.data.also=[])"]
+    assert cli.main(["submit", *words]) == 2
+    assert capsys.readouterr().err.count("captions from more than one folder") == 1

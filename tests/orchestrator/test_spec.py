@@ -105,6 +105,22 @@ def test_an_override_may_make_a_section_or_a_phase_anew() -> None:
 # --- what comes of it -------------------------------------------------------------------------------------------------
 
 
+def test_an_item_of_an_inherited_list_is_set_where_the_list_is() -> None:
+    def told(override: str) -> tuple[str, str]:
+        with pytest.raises(SpecError) as caught:
+            job(TINY, override)
+        (problem,) = caught.value.problems
+        return problem.message, problem.hint
+
+    message, hint = told("phases.pretrain.crops.resolutions[0].global_size=40")
+    assert message == "cannot be set: the list is inherited from crops.resolutions"
+    there = "crops.resolutions[0].global_size=40"
+    assert hint == f"set it there: {there}, or here the whole list: phases.pretrain.crops.resolutions=[...]"
+    message, hint = told("data.skip[0].at=3")
+    assert message == "cannot be set: no list is there"
+    assert hint == "set it whole: data.skip=[...]"
+
+
 @pytest.mark.parametrize("file", JOBS, ids=lambda file: file.stem)
 def test_the_resolved_job_is_a_job_and_the_same_one(file: Path, tmp_path: Path) -> None:
     spec = resolved(job(str(file)))
@@ -243,6 +259,12 @@ def test_each_feature_is_named_once_with_the_phases_that_ask_for_it(override: st
     problems = not_there_yet(job(TINY, override), read_cluster("local"))
     assert [problem.message for problem in problems] == [f"not there yet: {message}"]
     assert "phases.gram." in problems[0].found
+
+
+def test_captions_from_more_than_one_folder_say_what_to_do() -> None:
+    (problem,) = not_there_yet(job(TINY, "data.also=[{path: more, share: 0.1}]"), read_cluster("local"))
+    assert problem.message == "not there yet: captions from more than one folder"
+    assert problem.hint == "phases.text.data.also=[]"
 
 
 def test_the_tiny_job_needs_nothing_that_is_not_there() -> None:
