@@ -6,6 +6,7 @@ import json
 import types
 import typing
 from collections.abc import Iterator, Mapping, Set
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -26,9 +27,53 @@ def validate(kind: type[S], values: Any, at: Path) -> tuple[S | None, list[Probl
         return kind.model_validate_json(json.dumps(values)), []
     except ValidationError as error:
         details = error.errors(include_url=False)
-        missing = {tuple(detail["loc"]) for detail in details if detail["type"] == "missing"}
-        problems = [_problem(kind, detail, at, missing) for detail in details]
-        return _without(kind, values, [tuple(detail["loc"]) for detail in details]), problems
+        found = [_placed(kind, values, detail) for detail in details if not _only_its_items(detail)]
+        missing = {detail["loc"] for detail, _ in found if detail["type"] == "missing"}
+        told = [(_problem(kind, detail, at, missing), None if of is None else (*at, *of)) for detail, of in found]
+        return _without(kind, values, [tuple(detail["loc"]) for detail in details]), _once(told)
+
+
+def _only_its_items(detail: Any) -> bool:
+    """Of a list, all of whose items are wrong, pydantic says that it is too short: it counts those that are right."""
+    return detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]
+
+
+def _placed(kind: type[Section], values: Any, detail: Any) -> tuple[Any, Path | None]:
+    """The detail at its place in the file, without the names that pydantic gives to the branches of a union, and where
+    that union stands if one of its branches said this."""
+    loc, here = detail["loc"], json.loads(json.dumps(values))
+    place: Path = ()
+    union: Path | None = None
+    for number, part in enumerate(loc, start=1):
+        section = section_at(kind, place)
+        named = number == len(loc) and detail["type"] in ("missing", "extra_forbidden")
+        written = isinstance(here, dict) and part in here
+        if not (named or written or isinstance(part, int) or (section and part in section.model_fields)):
+            union = place if union is None else union
+            continue
+        place = (*place, part)
+        item = isinstance(here, list) and isinstance(part, int) and part < len(here)
+        here = here[part] if written or item else None
+    return {**detail, "loc": place}, union
+
+
+def _once(told: list[tuple[Problem, Path | None]]) -> list[Problem]:
+    """What the branches of one union say of a place as one problem; of what lies within, if a branch says that, alone.
+
+    told: each problem, and where the union stands if it is one of a branch's.
+    """
+    looked_into = {union for problem, union in told if union is not None and problem.at != union}
+    merged: dict[object, Problem] = {}
+    for number, (problem, union) in enumerate(told):
+        if union in looked_into and problem.at == union:
+            continue
+        key = number if union is None else (union, problem.at, problem.message, problem.found)
+        if (before := merged.get(key)) is None:
+            merged[key] = problem
+        elif problem.allowed not in before.allowed:
+            allowed = ", or ".join(filter(None, (before.allowed, problem.allowed)))
+            merged[key] = replace(before, allowed=allowed, hint=before.hint or problem.hint)
+    return list(merged.values())
 
 
 def _without(kind: type[S], values: Any, wrong: list[Path]) -> S | None:

@@ -135,3 +135,36 @@ def test_braces_are_judged_as_the_run_would(text: str) -> None:
             Data(path=f"{text}.tar")
     else:
         assert Data(path=f"{text}.tar")
+
+
+# --- what may be one of several things --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "found", "allowed"),
+    [
+        ("data.path=3", "data.path", "3", "a valid string, or a valid array"),
+        ("data.path=[3, x.tar]", "data.path[0]", "3", "a valid string"),
+        ("data.path=[]", "data.path", "[]", "a valid string, or at least 1 of them"),
+        ("data.std=[]", "data.std", "[]", "at least 1 of them"),
+        ("checkpoints.every=0", "checkpoints.every", "0", "greater than 0, or 'auto'"),
+        ("checkpoints.every=aut", "checkpoints.every", "'aut'", "a valid integer, or 'auto'"),
+        ("model.ibot_head=tie", "model.ibot_head", "'tie'",
+         "a section with prototypes, hidden, bottleneck, layers, weight_norm, or 'tied'"),
+        ("model.ibot_head.prototypes=x", "model.ibot_head.prototypes", "'x'", "a valid integer"),
+    ],
+)  # fmt: skip
+def test_the_path_is_the_files_and_each_place_is_told_once(override: str, path: str, found: str, allowed: str) -> None:
+    told = [problem for problem in problems(override) if problem.message == "not allowed here"]
+    assert [(problem.path, problem.found, problem.allowed) for problem in told] == [(path, found, allowed)]
+
+
+def test_a_key_of_a_section_that_may_be_a_word() -> None:
+    told = {problem.path: problem.message for problem in problems("model.ibot_head={prototypes: 8, foo: 3}")}
+    of = "model.ibot_head"
+    assert told == {f"{of}.foo": "unknown key", f"{of}.hidden": "missing", f"{of}.bottleneck": "missing"}
+
+
+def test_a_list_of_wrong_numbers_is_not_too_short() -> None:
+    told = {problem.path: problem.allowed for problem in problems("data.std=[0, 0, 0]")}
+    assert told == {f"data.std[{number}]": "greater than 0" for number in range(3)}
