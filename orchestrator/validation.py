@@ -35,7 +35,7 @@ def validate(kind: type[S], values: Any, at: Path) -> tuple[S | None, list[Probl
 
 def _only_its_items(detail: Any) -> bool:
     """Of a list, all of whose items are wrong, pydantic says that it is too short: it counts those that are right."""
-    return detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]
+    return detail["type"] == "too_short" and bool(len(detail["input"]) >= detail["ctx"]["min_length"])
 
 
 def _placed(kind: type[Section], values: Any, detail: Any) -> tuple[Any, Path | None]:
