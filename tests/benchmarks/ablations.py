@@ -19,6 +19,8 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 
+from tests.benchmarks import options as ask
+
 ROOT = Path(__file__).parents[2]
 JOBS = ROOT / "jobs" / "ablations"
 CURVES = {
@@ -94,6 +96,7 @@ def table(curves: dict[str, Curve]) -> str:
 
 
 def main(runs: Path) -> None:
+    ask.parser(__doc__).parse_args()
     curves = {job.stem: read(submit(job, runs)) for job in sorted(JOBS.glob("*.yaml"))}
     draw(curves, runs / "ablations.png")
     print(table(curves))

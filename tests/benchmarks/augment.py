@@ -11,7 +11,6 @@ The JPEGs are scikit-learn's two photographs, resized and saved at quality 90, o
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import time
@@ -32,15 +31,18 @@ from torchvision.io import decode_jpeg
 from torchvision.transforms import InterpolationMode, v2
 
 from model import config
+from model.contract import IMAGE_SUFFIXES
 from model.data import colours, resize
 from model.data.augment import Recipe, ssl_views
 from model.data.images import decode
 from model.data.views import SslViews
+from tests.benchmarks import options as ask
 
 SIDES = (256, 512)
 GLOBAL, LOCAL, LOCALS = 224, 96, 8
 SIZES = config.Resolution(global_size=GLOBAL, local_size=LOCAL)
 QUALITY = 90
+ENDINGS = sorted(IMAGE_SUFFIXES)
 
 RECIPE = Recipe(
     config.Data(path="photographs"), config.Augment(), config.Crops(resolutions=[SIZES], local_count=LOCALS), 0, "bench"
@@ -50,15 +52,17 @@ Work = Callable[[], object]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("--images", type=Path, help="a folder of photographs to take instead of scikit-learn's two")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--batch", type=int, default=8, help="images of a round")
+    parser = ask.parser(__doc__)
+    parser.add_argument("--images", type=ask.folder, help="a folder of photographs, instead of scikit-learn's two")
+    parser.add_argument("--rounds", type=ask.positive, default=15)
+    parser.add_argument("--batch", type=ask.positive, default=8, help="images of a round")
     parser.add_argument("--parts", action="store_true", help="the candidates for each part")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     sources = photographs(options.images, options.batch)
+    if not sources:
+        parser.error(f"--images {options.images}: no photographs there, of names that end in {', '.join(ENDINGS)}")
     told = parts(sources[0], options.rounds) if options.parts else cells(sources, options.batch, options.rounds)
     if options.json:
         print(json.dumps(told, indent=1))
@@ -70,7 +74,8 @@ def main() -> None:
 def photographs(folder: Path | None, most: int) -> list[Image.Image]:
     if folder is None:
         return [Image.fromarray(image) for image in sklearn.datasets.load_sample_images().images]
-    return [Image.open(path).convert("RGB") for path in sorted(folder.iterdir())[:most]]
+    there = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
+    return [Image.open(path).convert("RGB") for path in there[:most]]
 
 
 def jpeg(photograph: Image.Image, side: int) -> bytes:

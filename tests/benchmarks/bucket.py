@@ -9,7 +9,6 @@ coloured blocks; one process with two loader threads and crops of 32 pixels, so 
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -29,9 +28,12 @@ from model import config
 from model.data import loader, pack, sources
 from model.data.read_ahead import read_now
 from model.data.views import SslViews
+from tests.benchmarks import options as ask
 from tests.stores import weed
 
 BATCH, LANES, SIDE = 64, 64, 256
+SHARDS = 16
+PLAIN_PART = 4  # `alone` is slow: it reads a quarter of the batches
 
 
 class Alone:
@@ -42,6 +44,9 @@ class Alone:
 
     def batch(self, clock: int) -> nullcontext[None]:
         return nullcontext()
+
+    def stop(self) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -108,13 +113,16 @@ def measure(data: dict[str, Any], run: Path, batches: int, proxy: subprocess.Pop
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--latency", type=float, default=0.02)
-    parser.add_argument("--images", type=int, default=8192)
-    parser.add_argument("--batches", type=int, default=64)
-    parser.add_argument("--windows", type=int, nargs="+", default=[4096, 256, 64])
+    parser = ask.parser(__doc__)
+    parser.add_argument("--latency", type=ask.seconds, default=0.02, help="seconds before each answer")
+    parser.add_argument("--images", type=ask.positive, default=8192)
+    parser.add_argument("--batches", type=ask.positive, default=64)
+    parser.add_argument("--windows", type=ask.positive, nargs="+", default=[4096, 256, 64])
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
+    for name, least in (("images", SHARDS), ("batches", PLAIN_PART)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name} {getattr(options, name)}: {least} or more")
     table: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -124,13 +132,13 @@ def main(arguments: Sequence[str]) -> None:
         with weed.running(folder / "store") as store, slow_proxy(store.endpoint, options.latency) as (endpoint, proxy):
             os.environ.update(store.environment(endpoint))
             target = f"s3://{weed.BUCKET}/tars"
-            packed = pack.pack(str(folder / "images"), target, "x", options.images // 16, 0, lambda *_: None)
+            packed = pack.pack(str(folder / "images"), target, "x", options.images // SHARDS, 0, lambda *_: None)
             ahead = loader.ReadAhead
             for name, reader in (("alone", Alone), ("ahead", ahead)):
                 loader.ReadAhead = reader  # type: ignore[misc,assignment]
                 for window in options.windows if reader is ahead else options.windows[:1]:
                     data = {"path": packed.pattern, "lanes": LANES, "window": window, "workers": 2}
-                    batches = options.batches if reader is ahead else options.batches // 4
+                    batches = options.batches if reader is ahead else options.batches // PLAIN_PART
                     table[f"{name}, window {window}"] = measure(data, folder / "run", batches, proxy)
     if options.json:
         print(json.dumps(table))

@@ -32,12 +32,14 @@ from model.config import Checkpoints
 from model.progress import Progress
 from model.saver import Saved, Saver
 from model.staging import Staged, stage
+from tests.benchmarks import options as ask
 from tests.benchmarks.products import Timer
 from tests.benchmarks.step import Stopwatch, Training, prepare, step
 from tests.model.test_checkpoint import make_attempt
 from tests.stores import weed
 
 PIECE = 8 << 20
+GLOBAL, LOCAL = 96, 48  # pixels of the crops of the step
 
 
 def main() -> None:
@@ -137,18 +139,22 @@ def _place(options: argparse.Namespace) -> Iterator[str]:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--arch", default="vits16")
-    parser.add_argument("--prototypes", type=int, default=4096)
-    parser.add_argument("--batch", type=int, default=16, help="images of the step beside it")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--folder", help="where to write; the temporary folder if absent")
+    parser = ask.parser(__doc__)
+    archs = [arch for arch in ask.RELEASED if not any(side % ask.patch_size(arch) for side in (GLOBAL, LOCAL))]
+    parser.add_argument("--arch", default="vits16", choices=archs, metavar="ARCH", help="a released architecture")
+    parser.add_argument("--prototypes", type=ask.positive, default=4096)
+    parser.add_argument("--batch", type=ask.positive, default=16, help="images of the step beside it")
+    parser.add_argument("--threads", type=ask.positive, default=os.cpu_count())
+    parser.add_argument("--rounds", type=ask.positive, default=7)
+    parser.add_argument("--folder", type=ask.folder, help="where to write; the temporary folder if absent")
     parser.add_argument("--store", action="store_true", help="a bucket of a real store on this machine")
     parser.add_argument("--json", action="store_true")
-    fixed = {"global_crops": (2, 96), "local_crops": (4, 48), "gram": 0, "dtype": "fp32", "compile": False}
+    fixed = {"global_crops": (2, GLOBAL), "local_crops": (4, LOCAL), "gram": 0, "dtype": "fp32", "compile": False}
     parser.set_defaults(**fixed, device="cpu")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.batch < 2:
+        parser.error("--batch 1: KoLeo needs 2 images or more")
+    return options
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.benchmarks import options as ask
 from tests.orchestrator.written import Run
 
 RUNS = 50
@@ -30,6 +31,7 @@ def seconds(words: list[str]) -> list[float]:
 
 
 def main() -> None:
+    ask.parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as runs:
         for number in range(RUNS):
             run = Run(Path(runs) / f"run-{number}", created=time.time() - number)

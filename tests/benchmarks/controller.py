@@ -24,6 +24,7 @@ from typing import Any
 from model.contract import FORMAT, Cause, event_file
 from orchestrator import events, many
 from orchestrator.launchers.base import LaunchState, Observation, Query
+from tests.benchmarks import options as ask
 
 RUNS, EVENTS, TIMES = 1000, 100, 7
 SPEC = "jobs/v3_7b.yaml"
@@ -103,7 +104,7 @@ def once(runs: str, command: str) -> None:
 def measured(runs: str, command: str) -> tuple[float, float, float]:
     """Seconds of the process without the question, those that it computed, and those of the question."""
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    words = [sys.executable, "-P", "-m", "tests.benchmarks.controller", runs, command]
+    words = [sys.executable, "-P", "-m", "tests.benchmarks.controller", "--once", runs, command]
     done = subprocess.run(words, check=True, capture_output=True, text=True)
     took, asking = time.perf_counter() - began, float(done.stdout)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -111,6 +112,15 @@ def measured(runs: str, command: str) -> tuple[float, float, float]:
 
 
 def main() -> None:
+    parser = ask.parser(__doc__)
+    parser.add_argument("--once", nargs=2, metavar=("RUNS", "COMMAND"), help="what each process under measure does")
+    if one := parser.parse_args().once:
+        return once(*one)
+    os.chdir(Path(__file__).parents[2])
+    return measure()
+
+
+def measure() -> None:
     with tempfile.TemporaryDirectory() as folder:
         sacct = Path(folder) / "sacct"
         answers = "".join(f"{number}|run-{number:04d}|RUNNING|node{number}\n" for number in range(RUNS))
@@ -133,8 +143,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        once(*sys.argv[1:])
-    else:
-        os.chdir(Path(__file__).parents[2])
-        main()
+    main()

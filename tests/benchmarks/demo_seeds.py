@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks import options as ask
+
 ROOT = Path(__file__).parents[2]
 SEEDS = (0, 1, 2)
 
@@ -42,5 +44,10 @@ def table(reports: dict[int, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    ask.parser(__doc__).parse_args()
     print(table({seed: run(seed) for seed in SEEDS}))
+
+
+if __name__ == "__main__":
+    main()

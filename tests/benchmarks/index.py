@@ -8,7 +8,6 @@ written). Memory is the process's peak, interpreter and libraries included.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import tarfile
@@ -26,6 +25,7 @@ from model.data import shards, tar_shard
 from model.data.order import Order
 from model.data.shards import ShardSet, ShardSource
 from model.data.tar_shard import MAGIC, RECORD, Shard
+from tests.benchmarks import options as ask
 
 BATCH = 4096
 BYTES = 1_000_000_000  # of a shard
@@ -43,11 +43,13 @@ class Told:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("--shards", type=int, default=170_000)
-    parser.add_argument("--images", type=int, default=10_000, help="in each shard")
+    parser = ask.parser(__doc__)
+    parser.add_argument("--shards", type=ask.positive, default=170_000)
+    parser.add_argument("--images", type=ask.positive, default=10_000, help="in each shard")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.shards * options.images < BATCH:
+        parser.error(f"--shards {options.shards} --images {options.images}: fewer images than a batch has ({BATCH})")
     with tempfile.TemporaryDirectory() as scratch:
         told = measure(scratch, options.shards, options.images)
     if options.json:
@@ -75,9 +77,10 @@ def measure(scratch: str, count: int, images: int) -> dict[str, float]:
     names = {source.name(number) for number in numbers}
     told.timed("first batch found in its shards' indices, s", began)
     began = time.monotonic()
-    later = {order.number(position) for position in range(order.total + 10**6, order.total + 10**6 + BATCH)}
+    later = order.total + min(10**6, order.total - BATCH)  # a whole batch of the second epoch
+    drawn = {order.number(position) for position in range(later, later + BATCH)}
     told.timed("a batch of the next epoch drawn, s", began)
-    if not len(names) == len(later) == BATCH:
+    if not len(names) == len(drawn) == BATCH:
         raise AssertionError("an image came twice in a batch")
     return {
         "images": order.total,

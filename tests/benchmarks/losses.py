@@ -20,6 +20,7 @@ from model.networks import attention
 from model.networks.attention import Group, attend
 from model.networks.init import create
 from model.networks.vit import View, VisionTransformer
+from tests.benchmarks import options as ask
 
 ROUNDS = 15
 
@@ -86,6 +87,7 @@ def of_attention(sequences: int, tokens: int, heads: int = 6, width: int = 64) -
 
 
 def main() -> None:
+    ask.parser(__doc__).parse_args()
     torch.set_num_threads(1)
     for sequences, tokens in ((64, 14), (32, 41), (8, 201)):
         of_attention(sequences, tokens)

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import os
 import platform
 import resource
@@ -37,7 +36,6 @@ import torch
 from torch import nn
 
 from model import accounting, config, optim, parallel, sharding
-from model.architectures import ARCHITECTURES
 from model.data.augment import Recipe, ssl_views
 from model.data.batch import SslBatch
 from model.data.masks import group_masks
@@ -48,6 +46,7 @@ from model.objectives.base import Moment
 from model.objectives.build import build
 from model.objectives.ssl import SslObjective
 from model.processes import MEMORY
+from tests.benchmarks import options as ask
 from tests.benchmarks.products import Recorder, Timer, cube_flops_per_second
 
 HEAD = {"hidden": 2048, "bottleneck": 256}
@@ -55,7 +54,6 @@ STEPS = 10_000
 WARM_UP = 3
 PARTS = ("data", "teacher", "student", "heads", "losses", "backward", "clip", "optimizer", "ema")
 SIDE = 256  # of an image
-PATCH_SIZE = config.Backbone.model_fields["patch_size"].default
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -299,22 +297,6 @@ def _crops(text: str) -> tuple[int, int]:
     return int(count), int(size)
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
-    return int(text)
-
-
-def _times(text: str) -> float:
-    try:
-        times = float(text)
-    except ValueError:
-        times = math.nan
-    if not 0 < times < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0, such as 2")
-    return times
-
-
 def _device(text: str) -> str:
     kind, _, number = text.partition(":")
     if kind not in ("cpu", "cuda") or (number and not number.isdecimal()) or text.endswith(":"):
@@ -326,7 +308,7 @@ def _device(text: str) -> str:
 
 def _mistake(options: argparse.Namespace) -> str | None:
     """What is wrong with options that are well by themselves."""
-    patch = ARCHITECTURES[options.arch].get("patch_size", PATCH_SIZE)
+    patch = ask.patch_size(options.arch)
     (_, global_size), (_, local_size) = options.global_crops, options.local_crops
     sides = {"--global": global_size, "--local": local_size}
     if options.gram:
@@ -338,19 +320,18 @@ def _mistake(options: argparse.Namespace) -> str | None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    archs = [name for name in ARCHITECTURES if name != "custom"]
-    parser.add_argument("--arch", default="vits16", choices=archs, metavar="ARCH", help="a released architecture")
+    parser = ask.parser(__doc__)
+    parser.add_argument("--arch", default="vits16", choices=ask.RELEASED, metavar="ARCH", help="a released one")
     parser.add_argument("--global", dest="global_crops", type=_crops, default="2x96", metavar="2xSIZE")
     parser.add_argument("--local", dest="local_crops", type=_crops, default="4x48", metavar="COUNTxSIZE")
-    parser.add_argument("--batch", type=_positive, default=16, help="images a step")
-    parser.add_argument("--prototypes", type=_positive, default=4096, help="of each head")
-    parser.add_argument("--threads", type=_positive, default=2)
-    parser.add_argument("--gram", type=_times, metavar="TIMES", help="with a Gram teacher, on crops so much larger")
+    parser.add_argument("--batch", type=ask.positive, default=16, help="images a step")
+    parser.add_argument("--prototypes", type=ask.positive, default=4096, help="of each head")
+    parser.add_argument("--threads", type=ask.positive, default=2)
+    parser.add_argument("--gram", type=ask.times, metavar="TIMES", help="with a Gram teacher, on crops so much larger")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the products")
     parser.add_argument("--compile", action="store_true", help="torch.compile, block by block")
     parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=_positive, default=7)
+    parser.add_argument("--rounds", type=ask.positive, default=7)
     parser.add_argument("--cpu-time", action="store_true", help="for a busy machine: CPU seconds, with --threads 1")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
