@@ -45,9 +45,45 @@ def _dataset_path(path: Any) -> Any:
     return os.path.abspath(os.path.join(os.path.expanduser(given["root"]), splits[given.get("split")]))
 
 
+def _is_shards(path: str) -> bool:
+    return path.endswith(SHARD_SUFFIX)
+
+
 def _not_empty(path: Any) -> Any:
     if path == "" or (isinstance(path, list) and "" in path):
         raise ValueError("an empty path: write the folder of images, or . for the one that dinoctl is called in")
+    return path
+
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_COUNT = re.compile(r"(\d+)\.\.(\d+)")
+MOST_NAMES = 10_000_000
+
+
+def _check_braces(pattern: str) -> None:
+    """What `model.data.patterns`, which is not for `orchestrator`, would refuse of it, found without writing names."""
+    names, end = 1, 0
+    for found in _BRACES.finditer(pattern):
+        inside, end = found[1], found.end()
+        if counted := _COUNT.fullmatch(inside):
+            first, last = map(int, counted.groups())
+            if first > last:
+                raise ValueError(f"{pattern}: {{{inside}}} counts down; the smaller number comes first")
+            names *= last - first + 1
+        elif "," in inside:
+            names *= inside.count(",") + 1
+        else:
+            raise ValueError(f"{pattern}: {{{inside}}} is neither a count ({{000..123}}) nor a list ({{a,b}})")
+    if "{" in pattern[end:] or "}" in pattern[end:]:
+        raise ValueError(f"{pattern}: a brace without its other; write x-{{000000..000123}}.tar")
+    if names > MOST_NAMES:
+        raise ValueError(f"{pattern} stands for more than {MOST_NAMES:,} names")
+
+
+def _expandable(path: str | list[str]) -> str | list[str]:
+    for one in [path] if isinstance(path, str) else path:
+        if _is_shards(one):
+            _check_braces(one)
     return path
 
 
@@ -56,6 +92,7 @@ DataPath = Annotated[
     _OnePath | Annotated[list[_OnePath], Field(min_length=1)],
     BeforeValidator(_dataset_path),
     BeforeValidator(_not_empty),
+    AfterValidator(_expandable),
 ]
 
 
@@ -72,10 +109,6 @@ def _thousandths(share: float) -> float:
 Share = Annotated[float, Field(gt=0.0, lt=1.0), AfterValidator(_thousandths)]
 
 
-def _is_shards(path: str) -> bool:
-    return path.endswith(SHARD_SUFFIX)
-
-
 def _are_shards(path: str | list[str]) -> bool:
     return isinstance(path, list) or _is_shards(path)
 
@@ -86,33 +119,6 @@ def _check_paths(paths: str | list[str]) -> None:
             raise ValueError(f"path: {path} is compressed, so no image in it can be read alone; unpack it")
         if isinstance(paths, list) and not _is_shards(path):
             raise ValueError(f"path: {path} in a list: only tar shards can be listed, and they end in .tar")
-        if _is_shards(path):
-            _check_braces(path)
-
-
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_COUNT = re.compile(r"(\d+)\.\.(\d+)")
-MOST_NAMES = 10_000_000
-
-
-def _check_braces(pattern: str) -> None:
-    """What `model.data.patterns`, which is not for `orchestrator`, would refuse of it, found without writing names."""
-    names, end = 1, 0
-    for found in _BRACES.finditer(pattern):
-        inside, end = found[1], found.end()
-        if counted := _COUNT.fullmatch(inside):
-            first, last = map(int, counted.groups())
-            if first > last:
-                raise ValueError(f"path: {pattern}: {{{inside}}} counts down; the smaller number comes first")
-            names *= last - first + 1
-        elif "," in inside:
-            names *= inside.count(",") + 1
-        else:
-            raise ValueError(f"path: {pattern}: {{{inside}}} is neither a count ({{000..123}}) nor a list ({{a,b}})")
-    if "{" in pattern[end:] or "}" in pattern[end:]:
-        raise ValueError(f"path: {pattern}: a brace without its other; write x-{{000000..000123}}.tar")
-    if names > MOST_NAMES:
-        raise ValueError(f"path: {pattern} stands for more than {MOST_NAMES:,} names")
 
 
 HoldOut = Literal["none", "validation", "test"]
