@@ -278,8 +278,13 @@ def data(draft: Draft) -> Iterator[Problem]:
 
 def _index(data: Data, at: Path) -> Iterator[Problem]:
     """An index that no attempt could write."""
-    if data.index is not None and (there := contract.data_folder(data.index)).exists() and not there.is_dir():
-        yield Problem("not a folder", at, found=data.index, allowed="a folder, which may be there or not",
+    if data.index is None:
+        return
+    folder = contract.data_folder(data.index).absolute()
+    there = next(place for place in (folder, *folder.parents) if os.path.exists(place))  # `/` always is
+    if not os.path.isdir(there):
+        found = data.index if there == folder else f"{data.index}, in the file {there}"
+        yield Problem("not a folder", at, found=found, allowed="a folder, which may be there or not",
                       hint="or null: the index is written into the run")  # fmt: skip
 
 

@@ -82,6 +82,7 @@ def test_an_index_that_is_a_file(folder: Path) -> None:
     (folder / "index").touch()
     problem = only("data.index=index")
     assert (problem.path, problem.message, problem.found) == ("data.index", "not a folder", "index")
+    assert only("data.index=index/deep").found == f"index/deep, in the file {folder}/index"
     assert problems("data.index=not-there-yet") == problems("data.index=images") == []
 
 
