@@ -332,7 +332,7 @@ def cache_dir() -> Path:
 def data_folder(path: str) -> Path:
     """The folder that a spec's `data.path` means: `cache:NAME` lies in the cache, anything else is itself."""
     name = path.removeprefix("cache:")
-    return Path(path).expanduser() if name == path else cache_dir() / name
+    return Path(os.path.expanduser(path)) if name == path else cache_dir() / name
 
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".avif"})

@@ -55,17 +55,17 @@ def _not_empty(path: Any) -> Any:
     return path
 
 
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_COUNT = re.compile(r"(\d+)\.\.(\d+)")
+BRACES = re.compile(r"\{([^{}]*)\}")
+COUNT = re.compile(r"(\d+)\.\.(\d+)")
 MOST_NAMES = 10_000_000
 
 
-def _check_braces(pattern: str) -> None:
-    """What `model.data.patterns`, which is not for `orchestrator`, would refuse of it, found without writing names."""
+def check_braces(pattern: str) -> None:
+    """Raises ValueError for braces of a pattern of shards that say nothing, or stand for too many names."""
     names, end = 1, 0
-    for found in _BRACES.finditer(pattern):
+    for found in BRACES.finditer(pattern):
         inside, end = found[1], found.end()
-        if counted := _COUNT.fullmatch(inside):
+        if counted := COUNT.fullmatch(inside):
             first, last = map(int, counted.groups())
             if first > last:
                 raise ValueError(f"{pattern}: {{{inside}}} counts down; the smaller number comes first")
@@ -83,7 +83,7 @@ def _check_braces(pattern: str) -> None:
 def _expandable(path: str | list[str]) -> str | list[str]:
     for one in [path] if isinstance(path, str) else path:
         if _is_shards(one):
-            _check_braces(one)
+            check_braces(one)
     return path
 
 

@@ -23,10 +23,10 @@ def words(options: argparse.Namespace) -> list[str]:
             size, seed = str(options.images_per_shard), str(options.seed)
             given = ["--name", options.name, "--images-per-shard", size, "--seed", seed]
             return ["pack", options.folder, options.target, *_kind(options), *given]
-    index = ["--index", options.index] if options.index else []
+    index = [] if options.index is None else ["--index", options.index]
     if options.action == "check":
         return ["check", *options.paths, *_kind(options), *index]
-    out = [*(["--to", options.to] if options.to else []), *(["--json"] if options.json else [])]
+    out = [*([] if options.to is None else ["--to", options.to]), *(["--json"] if options.json else [])]
     return ["stats", *options.paths, *_kind(options), *index, "--images", str(options.images), *out]
 
 

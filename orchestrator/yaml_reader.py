@@ -6,6 +6,7 @@ here. Nothing is constructed but None, bool, int, float, str, list and dict.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ class _Node:
 def read_yaml(file: str) -> Document:
     """The mapping in `file`. Raises SpecError with every mistake that could be found."""
     try:
-        with FilePath(file).expanduser().open("rb") as stream:
+        with FilePath(os.path.expanduser(file)).open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)

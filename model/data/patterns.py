@@ -7,10 +7,7 @@ import re
 
 from model import storage
 from model.data.errors import DataError
-
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_COUNT = re.compile(r"(\d+)\.\.(\d+)")
-MOST = 10_000_000
+from model.data_section import BRACES, COUNT, check_braces
 
 
 def absolute(pattern: str) -> str:
@@ -32,30 +29,28 @@ def refuse_one_slash(target: str) -> None:
 
 def expand(pattern: str) -> list[str]:
     """The names that the braces of a pattern stand for, in order. Raises DataError for braces that say nothing."""
-    found = _BRACES.search(pattern)
+    try:
+        check_braces(pattern)
+    except ValueError as error:
+        raise DataError(f"data.path: {error}") from error
+    return _expanded(pattern)
+
+
+def _expanded(pattern: str) -> list[str]:
+    found = BRACES.search(pattern)
     if found is None:
-        if "{" in pattern or "}" in pattern:
-            raise DataError(f"data.path: {pattern}: a brace without its other; write x-{{000000..000123}}.tar")
         return [pattern]
-    before, after = pattern[: found.start()], expand(pattern[found.end() :])
-    words = _words(found.group(1), pattern)
-    if len(words) * len(after) > MOST:
-        raise DataError(f"data.path: {pattern} stands for more than {MOST:,} names")
-    return [f"{before}{word}{rest}" for word in words for rest in after]
+    before, after = pattern[: found.start()], _expanded(pattern[found.end() :])
+    return [f"{before}{word}{rest}" for word in _words(found[1]) for rest in after]
 
 
-def _words(inside: str, pattern: str) -> list[str]:
-    if counted := _COUNT.fullmatch(inside):
-        first, last = counted.groups()
-        if int(first) > int(last):
-            raise DataError(f"data.path: {pattern}: {{{inside}}} counts down; the smaller number comes first")
-        if int(last) - int(first) >= MOST:
-            raise DataError(f"data.path: {pattern} stands for more than {MOST:,} names")
-        width = len(first) if first.startswith("0") else 0
-        return [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
-    if "," in inside:
+def _words(inside: str) -> list[str]:
+    counted = COUNT.fullmatch(inside)
+    if counted is None:
         return inside.split(",")
-    raise DataError(f"data.path: {pattern}: {{{inside}}} is neither a count ({{000..123}}) nor a list ({{a,b}})")
+    first, last = counted.groups()
+    width = len(first) if first.startswith("0") else 0
+    return [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
 
 
 def locate(patterns: list[str]) -> list[str]:

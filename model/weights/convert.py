@@ -48,7 +48,7 @@ class _Out:
 
 def convert(source: Source, target: str, to: str) -> Converted:
     """Write `source` to `target`, whole or not at all. Raises WeightsError, also if `target` is there already."""
-    path = Path(target).expanduser()
+    path = Path(os.path.expanduser(target))
     if path.exists():
         raise WeightsError(f"{target} is there already; name another, or remove it")
     out = FORMS[to](source)
@@ -65,7 +65,7 @@ def export(where: str, target: str, part: str) -> int:
     Of a backbone the header says the settings and how its images are normalised. Returns the file's bytes. Raises
     WeightsError, also if `target` is there already, CheckpointError.
     """
-    path = Path(target).expanduser()
+    path = Path(os.path.expanduser(target))
     if path.exists():
         raise WeightsError(f"{target} is there already; name another, or remove it")
     tensors, header = open_part(where, part)

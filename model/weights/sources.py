@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -79,7 +80,7 @@ def open_source(where: str, like: Backbone | None = None, network: str = "teache
 def local_copy(where: str) -> Path:
     """The file itself; of a URI a copy in the cache, fetched the first time."""
     if not storage.is_uri(where):
-        return Path(where).expanduser()
+        return Path(os.path.expanduser(where))
     key = hashlib.sha256(where.encode()).hexdigest()[:16]
     target = contract.cache_dir() / "weights" / key / where.rsplit("/", 1)[-1]
     storage.fetch(where, target)

@@ -78,6 +78,13 @@ def test_folders_on_a_bucket_are_compared_by_their_text() -> None:
 # --- what is there ----------------------------------------------------------------------------------------------------
 
 
+def test_a_home_that_nobody_has_is_no_folder() -> None:
+    problem = only("data.path=~nobody-of-that-name/images", "evaluate=null")
+    assert (problem.path, problem.message) == ("data.path", "no such data folder")
+    with pytest.raises(SpecError, match="cannot be read: No such file"):
+        read_job("~nobody-of-that-name/job.yaml")
+
+
 def test_an_index_that_is_a_file(folder: Path) -> None:
     (folder / "index").touch()
     problem = only("data.index=index")
