@@ -28,9 +28,10 @@ def entrance() -> Iterator[Entrance]:
     opened.open()
     yield opened
     opened.close()
-    for thread in threading.enumerate():
-        if thread.name.startswith("line to node"):  # strangers' too
-            thread.join(20)
+    for name in ("entrance", "line to node"):  # the one begins the others, strangers' too
+        for thread in threading.enumerate():
+            if thread.name.startswith(name):
+                thread.join(20)
     for end in (inbox, outbox):
         end.close()
 
