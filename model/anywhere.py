@@ -119,6 +119,17 @@ def size(uri: str) -> int:
         return int(system.size(path))
 
 
+def modified(uri: str) -> float | None:
+    """When a file was written, in seconds since the epoch; None of a store that does not say (HTTP's). Raises
+    FileNotFoundError, StoreError."""
+    with foreign(uri, "looking at"):
+        system, path = _system(uri)
+        try:
+            return float(system.modified(path).timestamp())
+        except NotImplementedError:
+            return None
+
+
 def matching(pattern: str) -> list[str]:
     """The files that a glob matches, sorted; URIs where the pattern is one. Raises StoreError."""
     with foreign(pattern, "listing"):

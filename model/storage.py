@@ -199,6 +199,11 @@ def modified(path: str) -> float:
     return bucket.modified(path) if _in_bucket(path) else Path(path).stat().st_mtime
 
 
+def written(path: str) -> float | None:
+    """As `modified`, of a file anywhere; None where the store does not say."""
+    return anywhere.modified(path) if is_uri(path) and not _in_bucket(path) else modified(path)
+
+
 def names(path: str) -> list[str]:
     """The names in a folder, sorted; none if it is not there. Half-written files are not shown."""
     if _in_bucket(path):

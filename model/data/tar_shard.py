@@ -143,17 +143,22 @@ def _head(data: bytes, file: str) -> tuple[Shard, int]:
 
 
 def ensure(index: str, path: str) -> Shard:
-    """The shard's index, made unless it is there. A damaged shard may have been mended since, and one on this machine
-    is seen to be newer: those are looked at anew. Raises DataError if there is no such shard, StoreError."""
+    """The shard's index, made unless it is there. Raises DataError if there is no such shard, StoreError."""
     size = _size(path)
     file = file_of(index, path, size)
     try:
         shard = head(file)
-        if not shard.damage and (storage.is_uri(path) or storage.modified(path) <= storage.modified(file)):
+        if not shard.damage and not _is_newer(path, file):
             return shard
     except FileNotFoundError:
         pass
     return patiently(partial(_make, path, size, file))
+
+
+def _is_newer(path: str, file: str) -> bool:
+    """Whether a shard was written after its index, as far as where it lies says so. By its size it is the same one."""
+    written = patiently(partial(storage.written, path))
+    return written is not None and written > storage.modified(file)
 
 
 def _size(path: str) -> int:

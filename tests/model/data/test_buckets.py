@@ -64,6 +64,17 @@ def test_pack_index_check_and_stats(
     assert "40 images in 3 shards" in capsys.readouterr().out
     assert main(["check", bucket, "--index", str(tmp_path / "index")]) == 0
     assert "40 images of 3 tar shards" in capsys.readouterr().out
+    rewritten = tmp_path / "tars/images-000001.tar"  # as long as the other, which a bucket says nothing of
+    size = (tmp_path / "tars/images-000000.tar").stat().st_size
+    assert rewritten.stat().st_size == size
+    time.sleep(1.1)  # a bucket counts in seconds
+    storage.replace(f"{s3}/tars/images-000000.tar", rewritten.read_bytes())
+    assert main(["check", bucket, "--index", str(tmp_path / "index")]) == 1
+    assert "its shard was rewritten; `dinoctl data index` again" in capsys.readouterr().out
+    assert main(["index", bucket, "--to", str(tmp_path / "index")]) == 0
+    assert main(["check", bucket, "--index", str(tmp_path / "index")]) == 0
+    storage.replace(f"{s3}/tars/images-000000.tar", (tmp_path / "tars/images-000000.tar").read_bytes())
+    capsys.readouterr()
     told = []
     for pattern in packed:
         assert main(["stats", pattern, "--json"]) == 0
